@@ -1,0 +1,15 @@
+"""Products of Householder transformations as fast, trainable building blocks of neural networks."""
+
+from householder.maps import Composition, HouseholderProduct, LinearMap
+from householder.ops import delta_product, delta_product_step, householder_product
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Composition",
+    "HouseholderProduct",
+    "LinearMap",
+    "delta_product",
+    "delta_product_step",
+    "householder_product",
+]

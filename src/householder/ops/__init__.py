@@ -1,0 +1,6 @@
+"""Functions on tensors that have kernels."""
+
+from householder.ops.delta_product import delta_product, delta_product_step
+from householder.ops.householder_product import householder_product
+
+__all__ = ["delta_product", "delta_product_step", "householder_product"]

@@ -1,0 +1,80 @@
+"""Argument checks that more than one op needs, with the errors they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(op: str, name: str, x: object) -> None:
+    """Raise TypeError unless `x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{op}: `{name}` must be a tensor, got {type(x).__name__}; convert it first"
+        )
+
+
+def check_shape(op: str, name: str, x: Tensor, axes: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless `x` has the given shape; `axes` names it, as in "[B, T, H]"."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: `{name}` must be {axes} = {list(shape)}, got shape {list(x.shape)}; "
+            "the sizes come from the other arguments, see the docstring"
+        )
+
+
+def check_floating(
+    op: str, tensors: Mapping[str, Tensor | None], allow_complex: bool = False
+) -> None:
+    """Raise TypeError unless every tensor is floating point (or complex, where allowed)."""
+    for name, x in tensors.items():
+        if x is None or x.is_floating_point() or (allow_complex and x.is_complex()):
+            continue
+        kind = "real or complex floating point" if allow_complex else "real floating point"
+        raise TypeError(f"{op}: `{name}` must be {kind}, got {x.dtype}; convert it with .to(...)")
+
+
+def check_same_device(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError unless all tensors are on the first one's device."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first, reference = next(iter(given.items()))
+    for name, x in given.items():
+        if x.device != reference.device:
+            raise ValueError(
+                f"{op}: all tensors must be on one device, got `{first}` on {reference.device} and "
+                f"`{name}` on {x.device}; move them with .to(device)"
+            )
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int, T: int) -> int:
+    """Check the packed batch's bounds and return how many sequences it holds.
+
+    The values are read only where that costs nothing: on the CPU, and not while compiling.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: `cu_seqlens` must be int32 [S + 1] with S ≥ 1, got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)}; give the S + 1 bounds 0 = b_0 ≤ … ≤ b_S = T as int32"
+        )
+    if B != 1:
+        raise ValueError(
+            f"{op}: with `cu_seqlens` the batch must be packed as B = 1, got B = {B}; "
+            "concatenate the sequences along T"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"{op}: `cu_seqlens` must rise from 0 to T = {T}, got {_shorten(bounds)}; "
+                "give cumulative sequence lengths"
+            )
+    return cu_seqlens.shape[0] - 1
+
+
+def _shorten(values: list[int]) -> str:
+    return (
+        str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, …, {values[-1]}]"
+    )

@@ -1,0 +1,41 @@
+"""Which form of an op runs, and how an op is registered with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "householder"
+
+
+def check_impl(op: str, impl: str, available: Sequence[str]) -> None:
+    """Raise ValueError unless `impl` names one of the op's forms."""
+    if impl != "auto" and impl not in available:
+        names = ", ".join(f'"{name}"' for name in ("auto", *available))
+        raise ValueError(
+            f'{op}: `impl` must be one of {names}, got "{impl}"; "auto" suits most uses'
+        )
+
+
+def register(
+    name: str, schema: str, fake: Callable[..., Any], **kernels: Callable[..., Any]
+) -> str:
+    """Define `householder::name`, with its fake kernel and one kernel per device type.
+
+    `torch.library.define` and `impl` cost a third of the host time of `custom_op` (measured on an
+    H200's host). Returns the qualified name.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device, kernel in kernels.items():
+        torch.library.impl(qualified, device.upper(), kernel)
+    torch.library.register_fake(qualified, fake)
+    return qualified
+
+
+def contiguous_like(x: Tensor, **options: Any) -> Tensor:
+    """Return an uninitialised contiguous tensor of x's shape, whatever x's strides are."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format, **options)

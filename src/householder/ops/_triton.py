@@ -1,0 +1,118 @@
+"""What the Triton kernels of all ops share. Imports triton: only kernel folders import this."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Offsets inside one tile are 32-bit integers; a tile spans at most this many rows.
+TILE_ROWS = 64
+
+
+def interpreting() -> bool:
+    """Say whether kernels run on the CPU, under `TRITON_INTERPRET=1`."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def addressable(x: Tensor) -> Tensor:
+    """Return `x`, copied only if the kernels cannot read it through its strides.
+
+    They need the last dimension contiguous, so that loads are wide, and every offset inside a tile
+    below 2³¹; offsets of tiles are 64-bit.
+    """
+    steps = [
+        stride for stride, size in zip(x.stride()[1:-1], x.shape[1:-1], strict=True) if size > 1
+    ]
+    if x.stride(-1) == 1 and sum(steps) * TILE_ROWS < 2**31:
+        return x
+    return x.contiguous()
+
+
+def dot_precision(*tensors: Tensor) -> str:
+    """Return the `input_precision` of products of these tensors, at most as coarse as their dtype.
+
+    float32 is split in three so that nothing of it is lost; float16 is exact in TF32, which has
+    its ten bits and the range that states and gradients need; bfloat16 goes to the tensor cores as
+    it is.
+    """
+    dtype = torch.float32
+    if all(x.dtype == tensors[0].dtype for x in tensors):
+        dtype = tensors[0].dtype
+    return {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(dtype, "tf32x3")
+
+
+def operand_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of what the kernels keep in memory between them."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def power_of_two(size: int, least: int = 16, most: int | None = None) -> int:
+    """Return the smallest power of two not below `size`, inside `least … most`."""
+    block = max(least, triton.next_power_of_2(size))
+    return block if most is None else min(block, most)
+
+
+@triton.jit
+def cast_operand(x, PRECISION: tl.constexpr):
+    """Bring a tile to the dtype that `dot` multiplies."""
+    if PRECISION == "bf16":
+        return x.to(tl.bfloat16)
+    elif PRECISION == "tf32":
+        # The tensor cores cut off what TF32 has no bits for: round to nearest first.
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """Multiply two tiles that went through `cast_operand`, into float32."""
+    if PRECISION == "bf16":
+        return tl.dot(a, b)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_add(a, b, acc, PRECISION: tl.constexpr):
+    """Return `acc + a b`."""
+    if PRECISION == "bf16":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
+    """Return `(I + m)⁻¹` for a strictly lower triangular float32 tile `m [R, R]`, R = 16, 32 or 64.
+
+    The diagonal blocks of 16 are solved by substitution, all at once, then joined pairwise by
+    `[[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [−D⁻¹ C A⁻¹, D⁻¹]]`. With X the inverse of the block diagonal
+    and C the blocks beside it, a join is X − X C X.
+    """
+    o_r = tl.arange(0, R)
+    o_16 = tl.arange(0, 16)
+    o_b = tl.arange(0, R // 16)
+    on_diagonal = o_b[:, None, None, None] == o_b[None, None, :, None]
+    blocks = tl.sum(tl.where(on_diagonal, tl.reshape(m, (R // 16, 16, R // 16, 16)), 0.0), axis=2)
+
+    x = tl.where(o_16[:, None] == o_16[None, :], 1.0, 0.0)[None, :, :] + tl.zeros_like(blocks)
+    for j in tl.static_range(15):
+        # Eliminate column j: rows below it lose their multiple of row j, which is final by now.
+        column = tl.sum(tl.where(o_16[None, None, :] == j, blocks, 0.0), axis=2)
+        row = tl.sum(tl.where(o_16[None, :, None] == j, x, 0.0), axis=1)
+        x -= column[:, :, None] * row[:, None, :]
+    x = tl.reshape(tl.where(on_diagonal, x[:, :, None, :], 0.0), (R, R))
+
+    for level in tl.static_range(R // 32):
+        size = 16 << level
+        same_pair = (o_r[:, None] // (2 * size)) == (o_r[None, :] // (2 * size))
+        other_block = (o_r[:, None] // size) != (o_r[None, :] // size)
+        beside = tl.where(same_pair & other_block, m, 0.0)
+        right = cast_operand(x, PRECISION)
+        product = dot(right, cast_operand(beside, PRECISION), PRECISION)
+        x -= dot(cast_operand(product, PRECISION), right, PRECISION)
+    return x

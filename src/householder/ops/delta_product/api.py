@@ -1,0 +1,231 @@
+"""The public functions `delta_product` and `delta_product_step`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from householder.ops import _checks
+from householder.ops._dispatch import check_impl
+from householder.ops.delta_product import reference
+from householder.ops.delta_product.op import DeltaProduct
+from householder.ops.wy import compute_dtype
+
+IMPLS = ("chunk", "reference")
+
+
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Run a matrix state through products of N Householder transformations per token.
+
+    Per head, with the state S (K × V), at every token t:
+
+        S ← exp(g_t) S
+        S ← (I − β_tj k_tj k_tjᵀ) S + β_tj k_tj v_tjᵀ        for j = 0 … N−1
+        o_t = scale · Sᵀ q_t
+
+    N = 1 is the delta rule of DeltaNet, with `g` that of Gated DeltaNet; N > 1 is DeltaProduct.
+    Nothing is normalised here: for reflectors, give unit keys (β = 2 reflects, β = 1 projects).
+
+    Args:
+        q: queries `[B, T, H, K]`.
+        k: keys `[B, T, N, H, K]`, reflector j = 0 applied first.
+        v: values `[B, T, N, HV, V]`. HV is a multiple of H: value head h uses query and key head
+            `h // (HV // H)`.
+        beta: coefficients `[B, T, N, HV]`; with unit keys, [0, 2] keeps the state bounded.
+        g: forget gates `[B, T, HV]`, natural logarithm, ≤ 0 (`-inf` resets the state), or None.
+        scale: factor on the output; `K ** -0.5` if None.
+        initial_state: `[B, HV, K, V]`, or `[S, HV, K, V]` with `cu_seqlens`; zeros if None.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
+            Sequences may be empty.
+        impl: `"chunk"` (blocked into matrix products), `"reference"` (a loop over tokens) or
+            `"auto"`, which is `"chunk"`.
+
+    Returns:
+        o `[B, T, HV, V]` in v's dtype, and the final state, shaped as `initial_state`, or None.
+        The state is float32 for bfloat16 and float16 inputs, which are computed with in float32.
+
+    Raises:
+        ValueError: a shape, device or `cu_seqlens` does not fit, or `impl` is unknown.
+        TypeError: an argument is no tensor, or is not real floating point.
+        NotImplementedError: a second-order gradient of the chunked form.
+
+    Gradients:
+        First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
+        jacrev included). Higher orders and forward mode: `impl="reference"`.
+
+    Examples:
+        >>> import torch
+        >>> from householder import delta_product
+        >>> B, T, N, H, K, V = 1, 6, 2, 3, 8, 4
+        >>> q, k = torch.randn(B, T, H, K), torch.randn(B, T, N, H, K)
+        >>> k = torch.nn.functional.normalize(k, dim=-1)
+        >>> v, beta = torch.randn(B, T, N, H, V), 2 * torch.rand(B, T, N, H)
+        >>> o, state = delta_product(q, k, v, beta, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 6, 3, 4]), torch.Size([1, 3, 8, 4]))
+
+    References:
+        - Parallelizing Linear Transformers with the Delta Rule over Sequence Length (Yang et al.,
+          2024), https://arxiv.org/abs/2406.06484
+        - Gated Delta Networks: Improving Mamba2 with Delta Rule (Yang et al., 2024),
+          https://arxiv.org/abs/2412.06464
+        - DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products
+          (Siems et al., 2025), https://arxiv.org/abs/2502.10297
+    """
+    check_impl("delta_product", impl, IMPLS)
+    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    if impl == "reference":
+        o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
+    else:
+        save = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
+        )
+        args = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
+        o, state, *_ = DeltaProduct.apply(*args, save)
+    return o, state if output_final_state else None
+
+
+def delta_product_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance the state of `delta_product` by one token.
+
+    The recurrence is that of `delta_product`; calling this for each token in turn gives the same
+    outputs and the same final state, to rounding.
+
+    Args:
+        q: query `[B, H, K]`.
+        k: keys `[B, N, H, K]`, reflector j = 0 applied first.
+        v: values `[B, N, HV, V]`, HV a multiple of H.
+        beta: coefficients `[B, N, HV]`.
+        g: forget gate `[B, HV]`, natural logarithm, ≤ 0, or None.
+        state: `[B, HV, K, V]`; it is not changed.
+        scale: factor on the output; `K ** -0.5` if None.
+        impl: `"reference"` or `"auto"`, which is the same: one token is N rank-one updates.
+
+    Returns:
+        o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
+
+    Raises:
+        ValueError: a shape or device does not fit, or `impl` is unknown.
+        TypeError: an argument is no tensor, or is not real floating point.
+
+    Gradients:
+        Every order, reverse and forward mode.
+
+    Examples:
+        >>> import torch
+        >>> from householder import delta_product_step
+        >>> B, N, H, K, V = 2, 1, 3, 8, 4
+        >>> q, k, v = torch.randn(B, H, K), torch.randn(B, N, H, K), torch.randn(B, N, H, V)
+        >>> o, state = delta_product_step(
+        ...     q, k, v, torch.rand(B, N, H), state=torch.zeros(B, H, K, V)
+        ... )
+        >>> o.shape, state.shape
+        (torch.Size([2, 3, 4]), torch.Size([2, 3, 8, 4]))
+    """
+    op = "delta_product_step"
+    check_impl(op, impl, ("reference",))
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state}
+    _check_tensors(op, tensors)
+    if v.dim() != 4:
+        raise ValueError(
+            f"{op}: `v` must be [B, N, HV, V], got shape {list(v.shape)}; "
+            "give one token, with its N reflections on the second axis"
+        )
+    B, N, HV, V = v.shape
+    H, K = _key_shape(op, k, 4)
+    _check_groups(op, H, HV)
+    _checks.check_shape(op, "q", q, "[B, H, K]", (B, H, K))
+    _checks.check_shape(op, "k", k, "[B, N, H, K]", (B, N, H, K))
+    _checks.check_shape(op, "beta", beta, "[B, N, HV]", (B, N, HV))
+    if g is not None:
+        _checks.check_shape(op, "g", g, "[B, HV]", (B, HV))
+    _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
+    scale = K**-0.5 if scale is None else float(scale)
+    state = state.to(compute_dtype(q, k, v, beta, state))
+    o, state = reference.step(q, k, v, beta, g, scale, state)
+    return o.to(v.dtype), state
+
+
+def _check_sequence_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    op = "delta_product"
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state}
+    _check_tensors(op, tensors)
+    if v.dim() != 5:
+        raise ValueError(
+            f"{op}: `v` must be [B, T, N, HV, V], got shape {list(v.shape)}; "
+            "for N = 1 insert the axis with v.unsqueeze(2)"
+        )
+    B, T, N, HV, V = v.shape
+    H, K = _key_shape(op, k, 5)
+    if N < 1:
+        raise ValueError(f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}")
+    _check_groups(op, H, HV)
+    _checks.check_shape(op, "q", q, "[B, T, H, K]", (B, T, H, K))
+    _checks.check_shape(op, "k", k, "[B, T, N, H, K]", (B, T, N, H, K))
+    _checks.check_shape(op, "beta", beta, "[B, T, N, HV]", (B, T, N, HV))
+    if g is not None:
+        _checks.check_shape(op, "g", g, "[B, T, HV]", (B, T, HV))
+    sequences, axes = B, "[B, HV, K, V]"
+    if cu_seqlens is not None:
+        _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
+        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, B, T), "[S, HV, K, V]"
+    if initial_state is not None:
+        _checks.check_shape(op, "initial_state", initial_state, axes, (sequences, HV, K, V))
+
+
+def _check_tensors(op: str, tensors: dict[str, Tensor | None]) -> None:
+    for name, x in tensors.items():
+        if x is not None or name not in ("g", "initial_state"):
+            _checks.check_tensor(op, name, x)
+    _checks.check_floating(op, tensors)
+    _checks.check_same_device(op, tensors)
+
+
+def _key_shape(op: str, k: Tensor, dims: int) -> tuple[int, int]:
+    if k.dim() != dims:
+        axes = "[B, T, N, H, K]" if dims == 5 else "[B, N, H, K]"
+        raise ValueError(
+            f"{op}: `k` must be {axes}, got shape {list(k.shape)}; "
+            f"for N = 1 insert the axis with k.unsqueeze({dims - 3})"
+        )
+    return k.shape[-2], k.shape[-1]
+
+
+def _check_groups(op: str, H: int, HV: int) -> None:
+    if H == 0 or HV % H:
+        raise ValueError(
+            f"{op}: the value heads of `v` must be a multiple of the key heads of `k`, "
+            f"got HV = {HV} and H = {H}; repeat or drop heads"
+        )

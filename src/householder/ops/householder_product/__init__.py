@@ -1,0 +1,5 @@
+"""Products of Householder transformations applied to vectors."""
+
+from householder.ops.householder_product.api import householder_product
+
+__all__ = ["householder_product"]

@@ -1,0 +1,274 @@
+"""Tools for testing maps and sequence ops: inputs, the accuracy rule, the laws of linear maps.
+
+They are public so that others can hold their own maps and kernels to the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from householder.maps import LinearMap
+
+__all__ = ["assert_as_accurate", "check_linear_map_laws", "delta_product_inputs", "relative_error"]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return ‖actual − expected‖ / ‖expected‖ in the Frobenius norm; NaN counts as infinite.
+
+    If `expected` is zero the norm of `actual` itself is returned.
+
+    Examples:
+        >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
+        0.1
+    """
+    wide = torch.complex128 if expected.is_complex() or actual.is_complex() else torch.float64
+    actual, expected = actual.detach().to(wide), expected.detach().to(wide)
+    scale = float(torch.linalg.vector_norm(expected)) or 1.0
+    error = float(torch.linalg.vector_norm(actual - expected)) / scale
+    return error if error == error else float("inf")
+
+
+def assert_as_accurate(
+    actual: Tensor,
+    plain: Tensor,
+    expected: Tensor,
+    *,
+    factor: float = 2.0,
+    name: str = "result",
+) -> None:
+    """Hold a result to the library's one accuracy rule.
+
+    The error against the float64 reference may be at most `factor` times the error of the same
+    computation done plainly in the tested dtype, plus one rounding step. Errors are relative, in
+    the Frobenius norm; single entries may be off by twice as much relative to the largest entry,
+    so that one wrong entry cannot hide in a large tensor.
+
+    Args:
+        actual: the result to test, in the tested dtype.
+        plain: the same computation done plainly (say by the `reference` form) from the same inputs,
+            in the same dtype.
+        expected: the float64 reference, from the same inputs cast to float64.
+        factor: how many times the plain error is allowed.
+        name: what the message calls the result.
+
+    Raises:
+        AssertionError: the rule is broken, a value is NaN, or shapes or dtypes differ.
+
+    Examples:
+        >>> expected = torch.linspace(1, 2, 100, dtype=torch.float64).sqrt()
+        >>> plain = torch.linspace(1, 2, 100).sqrt()
+        >>> assert_as_accurate(plain, plain, expected)
+        >>> assert_as_accurate(plain + 1e-5, plain, expected)
+        Traceback (most recent call last):
+        ...
+        AssertionError: result: relative error 8.2e-06, allowed 2 × 3.0e-08 + 1.2e-07
+    """
+    if actual.shape != expected.shape or plain.shape != expected.shape:
+        raise AssertionError(
+            f"{name}: shapes differ: actual {list(actual.shape)}, plain {list(plain.shape)}, "
+            f"expected {list(expected.shape)}"
+        )
+    if actual.dtype != plain.dtype:
+        raise AssertionError(f"{name}: dtypes differ: actual {actual.dtype}, plain {plain.dtype}")
+    if actual.numel() == 0:
+        return
+    step = torch.finfo(actual.dtype).eps
+    error, plain_error = relative_error(actual, expected), relative_error(plain, expected)
+    if not error <= factor * plain_error + step:
+        raise AssertionError(
+            f"{name}: relative error {error:.1e}, "
+            f"allowed {factor:g} × {plain_error:.1e} + {step:.1e}"
+        )
+    error, plain_error = _largest_error(actual, expected), _largest_error(plain, expected)
+    if not error <= 2 * (factor * plain_error + step):
+        raise AssertionError(
+            f"{name}: one entry is off by {error:.1e} of the largest, "
+            f"allowed 2 × ({factor:g} × {plain_error:.1e} + {step:.1e})"
+        )
+
+
+def _largest_error(actual: Tensor, expected: Tensor) -> float:
+    scale = float(expected.detach().abs().max()) or 1.0
+    wide = expected.detach().to(torch.complex128 if expected.is_complex() else torch.float64)
+    return float((actual.detach().to(wide.dtype) - wide).abs().max()) / scale
+
+
+def delta_product_inputs(
+    B: int = 2,
+    T: int = 37,
+    N: int = 2,
+    H: int = 2,
+    K: int = 8,
+    V: int = 6,
+    *,
+    HV: int | None = None,
+    strength: float | None = None,
+    decay: float | None = 0.1,
+    num_sequences: int | None = None,
+    with_initial_state: bool = True,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Make random arguments of `householder.delta_product`, by name.
+
+    Args:
+        B: batch; 1 with `num_sequences`.
+        T: tokens.
+        N: reflectors per token.
+        H: key heads.
+        K: key dimension.
+        V: value dimension.
+        HV: value heads; H if None.
+        strength: β‖k‖² of every reflector (0 identity, 1 projection, 2 reflection); uniform in
+            [0, 2] if None. Keys have unit length.
+        decay: mean of −g over tokens; None for no gate.
+        num_sequences: pack T tokens as so many sequences of random lengths, the first of them
+            empty, and return `cu_seqlens`.
+        with_initial_state: whether to draw an initial state.
+        dtype: of everything but the initial state, which is at least float32.
+        device: where to put the tensors; the values do not depend on it.
+        seed: of the draw.
+
+    Examples:
+        >>> inputs = delta_product_inputs(T=5, N=3, decay=None)
+        >>> inputs["k"].shape, inputs["g"]
+        (torch.Size([2, 5, 3, 2, 8]), None)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    HV = H if HV is None else HV
+    S = B if num_sequences is None else num_sequences
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    k = normal(B, T, N, H, K)
+    beta = uniform(B, T, N, HV) * 2
+    inputs = {
+        "q": normal(B, T, H, K),
+        "k": k / torch.linalg.vector_norm(k, dim=-1, keepdim=True),
+        "v": normal(B, T, N, HV, V),
+        "beta": beta if strength is None else torch.full_like(beta, strength),
+        "g": None if decay is None else -2 * decay * uniform(B, T, HV),
+    }
+    made: dict[str, Tensor | None] = {
+        name: None if x is None else x.to(device, dtype) for name, x in inputs.items()
+    }
+    state = normal(S, HV, K, V).to(device, torch.promote_types(dtype, torch.float32))
+    made["initial_state"] = state if with_initial_state else None
+    made["cu_seqlens"] = None
+    if num_sequences is not None:
+        cuts = torch.randint(0, T + 1, (max(S - 2, 0),), generator=generator).sort().values
+        bounds = [0, *([0] if S > 1 else []), *cuts.tolist(), T]
+        made["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return made
+
+
+def check_linear_map_laws(
+    make: Callable[..., LinearMap],
+    *params: Tensor,
+    invertible: bool = False,
+    transforms: bool = True,
+    seed: int = 0,
+) -> None:
+    """Check that a map obeys the laws stated in `householder.LinearMap`.
+
+    Checked are linearity, the dot test ⟨A x, y⟩ = ⟨x, Aᴴ y⟩, agreement with the dense matrix, the
+    transpose, composition, inverse and log-determinant where there are any, gradients in reverse,
+    forward and second order (`gradcheck`), `torch.func.vmap` over the parameters, and
+    `torch.compile(fullgraph=True)`.
+
+    Args:
+        make: builds the map from `params`.
+        *params: float64 or complex128 tensors.
+        invertible: require an inverse and a log-determinant.
+        transforms: whether to check gradients, vmap and compile too, which is slower.
+        seed: of the vectors applied.
+
+    Raises:
+        AssertionError: a law is broken; the message names it.
+
+    Examples:
+        >>> from householder import HouseholderProduct
+        >>> k, beta = torch.randn(2, 4, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+        >>> check_linear_map_laws(HouseholderProduct, k, beta, invertible=True, transforms=False)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    A = make(*params)
+    out_size, in_size = A.shape[-2:]
+    batch = A.shape[:-2]
+
+    def vector(size: int) -> Tensor:
+        return torch.randn((*batch, size), generator=generator, dtype=torch.float64).to(A.dtype)
+
+    x, x2, y = vector(in_size), vector(in_size), vector(out_size)
+    dense = A.to_dense()
+    _expect("shape", dense.shape == A.shape and A(x).shape == (*batch, out_size))
+    _close("linearity", A(2 * x - 3 * x2), 2 * A(x) - 3 * A(x2))
+    _close("dot test", _inner(A(x), y), _inner(x, A.mH(y)))
+    _close("dense", A(x), _apply_dense(dense, x))
+    _close("transpose", A.mT.to_dense(), dense.mT)
+    _close("composition", (A.mH @ A)(x), A.mH(A(x)))
+    _close("composition, dense", (A.mH @ A).to_dense(), dense.mH @ dense)
+    try:
+        inverse = A.inverse()
+    except NotImplementedError:
+        _expect("inverse", not invertible)
+    else:
+        _close("inverse", inverse(A(x)), x)
+        _close("inverse, other side", A(inverse(y)), y)
+        _close("log-determinant", A.logabsdet(), torch.linalg.slogdet(dense).logabsdet)
+    if transforms:
+        _check_transforms(make, params, x)
+
+
+def _check_transforms(make: Callable[..., LinearMap], params: Sequence[Tensor], x: Tensor) -> None:
+    def apply(x: Tensor, *params: Tensor) -> Tensor:
+        return make(*params)(x)
+
+    leaves = tuple(p.detach().clone().requires_grad_() for p in (x, *params))
+    torch.autograd.gradcheck(apply, leaves, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(apply, leaves, check_fwd_over_rev=True)
+
+    stacked = [torch.stack([p, 0.5 * p]) for p in params]
+    each = [apply(x, *(p[i] for p in stacked)) for i in range(2)]
+    batched = torch.func.vmap(apply, in_dims=(None, *(0 for _ in params)))(x, *stacked)
+    _close("vmap", batched, torch.stack(each))
+
+    torch.compiler.reset()  # each map is a new kind of argument to the same traced code
+    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
+    _close("compile", compiled(x, *params), apply(x, *params))
+    plain = torch.autograd.grad(apply(*leaves).abs().square().sum(), leaves)
+    traced = torch.autograd.grad(compiled(*leaves).abs().square().sum(), leaves)
+    for a, b in zip(traced, plain, strict=True):
+        _close("compile, gradient", a, b)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)
+
+
+def _apply_dense(dense: Tensor, x: Tensor) -> Tensor:
+    return (dense @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def _expect(law: str, holds: bool) -> None:
+    if not holds:
+        raise AssertionError(f"the law of {law} is broken")
+
+
+def _close(law: str, actual: Tensor, expected: Tensor) -> None:
+    # In float64: far above what rounding leaves of small well-conditioned maps, far below a slip.
+    scale = 1.0 + float(expected.detach().abs().max()) if expected.numel() else 1.0
+    error = float((actual - expected).detach().abs().max()) if expected.numel() else 0.0
+    if not (actual.shape == expected.shape and error <= 1e-10 * scale):
+        raise AssertionError(
+            f"the law of {law} is broken: error {error:.1e}, shapes {list(actual.shape)} and "
+            f"{list(expected.shape)}"
+        )

@@ -1,0 +1,33 @@
+"""What holds for every test: fixed seeds, no window, and GPU tests that skip without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports matplotlib: pictures are drawn to files.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The time of one example says nothing on a busy machine. Derandomized, so that a run can be
+# repeated: a failure is the code's, and shows again.
+settings.register_profile("householder", deadline=None, derandomize=True, database=None)
+settings.load_profile("householder")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
