@@ -1,4 +1,4 @@
-"""`HouseholderProduct`: frames, LAPACK's form, factoring a given matrix, and exact special cases."""
+"""`HouseholderProduct`: frames, LAPACK's form, factoring a given matrix, exact special cases."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def orthogonality_error(Q):
 
 class TestOrthogonal:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("N, D", [(1, 1), (3, 8), (20, 8), (200, 200)])
+    @pytest.mark.parametrize(("N", "D"), [(1, 1), (3, 8), (20, 8), (200, 200)])
     def test_is_orthogonal_to_rounding(self, N, D, dtype):
         Q = HouseholderProduct.orthogonal(draw(N, D, dtype=dtype))
         assert orthogonality_error(Q.to_dense()) < 4 * D**0.5 + 4
@@ -106,7 +106,7 @@ class TestFrame:
 
 class TestLapack:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("D, N", [(8, 8), (8, 3), (1, 1)])
+    @pytest.mark.parametrize(("D", "N"), [(8, 8), (8, 3), (1, 1)])
     def test_agrees_with_lapack(self, D, N, dtype):
         a, tau = torch.geqrf(draw(2, D, N, dtype=dtype))
         product = HouseholderProduct.from_lapack(a, tau)
@@ -140,7 +140,7 @@ class TestLapack:
 
 class TestFromOrthogonal:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("D, M", [(1, 1), (2, 2), (8, 8), (8, 3), (100, 100), (300, 20)])
+    @pytest.mark.parametrize(("D", "M"), [(1, 1), (2, 2), (8, 8), (8, 3), (100, 100), (300, 20)])
     def test_gives_the_frame_back_to_rounding(self, D, M, dtype):
         Q = random_orthogonal(2, D, M, dtype=dtype)
         product = HouseholderProduct.from_orthogonal(Q)
@@ -244,7 +244,7 @@ def test_composition_keeps_one_product():
 
 
 @pytest.mark.parametrize(
-    "reflectors, beta, error, match",
+    ("reflectors", "beta", "error", "match"),
     [
         (torch.zeros(5), torch.zeros(1), ValueError, r"`reflectors` must be \[\*, N, D\]"),
         (torch.zeros(2, 5), torch.zeros(3), ValueError, r"`beta` must be \[\*, N\] with N = 2"),

@@ -1,6 +1,7 @@
 """`delta_product` on the CPU: the chunked form against the definition, in values and gradients."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -111,7 +112,7 @@ def test_zero_keys_change_nothing():
     check(inputs)
 
 
-@pytest.mark.parametrize("K, V", [(5, 16), (16, 5), (64, 96)])
+@pytest.mark.parametrize(("K", "V"), [(5, 16), (16, 5), (64, 96)])
 def test_any_key_and_value_dimensions(K, V):
     check(delta_product_inputs(T=70, K=K, V=V))
 
@@ -164,14 +165,14 @@ def test_a_gate_of_minus_infinity_resets_the_state():
 
 
 @pytest.mark.usefixtures("segments")
-@pytest.mark.parametrize("N, HV, decay", [(1, 2, 0.1), (2, 4, None), (3, 2, 0.1)])
+@pytest.mark.parametrize(("N", "HV", "decay"), [(1, 2, 0.1), (2, 4, None), (3, 2, 0.1)])
 def test_packed_equals_separate(N, HV, decay):
     packed = delta_product_inputs(B=1, T=300, N=N, HV=HV, num_sequences=7, decay=decay)
     actual = run(packed, "chunk")
     bounds = packed["cu_seqlens"].tolist()
     assert bounds[0] == bounds[1] == 0  # an empty sequence
     check(packed)
-    for s, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for s, (lo, hi) in enumerate(itertools.pairwise(bounds)):
         alone = {
             name: x if x is None else x[s : s + 1] if name == "initial_state" else x[:, lo:hi]
             for name, x in packed.items()
@@ -242,6 +243,16 @@ def test_strides_do_not_matter():
     assert not strided["k"].is_contiguous()
     assert torch.equal(delta_product(**strided)[0], expected)
     check(strided)
+
+
+def test_autocast_does_not_reach_inside():
+    inputs = delta_product_inputs(T=70, dtype=torch.float32)
+    expected = run(inputs, "chunk")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(inputs, "chunk")
+        reference, _ = delta_product(**inputs, impl="reference")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert torch.equal(reference, delta_product(**inputs, impl="reference")[0])
 
 
 def test_scale():
@@ -445,7 +456,7 @@ class TestErrors:
     """Each names the argument, what was required, what came and the remedy."""
 
     @pytest.mark.parametrize(
-        "change, error, match",
+        ("change", "error", "match"),
         [
             ({"k": torch.zeros(2, 37, 2, 8)}, ValueError, r"`k` must be \[B, T, N, H, K\]"),
             ({"k": torch.zeros(2, 37, 3, 2, 8)}, ValueError, r"`k` must be .* got shape"),

@@ -54,7 +54,7 @@ def check(args, factor=2.0, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
-    "x_shape, k_shape",
+    ("x_shape", "k_shape"),
     [
         ((9,), (3, 9)),  # one vector
         ((5, 9), (1, 9)),  # one reflector
@@ -126,7 +126,9 @@ def test_zero_reflectors_and_zero_beta_are_exact():
     check([x, k, beta])
 
 
-@pytest.mark.parametrize("x_shape, k_shape", [((0, 8), (3, 8)), ((5, 8), (0, 8)), ((2, 0), (3, 0))])
+@pytest.mark.parametrize(
+    ("x_shape", "k_shape"), [((0, 8), (3, 8)), ((5, 8), (0, 8)), ((2, 0), (3, 0))]
+)
 def test_nothing_to_do(x_shape, k_shape):
     args = make(x_shape, k_shape)
     result = run(args, "chunk")
@@ -145,6 +147,15 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(actual, expected, **close)
     expanded = householder_product(x[:, :1].expand(6, 5, 8), k, beta)
     torch.testing.assert_close(expanded[:, 3], expected[:, 0], **close)
+
+
+@pytest.mark.parametrize("impl", ["chunk", "reference"])
+def test_autocast_does_not_reach_inside(impl):
+    args = make((5, 16), (8, 16), torch.float32)
+    expected = run(args, impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(args, impl)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_no_matrix_is_formed(monkeypatch):
@@ -254,7 +265,7 @@ class TestTransforms:
 
 
 @pytest.mark.parametrize(
-    "change, error, match",
+    ("change", "error", "match"),
     [
         ({"reflectors": torch.zeros(4, 5)}, ValueError, r"`reflectors` must be \[\*, N, D\]"),
         ({"reflectors": torch.zeros(6)}, ValueError, r"reflectors\.unsqueeze\(-2\)"),

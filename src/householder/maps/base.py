@@ -78,7 +78,7 @@ class LinearMap(ABC):
         return self.compose(other) if isinstance(other, LinearMap) else NotImplemented
 
     def compose(self, other: LinearMap) -> LinearMap:
-        """Do what `@` does; inside `torch.compile`, whose tracer has no `@` for objects, use this."""
+        """Do what `@` does; use this inside `torch.compile`, which cannot trace `@` of objects."""
         return Composition(self, other)
 
     def __repr__(self) -> str:

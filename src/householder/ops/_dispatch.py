@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "householder"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_impl(op: str, impl: str, available: Sequence[str]) -> None:
@@ -34,6 +37,20 @@ def register(
         torch.library.impl(qualified, device.upper(), kernel)
     torch.library.register_fake(qualified, fake)
     return qualified
+
+
+def without_autocast(function: Function) -> Function:
+    """Run a form of an op with autocast off: it chooses the dtypes of its products itself.
+
+    The first argument must be a tensor; it tells the device.
+    """
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def contiguous_like(x: Tensor, **options: Any) -> Tensor:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from householder.ops._dispatch import without_autocast
 from householder.ops.wy import compute_dtype, inverse_unit_lower
 
 # The most and the fewest rows of one chunk. Between them a chunk has K rows: many more reflectors
@@ -299,6 +300,7 @@ def load(p: Problem, segment: Segment) -> Rows:
     )
 
 
+@without_autocast
 def forward(
     q: Tensor,
     k: Tensor,
@@ -365,6 +367,7 @@ def forward(
     return o.squeeze(2), state, all_states, all_ut, all_u
 
 
+@without_autocast
 def backward(
     do: Tensor,
     dfinal_state: Tensor | None,
@@ -403,7 +406,7 @@ def backward(
     p = make_problem(q, k, v, beta, g, scale, cu_seqlens)
     layout, dtype, group = p.layout, p.dtype, p.group
     HV, K, V = p.shape_state
-    C, N = layout.C, layout.N
+    C = layout.C
 
     dq, dk, dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in p[:4])
     dg = None if p.g is None else torch.empty_like(p.g, memory_format=torch.contiguous_format)

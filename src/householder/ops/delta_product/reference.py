@@ -10,9 +10,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from householder.ops._dispatch import without_autocast
 from householder.ops.wy import compute_dtype
 
 
+@without_autocast
 def step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,7 @@ def step(
     return scale * torch.einsum("bhk,bhkv->bhv", q, state), state
 
 
+@without_autocast
 def forward(
     q: Tensor,
     k: Tensor,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from householder.ops._dispatch import without_autocast
 from householder.ops.wy import compute_dtype
 
 # The most and the fewest reflectors of one block. The triangle costs n·D a reflector and the
@@ -23,6 +24,7 @@ MAX_BLOCK = 64
 MIN_BLOCK = 16
 
 
+@without_autocast
 def forward(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
     """Return `H_{N−1} … H_0 x` for rows `x [G, M, D]`, reflectors `[G, N, D]`, beta `[G, N]`."""
     X, blocks = _prepare(x, reflectors, beta)
@@ -31,6 +33,7 @@ def forward(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
     return X.to(x.dtype)
 
 
+@without_autocast
 def backward(
     dy: Tensor, x: Tensor, reflectors: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,6 +71,7 @@ def backward(
     return tuple(_to_like(d, like) for d, like in ((dX, x), (dK, reflectors), (db, beta)))  # type: ignore[return-value]
 
 
+@without_autocast
 def tangent(
     x: Tensor, reflectors: Tensor, beta: Tensor, dx: Tensor, dreflectors: Tensor, dbeta: Tensor
 ) -> Tensor:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from householder.ops._dispatch import without_autocast
 from householder.ops.wy import compute_dtype
 
 
+@without_autocast
 def forward(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
     """Return `H_{N−1} … H_0 x` for rows `x [G, M, D]`, reflectors `[G, N, D]`, beta `[G, N]`."""
     dtype = compute_dtype(x, reflectors, beta)
