@@ -1,0 +1,153 @@
+"""One layer of a model: a token mixer and an MLP, each added to the residual stream."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from householder.nn import DeltaProductMixer, MixerState
+from householder.nn._checks import check_positive_int
+from householder.nn.initialization import init_residual_weight, init_weight
+
+
+def default_mlp_width(d_model: int) -> int:
+    """Return the published width of a SwiGLU: 8/3 · d_model, rounded up to a multiple of 256.
+
+    8/3 gives its three matrices as many parameters as the two of an MLP of width 4 · d_model.
+
+    Args:
+        d_model: size of the input and output vectors.
+
+    Examples:
+        >>> default_mlp_width(128), default_mlp_width(1024)
+        (512, 2816)
+    """
+    return -(-int(8 / 3 * d_model) // 256) * 256
+
+
+class SwiGLU(nn.Module):
+    """Apply a gated MLP to each token: y = W_down (SiLU(W_gate x) ⊙ W_up x), without biases.
+
+    Args:
+        d_model: size of the input and output vectors.
+        width: size of the hidden vector; `None` for `default_mlp_width(d_model)`.
+        init_std: standard deviation of the initial weights; `None` for PyTorch's own rule.
+        num_layers: blocks in the model, which scales the initial `down_proj` down; `None` for none.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Examples:
+        >>> SwiGLU(16, width=32)(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+
+    References:
+        GLU Variants Improve Transformer (Shazeer, 2020), https://arxiv.org/abs/2002.05202
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        width: int | None = None,
+        *,
+        init_std: float | None = None,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("SwiGLU", "d_model", d_model)
+        width = default_mlp_width(d_model) if width is None else width
+        check_positive_int("SwiGLU", "width", width)
+        self.init_std = init_std
+        self.num_layers = num_layers
+        self.gate_proj = nn.Linear(d_model, width, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(d_model, width, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(width, d_model, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew from PyTorch's global generator."""
+        init_weight(self.gate_proj.weight, self.init_std)
+        init_weight(self.up_proj.weight, self.init_std)
+        init_residual_weight(self.down_proj.weight, self.init_std, self.num_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x [..., d_model]` to `[..., d_model]`."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Mix tokens, then features: x <- x + mixer(norm x); x <- x + mlp(norm x).
+
+    Both norms are RMSNorms.
+
+    Args:
+        mixer: the token mixer, any of `householder.nn`.
+        mlp_width: hidden size of the SwiGLU; `None` for `default_mlp_width(d_model)`.
+        norm_eps: added to the mean square in both norms.
+        init_std: standard deviation of the MLP's initial weights; `None` for PyTorch's own rule.
+        num_layers: blocks in the model, which scales the MLP's last weight down; `None` for none.
+        device: of the norms and the MLP.
+        dtype: of the norms and the MLP.
+
+    Examples:
+        >>> from householder.nn import DeltaProduct
+        >>> block = Block(DeltaProduct(32, num_householder=2))
+        >>> block(torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        mixer: DeltaProductMixer,
+        *,
+        mlp_width: int | None = None,
+        norm_eps: float = 1e-5,
+        init_std: float | None = None,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        d_model = mixer.d_model
+        self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
+        self.mlp = SwiGLU(
+            d_model,
+            mlp_width,
+            init_std=init_std,
+            num_layers=num_layers,
+            device=device,
+            dtype=dtype,
+        )
+
+    def init_state(self, batch_size: int) -> MixerState:
+        """Return the mixer's state before the first token."""
+        return self.mixer.init_state(batch_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, MixerState]:
+        """Run the block on whole sequences; arguments and results as in the mixer's `forward`."""
+        mixed = self.mixer(
+            self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens, return_state=return_state
+        )
+        if not return_state:
+            return self._add_mlp(x + mixed)
+        mixed, new_state = mixed
+        return self._add_mlp(x + mixed), new_state
+
+    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """Run the block on one token, `x [B, d_model]`; results as in the mixer's `step`."""
+        mixed, new_state = self.mixer.step(self.mixer_norm(x), state)
+        return self._add_mlp(x + mixed), new_state
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,314 @@
+"""A model that labels every token of a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from householder.models.block import Block
+from householder.nn import MIXERS, MixerState
+from householder.nn._checks import (
+    check_choice,
+    check_positive_float,
+    check_positive_int,
+    default_head_dim,
+)
+from householder.nn.initialization import init_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTaggerConfig:
+    """Everything that determines the shape and the initialisation of a `SequenceTagger`.
+
+    The defaults are those of the published state-tracking experiments at N = 1.
+
+    Attributes:
+        vocab_size: number of different tokens.
+        num_classes: number of different labels.
+        d_model: size of the residual stream.
+        num_layers: number of blocks.
+        mixer: "delta_net", "gated_delta_net", "delta_product" or "gated_delta_product".
+        num_heads: H.
+        head_dim: K; `None` for d_model / num_heads.
+        num_value_heads: HV, a multiple of H; `None` for H.
+        expand_v: V / K.
+        num_householder: N, reflections per token; 1 for the two mixers named net.
+        allow_neg_eigval: beta in (0, 2) in place of (0, 1).
+        use_output_gate: gate the mixer's output; `None` for what the mixer publishes.
+        use_short_conv: convolve q, k and v over a few tokens.
+        conv_size: how many, the current one included.
+        qk_activation: "silu", "relu", "elu" or "identity".
+        qk_norm: "l2", "sum" or "none".
+        mlp_width: hidden size of the SwiGLU; `None` for 8/3 · d_model rounded up to a multiple of
+            256.
+        norm_eps: added to the mean square in every RMSNorm.
+        init_std: standard deviation of the initial weights; `None` for PyTorch's own rules.
+
+    Examples:
+        >>> config = SequenceTaggerConfig(vocab_size=7, num_classes=6, num_householder=2)
+        >>> SequenceTaggerConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    vocab_size: int
+    num_classes: int
+    d_model: int = 128
+    num_layers: int = 1
+    mixer: str = "delta_product"
+    num_heads: int = 4
+    head_dim: int | None = None
+    num_value_heads: int | None = None
+    expand_v: float = 1.0
+    num_householder: int = 1
+    allow_neg_eigval: bool = True
+    use_output_gate: bool | None = None
+    use_short_conv: bool = False
+    conv_size: int = 4
+    qk_activation: str = "silu"
+    qk_norm: str = "l2"
+    mlp_width: int | None = None
+    norm_eps: float = 1e-5
+    init_std: float | None = 0.02
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        for name in ("vocab_size", "num_classes", "d_model", "num_layers", "num_heads"):
+            check_positive_int(where, name, getattr(self, name))
+        if self.mlp_width is not None:
+            check_positive_int(where, "mlp_width", self.mlp_width)
+        check_positive_float(where, "norm_eps", self.norm_eps)
+        if self.init_std is not None:
+            check_positive_float(where, "init_std", self.init_std)
+        check_choice(where, "mixer", self.mixer, MIXERS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SequenceTaggerConfig:
+        """Return the config with the given fields, defaults for those left out.
+
+        Args:
+            fields: values by name, as `to_dict` gives them.
+
+        Raises:
+            ValueError: a name is unknown, or a value is out of range.
+            TypeError: a value has the wrong type, or a required one is missing.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}: fields must be among {', '.join(known)}, got "
+                f"{', '.join(unknown)}; correct the name, or use the version that wrote it"
+            )
+        return cls(**fields)
+
+    def build_block(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Block:
+        """Return a new block with these options.
+
+        Args:
+            device: of the parameters.
+            dtype: of the parameters.
+
+        Raises:
+            ValueError: the mixer does not take an option's value.
+        """
+        head_dim = self.head_dim
+        if head_dim is None:
+            # Not left to the mixer: models that differ in the mixer alone keep the same heads.
+            head_dim = default_head_dim(type(self).__name__, self.d_model, self.num_heads)
+        shared: dict[str, Any] = {
+            "norm_eps": self.norm_eps,
+            "init_std": self.init_std,
+            "num_layers": self.num_layers,
+            "device": device,
+            "dtype": dtype,
+        }
+        options: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "head_dim": head_dim,
+            "num_value_heads": self.num_value_heads,
+            "expand_v": self.expand_v,
+            "num_householder": self.num_householder,
+            "allow_neg_eigval": self.allow_neg_eigval,
+            "use_short_conv": self.use_short_conv,
+            "conv_size": self.conv_size,
+            "qk_activation": self.qk_activation,
+            "qk_norm": self.qk_norm,
+        }
+        if self.use_output_gate is not None:
+            options["use_output_gate"] = self.use_output_gate
+        mixer = MIXERS[self.mixer](self.d_model, **options, **shared)
+        return Block(mixer, mlp_width=self.mlp_width, **shared)
+
+
+class SequenceTagger(nn.Module):
+    """Label every token: embedding, blocks of mixer and MLP, a final RMSNorm, a linear head.
+
+    The logits at a position depend on the tokens up to and including it.
+
+    Args:
+        vocab_size: number of different tokens.
+        num_classes: number of different labels.
+        device: of the parameters.
+        dtype: of the parameters.
+        **options: any other field of `SequenceTaggerConfig`.
+
+    Raises:
+        TypeError: an option is unknown or has the wrong type.
+        ValueError: an option is out of range.
+
+    Examples:
+        >>> model = SequenceTagger(7, 6, d_model=32, num_householder=2)
+        >>> tokens = torch.randint(7, (2, 9))
+        >>> model(tokens).shape
+        torch.Size([2, 9, 6])
+        >>> same = SequenceTagger.from_config(model.config)
+        >>> _ = same.load_state_dict(model.state_dict())
+        >>> torch.equal(same(tokens), model(tokens))
+        True
+
+    References:
+        DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products (Siems,
+        Carstensen, Zela, Hutter, Pontil, Grazzi, 2025), https://arxiv.org/abs/2502.10297
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_classes: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config = SequenceTaggerConfig(vocab_size, num_classes, **options)
+        self.config = config
+        d_model = config.d_model
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embeddings = nn.Embedding(vocab_size, d_model, **factory)
+        self.layers = nn.ModuleList(
+            config.build_block(device=device, dtype=dtype) for _ in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(d_model, eps=config.norm_eps, **factory)
+        self.head = nn.Linear(d_model, num_classes, bias=False, **factory)
+        if config.init_std is not None:
+            nn.init.normal_(self.embeddings.weight, std=config.init_std)
+        init_weight(self.head.weight, config.init_std)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: SequenceTaggerConfig | Mapping[str, Any],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SequenceTagger:
+        """Return a new model with the given config.
+
+        Args:
+            config: a config, or its fields as `SequenceTaggerConfig.to_dict` gives them.
+            device: of the parameters.
+            dtype: of the parameters.
+        """
+        if not isinstance(config, SequenceTaggerConfig):
+            config = SequenceTaggerConfig.from_dict(config)
+        return cls(**config.to_dict(), device=device, dtype=dtype)
+
+    def init_state(self, batch_size: int) -> list[MixerState]:
+        """Return the state before the first token, one entry per layer.
+
+        Args:
+            batch_size: B, sequences that advance together.
+        """
+        return [layer.init_state(batch_size) for layer in self._blocks()]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        states: Sequence[MixerState] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Tensor | tuple[Tensor, list[MixerState]]:
+        """Label whole sequences, or continue them from states.
+
+        Args:
+            tokens: int64 `[B, T]`; with `cu_seqlens`, `[1, T]` holding S sequences end to end.
+            states: where the sequences continue from, one per layer; `None` for their beginning.
+            cu_seqlens: int32 `[S + 1]`, where the packed sequences begin and end.
+            return_states: also return the states after the last token.
+
+        Returns:
+            `logits [B, T, num_classes]`, or `(logits, new_states)` with `return_states`.
+
+        Raises:
+            TypeError: `tokens` is not int64.
+            ValueError: a shape or `cu_seqlens` does not fit.
+        """
+        x = self._embed(tokens, "[B, T]", dim=2)
+        new_states: list[MixerState] = []
+        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
+            x = layer(x, state=state, cu_seqlens=cu_seqlens, return_state=return_states)
+            if return_states:
+                x, new_state = x
+                new_states.append(new_state)
+        logits = self.head(self.norm(x))
+        return (logits, new_states) if return_states else logits
+
+    def step(self, tokens: Tensor, states: Sequence[MixerState]) -> tuple[Tensor, list[MixerState]]:
+        """Label one more token of each sequence.
+
+        Args:
+            tokens: int64 `[B]`.
+            states: after the tokens so far, one per layer. Not changed.
+
+        Returns:
+            logits: `[B, num_classes]`.
+            new_states: after this token.
+
+        Raises:
+            TypeError: `tokens` is not int64.
+            ValueError: a shape does not fit.
+        """
+        x = self._embed(tokens, "[B]", dim=1)
+        new_states = []
+        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
+            x, new_state = layer.step(x, state)
+            new_states.append(new_state)
+        return self.head(self.norm(x)), new_states
+
+    def _blocks(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", iter(self.layers))
+
+    def _per_layer(self, states: Sequence[MixerState] | None) -> Sequence[Any]:
+        num_layers = self.config.num_layers
+        if states is None:
+            return [None] * num_layers
+        if len(states) != num_layers:
+            raise ValueError(
+                f"SequenceTagger: `states` must have one entry per layer, {num_layers}, "
+                f"got {len(states)}; use those of this model"
+            )
+        return states
+
+    def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
+        if tokens.dtype != torch.int64:
+            raise TypeError(
+                f"SequenceTagger: `tokens` must be int64, got {tokens.dtype}; convert with .long()"
+            )
+        if tokens.dim() != dim:
+            raise ValueError(
+                f"SequenceTagger: `tokens` must be {layout}, got shape {list(tokens.shape)}; "
+                "use forward for sequences and step for single tokens"
+            )
+        return self.embeddings(tokens)

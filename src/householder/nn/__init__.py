@@ -1,0 +1,24 @@
+"""Modules that own parameters and call maps or ops."""
+
+from householder.nn.mixer import DeltaProductMixer, MixerState
+from householder.nn.normalization import GatedRMSNorm
+from householder.nn.published import (
+    MIXERS,
+    DeltaNet,
+    DeltaProduct,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+)
+from householder.nn.short_convolution import ShortConvolution
+
+__all__ = [
+    "MIXERS",
+    "DeltaNet",
+    "DeltaProduct",
+    "DeltaProductMixer",
+    "GatedDeltaNet",
+    "GatedDeltaProduct",
+    "GatedRMSNorm",
+    "MixerState",
+    "ShortConvolution",
+]

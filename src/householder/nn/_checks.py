@@ -1,0 +1,72 @@
+"""Checks of options and inputs; an error says what was required, what came, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+from torch import Tensor
+
+from householder.ops._checks import check_cu_seqlens
+
+
+def check_positive_int(where: str, name: str, value: object) -> None:
+    """Raise unless `value` is an int of at least 1 (a bool is not an int here)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{where}: `{name}` must be an int, got {value!r}; pass a whole number >= 1"
+        )
+    if value < 1:
+        raise ValueError(f"{where}: `{name}` must be at least 1, got {value}; pass a larger number")
+
+
+def check_positive_float(where: str, name: str, value: object) -> None:
+    """Raise unless `value` is a number greater than 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: `{name}` must be a number, got {value!r}; pass a float > 0")
+    if not value > 0:
+        raise ValueError(f"{where}: `{name}` must be greater than 0, got {value}; pass a float > 0")
+
+
+def check_choice(where: str, name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    names = sorted(choices)
+    if value not in names:
+        listed = ", ".join(repr(n) for n in names)
+        raise ValueError(
+            f"{where}: `{name}` must be one of {listed}, got {value!r}; pick one of them"
+        )
+
+
+def default_head_dim(
+    where: str, d_model: int, num_heads: int, key_share: Fraction = Fraction(1)
+) -> int:
+    """Return K with H · K = key_share · d_model, or raise where that is not a whole number."""
+    head_dim = key_share * d_model / num_heads
+    if head_dim.denominator != 1:
+        raise ValueError(
+            f"{where}: without `head_dim`, {key_share} * d_model must be a multiple of "
+            f"num_heads={num_heads}, got d_model={d_model}; set head_dim"
+        )
+    return int(head_dim)
+
+
+def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | None) -> int:
+    """Check `x [B, T, channels]` and `cu_seqlens`, and return how many sequences they hold."""
+    if x.dim() != 3 or x.shape[-1] != channels:
+        raise ValueError(
+            f"{where}: `x` must be [B, T, {channels}], got shape {list(x.shape)}; "
+            "put the features last, and give a single token the axis T = 1"
+        )
+    if cu_seqlens is None:
+        return x.shape[0]
+    return check_cu_seqlens(where, cu_seqlens, x.shape[0], x.shape[1])
+
+
+def check_state_tensor(where: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `x` has the shape that this mixer and this batch give it."""
+    if x.shape != shape:
+        raise ValueError(
+            f"{where}: `{name}` must be {list(shape)}, got shape {list(x.shape)}; "
+            "use a state of this mixer and of this batch size"
+        )
