@@ -73,7 +73,7 @@ def dot(a, b, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return tl.dot(a, b)
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a, b, input_precision="tf32x3" if PRECISION == "tf32x3" else "tf32")
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return tl.dot(a, b, acc)
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision="tf32x3" if PRECISION == "tf32x3" else "tf32")
 
 
 @triton.jit
@@ -91,14 +91,14 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
 
     The diagonal blocks of 16 are solved by substitution, all at once, then joined pairwise by
     `[[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [−D⁻¹ C A⁻¹, D⁻¹]]`. With X the inverse of the block diagonal
-    and C the blocks beside it, a join is X − X C X.
+    and C the blocks beside it, a join is X − X C X. In the layout of a tensor-core product each
+    warp has one diagonal block to itself, and so the substitution stays inside warps.
     """
     o_r = tl.arange(0, R)
     o_16 = tl.arange(0, 16)
     o_b = tl.arange(0, R // 16)
     on_diagonal = o_b[:, None, None, None] == o_b[None, None, :, None]
     blocks = tl.sum(tl.where(on_diagonal, tl.reshape(m, (R // 16, 16, R // 16, 16)), 0.0), axis=2)
-
     x = tl.where(o_16[:, None] == o_16[None, :], 1.0, 0.0)[None, :, :] + tl.zeros_like(blocks)
     for j in tl.static_range(15):
         # Eliminate column j: rows below it lose their multiple of row j, which is final by now.
@@ -111,8 +111,8 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
         size = 16 << level
         same_pair = (o_r[:, None] // (2 * size)) == (o_r[None, :] // (2 * size))
         other_block = (o_r[:, None] // size) != (o_r[None, :] // size)
-        beside = tl.where(same_pair & other_block, m, 0.0)
+        beside = tl.where(same_pair & other_block, -m, 0.0)
         right = cast_operand(x, PRECISION)
         product = dot(right, cast_operand(beside, PRECISION), PRECISION)
-        x -= dot(cast_operand(product, PRECISION), right, PRECISION)
+        x = dot_add(cast_operand(product, PRECISION), right, x, PRECISION)
     return x

@@ -31,8 +31,9 @@ from householder.ops.wy import compute_dtype, inverse_unit_lower
 
 # The most and the fewest rows of one chunk. Between them a chunk has K rows: many more reflectors
 # than dimensions make the triangle ill-conditioned (at K = 8, float32, β = 2, chunks of 64 rows had
-# 4.6 times the error of the plain recurrence, chunks of 8 rows 1.7 times).
-MAX_CHUNK_ROWS = 64
+# 4.6 times the error of the plain recurrence, chunks of 8 rows 1.7 times). At K = 64 and 128, 64
+# rows took as long as 32 (two cores, AVX-512) and had a fifth more error.
+MAX_CHUNK_ROWS = 32
 MIN_CHUNK_ROWS = 8
 # Elements of one [rows, K] tensor of a segment. On a CPU about ten such tensors share the caches;
 # a GPU wants long batches.
