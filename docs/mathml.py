@@ -10,7 +10,8 @@ from latex2mathml.converter import convert
 
 # What the Markdown extension `pymdownx.arithmatex` leaves of $…$ and $$…$$.
 FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*(?:\\\(|\\\[)(?P<tex>.*?)(?:\\\)|\\\])\s*</(?P=tag)>',
+    r'<(?P<tag>span|div) class="arithmatex">\s*(?:\\\(|\\\[)'
+    r"(?P<tex>.*?)(?:\\\)|\\\])\s*</(?P=tag)>",
     re.DOTALL,
 )
 

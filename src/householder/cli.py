@@ -1,0 +1,268 @@
+"""The `householder` command: flags in; `householder.train` and `.recipes` do the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import householder
+from householder.train.comparison import Comparison, run_comparison, stored_settings
+from householder.train.config import TrainConfig, base_type, field_types, read_toml
+from householder.train.errors import ConfigError, Interrupted, RunError
+from householder.train.interrupt import stop_on_signals
+from householder.train.loop import TrainResult
+
+app = typer.Typer(
+    help="Train sequence models whose memory is updated by products of Householder reflections.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+reproduce_app = typer.Typer(help="Repeat published experiments: published beside measured.")
+app.add_typer(reproduce_app, name="reproduce")
+
+# Typer's base class of wrong usage is public only through its children.
+UsageError: Any = typer.BadParameter.__base__
+
+_OUTPUT = "Output"
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder to write.", rich_help_panel=_OUTPUT)
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Continue what the folder holds, bit for bit.", rich_help_panel=_OUTPUT
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what the folder holds.", rich_help_panel=_OUTPUT),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.
+
+    Args:
+        arguments: the words after `householder`; by default those of the process.
+    """
+    try:
+        code = app(args=arguments, prog_name="householder", standalone_mode=False)
+    except UsageError as error:
+        _fail(error.format_message(), 2)
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except Interrupted as error:
+        _fail(str(error), 128 + error.signum, label="stopped")
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
+    except (RunError, OSError) as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; --resume continues from the last checkpoint", 130, label="stopped")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, *, label: str = "error") -> NoReturn:
+    text = Text.assemble((f"{label}: ", "bold red"), message)
+    Console(stderr=True).print(text, soft_wrap=True)
+    sys.exit(code)
+
+
+def _with_settings(*, show_defaults: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of `TrainConfig`, in place of its `**settings`.
+
+    The command receives every one of them, None where the flag was not given.
+
+    Args:
+        show_defaults: name the defaults of `TrainConfig` in the help.
+    """
+    return functools.partial(_add_settings, show_defaults)
+
+
+def _add_settings(show_defaults: bool, command: Callable[..., None]) -> Callable[..., None]:
+    own = [
+        p
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    types = field_types()
+    settings = [
+        _setting_parameter(field, types[field.name], show_defaults)
+        for field in dataclasses.fields(TrainConfig)
+    ]
+
+    def wrapper(**arguments: Any) -> None:
+        command(**arguments)
+
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    # Typer reads a command's options from these two.
+    wrapper.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *settings]}
+    return wrapper
+
+
+def _setting_parameter(
+    field: dataclasses.Field[Any], annotation: Any, show_default: bool
+) -> inspect.Parameter:
+    kind, _ = base_type(annotation)
+    flag = "--" + field.name.replace("_", "-")
+    help, default, metavar = field.metadata["help"], field.default, None
+    if field.metadata["choices"]:
+        help += f" One of {', '.join(field.metadata['choices'])}."
+    if field.name == "num_householder":
+        help, default, metavar = f"{help} Several may be given: 1,2.", "1,2", "<ints>"
+    if kind is bool:
+        flag, default = f"{flag}/--no-{flag[2:]}", "on" if default else "off"
+    if show_default and default is not None:
+        help += f" [dim]Default: {default}.[/dim]"
+    # The option's own default is None, to tell a flag that was given from one that was not.
+    option = typer.Option(
+        None, flag, help=help, rich_help_panel=field.metadata["section"], metavar=metavar
+    )
+    # A list: the flag may be repeated.
+    annotation = list[str] | None if field.name == "num_householder" else kind | None
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
+    )
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings whose flags were given, `num_householder` as a list of numbers."""
+    given = {name: value for name, value in settings.items() if value not in (None, [])}
+    if "num_householder" in given:
+        words = [word for part in given["num_householder"] for word in part.split(",")]
+        try:
+            given["num_householder"] = [int(word) for word in words]
+        except ValueError as error:
+            raise ConfigError(
+                f"`num_householder` must be numbers such as 2 or 1,2, got {','.join(words)!r}"
+            ) from error
+    return given
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"householder {householder.__version__} (torch {torch.__version__})")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("train")
+@_with_settings(show_defaults=True)
+def _train(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="TOML file of settings, named as the flags, which override it."
+        ),
+    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> None:
+    """Train one model per N (reflections per token) and compare them.
+
+    Without arguments: words over S3, the permutations of three things, with N = 1 and N = 2. One
+    layer with N = 2 learns to multiply them and goes on to four times the training length; with
+    N = 1 it cannot.
+
+    The folder (--out, by default householder-run) receives checkpoints, metrics and accuracy.png.
+    """
+    file = {} if config is None else read_toml(config, also=["out"])
+    folder = _folder(out, file.pop("out", None), "householder-run")
+    base = _stored(folder, resume, overwrite)
+    comparison = Comparison.from_settings({**base, **file, **_given(settings)})
+    _run(comparison, folder, resume=resume, overwrite=overwrite)
+
+
+def _stored(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Return the settings that a resumed run starts from: those it was started with."""
+    if resume and overwrite:
+        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    return stored_settings(folder) if resume else {}
+
+
+def _folder(flag: Path | None, in_file: Any, default: str) -> Path:
+    if in_file is not None and not isinstance(in_file, str):
+        raise ConfigError(f"`out` must be of type str, got {in_file!r}")
+    return flag or Path(in_file or default)
+
+
+def _run(
+    comparison: Comparison, folder: Path, *, resume: bool, overwrite: bool
+) -> list[TrainResult]:
+    from householder.train.progress import ProgressDisplay
+    from householder.train.report import describe, results_table, verdict
+
+    console = Console()
+    display = ProgressDisplay(comparison.configs, console, heading=describe(comparison))
+    with stop_on_signals() as stop, display:
+        results = run_comparison(
+            comparison, folder, resume=resume, overwrite=overwrite, observer=display, stop=stop
+        )
+    console.print(results_table(results))
+    console.print(verdict(results), highlight=False)
+    console.print(f"curves: {folder / 'accuracy.png'}", highlight=False, soft_wrap=True)
+    return results
+
+
+@reproduce_app.callback(invoke_without_command=True)
+def _reproduce(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        from householder.recipes import experiments_table
+
+        Console().print(experiments_table())
+
+
+@reproduce_app.command("state-tracking")
+@_with_settings(show_defaults=False)
+def _state_tracking(
+    size: Annotated[
+        str, typer.Option("--size", help="cpu: minutes on two cores; gpu: as published.")
+    ] = "cpu",
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> None:
+    """Train on the word problem of a group and print published beside measured.
+
+    --task is s3, s4, a5 or s5. Settings given here override those of the chosen size. The folder is
+    by default householder-<task>-<size>.
+    """
+    from householder.recipes import state_tracking
+
+    given = _given(settings)
+    task = given.pop("task", "s3")
+    folder = out or Path(f"householder-{task}-{size}")
+    base = _stored(folder, resume, overwrite) or state_tracking.settings(task, size)
+    comparison = Comparison.from_settings({**base, **given, "task": task})
+    results = _run(comparison, folder, resume=resume, overwrite=overwrite)
+    Console().print(state_tracking.published_beside_measured(results))
+
+
+@reproduce_app.command("constructions")
+def _constructions() -> None:
+    """Check the exact solutions known from theory: no training, seconds on a CPU."""
+    from householder.recipes import constructions
+
+    results = constructions.run_all()
+    Console().print(constructions.results_table(results))
+    if not all(result.exact for result in results):
+        raise typer.Exit(1)

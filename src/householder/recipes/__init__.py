@@ -1,0 +1,74 @@
+"""Published experiments, one file each: what was published beside what is measured here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A published experiment that `householder reproduce` can repeat.
+
+    Attributes:
+        name: the command's name.
+        what: what is done.
+        published: the published result, in a line.
+        where: "Title (Authors, Year), URL".
+        cost: what it takes to run.
+        command: how to run it.
+    """
+
+    name: str
+    what: str
+    published: str
+    where: str
+    cost: str
+    command: str
+
+
+EXPERIMENTS = (
+    Experiment(
+        name="state-tracking",
+        what="Train on the word problems of S3, S4, A5 and S5 and extrapolate in length.",
+        published="One layer with β in (0, 2) needs N = 2 reflections for S3, S4 and A5, 4 for S5.",
+        where="DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products "
+        "(Siems, Carstensen, Zela, Hutter, Pontil, Grazzi, 2025), https://arxiv.org/abs/2502.10297",
+        cost="--size cpu: minutes on two cores (S3, S4, A5); --size gpu: one GPU",
+        command="householder reproduce state-tracking --task s3 --num-householder 1,2",
+    ),
+    Experiment(
+        name="constructions",
+        what="Build the exact solutions known from theory and run them, without training.",
+        published="S_n by n − 1 reflections in one layer, S4 and A5 as rotations by 2, "
+        "Z_m and D_m by two layers of single reflections.",
+        where="Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues (Grazzi, "
+        "Siems, Zela, Franke, Hutter, Pontil, 2024), https://arxiv.org/abs/2411.12537; "
+        "DeltaProduct (2025), https://arxiv.org/abs/2502.10297",
+        cost="seconds on a CPU",
+        command="householder reproduce constructions",
+    ),
+)
+
+
+def experiments_table() -> Table:
+    """Return the list of experiments, to print on a terminal."""
+    from rich.table import Table
+
+    table = Table(
+        title="Published experiments", title_justify="left", show_header=False, show_lines=True
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for e in EXPERIMENTS:
+        details = Table.grid(padding=(0, 1))
+        details.add_column(style="dim", no_wrap=True)
+        details.add_column(overflow="fold")
+        for heading in ("what", "published", "where", "cost"):
+            details.add_row(heading, getattr(e, heading))
+        details.add_row("run", f"[bold]{e.command}[/bold]")
+        table.add_row(e.name, details)
+    return table

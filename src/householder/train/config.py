@@ -1,0 +1,419 @@
+"""The settings of one training run, declared once: flags, TOML keys and checks follow.
+
+A field declared here with `setting(...)` is at once an attribute of `TrainConfig`, a key of the
+TOML file (dashes or underscores) and a flag of `householder train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from householder.nn import MIXERS
+from householder.train.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    section: str,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    may_change: bool = False,
+) -> Any:
+    """Declare a field of `TrainConfig`.
+
+    Args:
+        default: its default value.
+        help: what it means, with its unit; shown by `--help`.
+        section: the heading under which `--help` lists it.
+        choices: the only values allowed.
+        at_least: inclusive lower bound.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
+        may_change: whether a resumed run may use another value, because the weights do not depend
+            on it (or only through rounding).
+
+    Returns:
+        A dataclass field.
+    """
+    metadata = {
+        "help": help,
+        "section": section,
+        "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "below": below,
+        "may_change": may_change,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one training run.
+
+    Every field is checked when the object is made; the lengths are in supervised tokens (a leading
+    BOS token is not counted), the batch in sequences.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or contradicts another.
+
+    Examples:
+        >>> config = TrainConfig(task="s3", num_householder=2, steps=100)
+        >>> config.eval_length
+        128
+        >>> TrainConfig(steps=0)
+        Traceback (most recent call last):
+            ...
+        householder.train.errors.ConfigError: `steps` must be at least 1, got 0
+    """
+
+    task: str = setting(
+        "s3", "What to learn: s3, s4, a5, s5, z<m>, d<m>, parity, mqar, …", section="Task"
+    )
+    length: int = setting(32, "Training length in tokens.", section="Task", at_least=1)
+    min_length: int | None = setting(
+        None,
+        "Draw each sequence's length uniformly from min-length to length, for tasks that pad; "
+        "default: always length.",
+        section="Task",
+        at_least=1,
+    )
+    num_samples: int | None = setting(
+        None,
+        "Size of a fixed training set, reshuffled every epoch; default: fresh data every step.",
+        section="Task",
+        at_least=1,
+    )
+
+    mixer: str = setting(
+        "delta_product", "The sequence mixer.", section="Model", choices=tuple(MIXERS)
+    )
+    num_householder: int = setting(
+        2, "Householder reflections per token (N).", section="Model", at_least=1
+    )
+    num_layers: int = setting(1, "Blocks of mixer and MLP.", section="Model", at_least=1)
+    d_model: int = setting(64, "Width of the residual stream.", section="Model", at_least=1)
+    num_heads: int = setting(4, "Heads of each mixer.", section="Model", at_least=1)
+    head_dim: int | None = setting(
+        None,
+        "Key and value size of a head; default: d-model / num-heads.",
+        section="Model",
+        at_least=1,
+    )
+    mlp_width: int | None = setting(
+        None,
+        "Inner width of the SwiGLU MLP; default: 8/3 · d-model rounded up to a multiple of 256.",
+        section="Model",
+        at_least=1,
+    )
+    allow_neg_eigval: bool = setting(
+        True, "Let β range over (0, 2), so that eigenvalues reach −1.", section="Model"
+    )
+    use_short_conv: bool = setting(
+        False, "Short causal convolutions before the recurrence.", section="Model"
+    )
+
+    steps: int | None = setting(
+        None,
+        "Optimizer steps; default: 1600, or what epochs come to.",
+        section="Optimizer",
+        at_least=1,
+    )
+    epochs: int | None = setting(
+        None,
+        "Passes over the num-samples sequences, in place of steps.",
+        section="Optimizer",
+        at_least=1,
+    )
+    batch_size: int = setting(16, "Sequences per step.", section="Optimizer", at_least=1)
+    lr: float = setting(2e-3, "Peak learning rate of AdamW.", section="Optimizer", above=0)
+    schedule: str = setting(
+        "cosine", "Learning rate after warmup.", section="Optimizer", choices=("cosine", "constant")
+    )
+    warmup: int = setting(
+        20,
+        "Steps over which the learning rate rises linearly from 0.",
+        section="Optimizer",
+        at_least=0,
+    )
+    min_lr: float = setting(
+        0.0, "Learning rate at which the cosine ends.", section="Optimizer", at_least=0
+    )
+    weight_decay: float = setting(
+        0.1, "Decoupled weight decay, on matrices only.", section="Optimizer", at_least=0
+    )
+    beta1: float = setting(
+        0.9, "AdamW's decay of the first moment.", section="Optimizer", at_least=0, below=1
+    )
+    beta2: float = setting(
+        0.95, "AdamW's decay of the second moment.", section="Optimizer", at_least=0, below=1
+    )
+    grad_clip: float = setting(
+        1.0, "Largest gradient norm; 0: no clipping.", section="Optimizer", at_least=0
+    )
+
+    eval_length: int | None = setting(
+        None, "Evaluate up to this length; default: 4 × length.", section="Evaluation", at_least=1
+    )
+    eval_samples: int = setting(
+        1024, "Held-out sequences to evaluate on.", section="Evaluation", at_least=1
+    )
+    eval_interval: int = setting(
+        0,
+        "Steps between evaluations while training; 0: only at the end.",
+        section="Evaluation",
+        at_least=0,
+    )
+    stop_when_solved: int = setting(
+        0,
+        "Stop after this many evaluations in a row reach solved-accuracy at the training length; "
+        "0: never.",
+        section="Evaluation",
+        at_least=0,
+    )
+    solved_accuracy: float = setting(
+        0.999, "The accuracy that counts as solved.", section="Evaluation", above=0
+    )
+
+    seed: int = setting(
+        0, "Seed of the data, the weights and the evaluation.", section="Run", at_least=0
+    )
+    device: str = setting(
+        "auto",
+        "cpu, cuda, cuda:1, … or auto: a GPU when there is one.",
+        section="Run",
+        may_change=True,
+    )
+    dtype: str = setting(
+        "float32",
+        "float32, or bfloat16 for autocast over float32 weights.",
+        section="Run",
+        choices=("float32", "bfloat16"),
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads; default: 1 for small steps, else what PyTorch chooses.",
+        section="Run",
+        at_least=1,
+        may_change=True,
+    )
+    log_interval: int = setting(
+        10, "Steps between lines of metrics.jsonl.", section="Run", at_least=1
+    )
+    checkpoint_interval: int = setting(
+        100, "Steps between checkpoints.", section="Run", at_least=1, may_change=True
+    )
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints to keep.", section="Run", at_least=1, may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        types = field_types()
+        for field in dataclasses.fields(self):
+            value = _checked(field, types[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self._check_together()
+        self._fill_in()
+
+    def _check_together(self) -> None:
+        if self.min_length is not None and self.min_length > self.length:
+            raise ConfigError(
+                f"`min_length` must be at most length={self.length}, got {self.min_length}"
+            )
+        if self.epochs is not None and self.num_samples is None:
+            raise ConfigError("`epochs` needs `num_samples`: fresh data has no end; give `steps`")
+        if self.eval_length is not None and self.eval_length < self.length:
+            raise ConfigError(
+                f"`eval_length` must be at least length={self.length}, got {self.eval_length}"
+            )
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ConfigError(
+                f"`d_model` must be a multiple of num_heads={self.num_heads}, got {self.d_model}; "
+                "change it or give `head_dim`"
+            )
+        if self.mixer in ("delta_net", "gated_delta_net") and self.num_householder != 1:
+            raise ConfigError(
+                f"`num_householder` must be 1 with mixer={self.mixer}, got {self.num_householder}; "
+                f"use {self.mixer.replace('net', 'product')}"
+            )
+        if self.stop_when_solved and not self.eval_interval:
+            raise ConfigError("`stop_when_solved` counts evaluations: give `eval_interval` too")
+        if self.solved_accuracy > 1:
+            raise ConfigError(f"`solved_accuracy` must be at most 1, got {self.solved_accuracy}")
+
+    def _fill_in(self) -> None:
+        """Replace the defaults that depend on other fields by their values."""
+        steps = 1600 if self.steps is None else self.steps
+        if self.epochs is not None:
+            assert self.num_samples is not None  # checked together
+            steps = self.epochs * math.ceil(self.num_samples / self.batch_size)
+            if self.steps not in (None, steps):
+                raise ConfigError(
+                    f"`steps` and `epochs` contradict each other: epochs={self.epochs} of "
+                    f"{self.num_samples} samples are {steps} steps, got steps={self.steps}"
+                )
+        for name, value in {
+            "steps": steps,
+            "eval_length": 4 * self.length if self.eval_length is None else self.eval_length,
+            "head_dim": self.d_model // self.num_heads if self.head_dim is None else self.head_dim,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        """The run's short name, also that of its folder: `s3-N2`."""
+        return f"{self.task}-N{self.num_householder}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings by field name, without those that are None."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+def field_types() -> dict[str, Any]:
+    """Return the annotated type of each field of `TrainConfig`."""
+    return typing.get_type_hints(TrainConfig)
+
+
+def base_type(annotation: Any) -> tuple[type, bool]:
+    """Split an annotation into its type and whether None is allowed.
+
+    Examples:
+        >>> base_type(int | None)
+        (<class 'int'>, True)
+    """
+    members = typing.get_args(annotation)
+    if not members:
+        return annotation, False
+    (kind,) = (m for m in members if m is not type(None))
+    return kind, True
+
+
+def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
+    """Return `value` in the field's type, or raise the reason why it cannot be."""
+    kind, optional = base_type(annotation)
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"`{field.name}` must be of type {kind.__name__}, "
+            f"got {value!r} of type {type(value).__name__}"
+        )
+    rules = field.metadata
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"`{field.name}` must be finite, got {value}")
+    if rules["choices"] is not None and value not in rules["choices"]:
+        allowed = ", ".join(rules["choices"])
+        raise ConfigError(f"`{field.name}` must be one of {allowed}, got {value!r}")
+    if rules["at_least"] is not None and value < rules["at_least"]:
+        raise ConfigError(f"`{field.name}` must be at least {rules['at_least']}, got {value}")
+    if rules["above"] is not None and value <= rules["above"]:
+        raise ConfigError(f"`{field.name}` must be above {rules['above']}, got {value}")
+    if rules["below"] is not None and value >= rules["below"]:
+        raise ConfigError(f"`{field.name}` must be below {rules['below']}, got {value}")
+    return value
+
+
+def differences(stored: TrainConfig, requested: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which two runs differ and which a resumed run may not change.
+
+    Returns:
+        `{name: (stored value, requested value)}`.
+    """
+    return {
+        f.name: (getattr(stored, f.name), getattr(requested, f.name))
+        for f in dataclasses.fields(TrainConfig)
+        if not f.metadata["may_change"] and getattr(stored, f.name) != getattr(requested, f.name)
+    }
+
+
+def describe_differences(different: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return "length=32 there, 64 requested; …" for an error message."""
+    return "; ".join(f"{k}={a!r} there, {b!r} requested" for k, (a, b) in different.items())
+
+
+def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse a name that is not known, naming the nearest that is.
+
+    Raises:
+        ConfigError: with the unknown name and the near match.
+    """
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown setting `{name}`; {hint}")
+
+
+def read_toml(path: Path, *, also: Iterable[str] = ()) -> dict[str, Any]:
+    """Read settings from a TOML file: flat, `name = value`, with dashes or underscores.
+
+    Args:
+        path: the file.
+        also: names allowed besides the fields of `TrainConfig`.
+
+    Returns:
+        The settings by field name, not yet checked for type and range.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or has an unknown key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error}") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    settings: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name in settings:
+            raise ConfigError(f"{path}: `{name}` is given twice, with dashes and with underscores")
+        settings[name] = value
+    check_names(settings, [*field_types(), *also], str(path))
+    return settings
+
+
+def to_toml(settings: Mapping[str, Any]) -> str:
+    """Write flat settings as TOML that `read_toml` reads back to the same values.
+
+    Examples:
+        >>> print(to_toml({"task": "s3", "num_householder": [1, 2], "lr": 1e-3}), end="")
+        task = "s3"
+        num-householder = [1, 2]
+        lr = 0.001
+    """
+    return "".join(f"{k.replace('_', '-')} = {_toml_value(v)}\n" for k, v in settings.items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    # repr of a Python float is the shortest that reads back to the same bits, and is TOML.
+    return repr(value)

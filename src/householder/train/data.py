@@ -1,0 +1,109 @@
+"""Batches as a pure function of (seed, step): a resumed run sees what it would have seen."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from householder.train.config import TrainConfig
+from householder.train.errors import ConfigError
+from householder.train.tasks import Batch, Task, make_task
+
+
+def derive_seed(seed: int, stream: str, index: int = 0) -> int:
+    """Return a seed for one purpose, unrelated to those of other streams and indices.
+
+    Args:
+        seed: the run's seed.
+        stream: the purpose, for example "batch".
+        index: the step, epoch or length within the stream.
+
+    Returns:
+        An integer from 0 to 2³² − 1 (PyTorch's CPU generator uses no more bits).
+
+    Examples:
+        >>> derive_seed(0, "batch", 1) == derive_seed(0, "batch", 1) != derive_seed(0, "batch", 2)
+        True
+    """
+    digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def generator_for(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """Return a CPU generator seeded with `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, stream, index))
+
+
+def make_training_task(config: TrainConfig) -> Task:
+    """Make the configured task.
+
+    Raises:
+        ConfigError: there is no such task, or it cannot make sequences of the configured lengths.
+    """
+    options = {} if config.min_length is None else {"min_length": config.min_length}
+    try:
+        task = make_task(config.task, **options)
+        task.sample(1, config.length, torch.Generator().manual_seed(0))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    return task
+
+
+class FreshData:
+    """Draw a new batch for every step.
+
+    Args:
+        task: what to draw.
+        config: length, batch size and seed.
+        device: where the batches go.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, device: torch.device) -> None:
+        self._task, self._config, self._device = task, config, device
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 0."""
+        config = self._config
+        generator = generator_for(config.seed, "batch", step)
+        batch = self._task.sample(config.batch_size, config.length, generator)
+        if self._device.type == "cpu":
+            return batch
+        # Pinned memory lets the copy run while the device still computes the step before.
+        return Batch(*(x.pin_memory().to(self._device, non_blocking=True) for x in batch))
+
+
+class FixedData:
+    """Draw `num_samples` sequences once and pass over them in a new order every epoch.
+
+    The set lives on the device. The last batch of an epoch is smaller when the batch size does not
+    divide the number of samples.
+
+    Args:
+        task: what to draw.
+        config: number of samples, length, batch size and seed.
+        device: where the set is kept.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, device: torch.device) -> None:
+        assert config.num_samples is not None
+        self._seed, self._size = config.seed, config.batch_size
+        samples = task.sample(config.num_samples, config.length, generator_for(config.seed, "set"))
+        self._samples = Batch(*(x.to(device) for x in samples))
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 0."""
+        num = len(self._samples.tokens)
+        epoch, place = divmod(step, math.ceil(num / self._size))
+        if epoch != self._epoch:
+            order = torch.randperm(num, generator=generator_for(self._seed, "epoch", epoch))
+            self._epoch, self._order = epoch, order.to(self._samples.tokens.device)
+        rows = self._order[place * self._size : (place + 1) * self._size]
+        return Batch(*(x[rows] for x in self._samples))
+
+
+def make_data(task: Task, config: TrainConfig, device: torch.device) -> FreshData | FixedData:
+    """Return the source of training batches that the settings ask for."""
+    return (FixedData if config.num_samples else FreshData)(task, config, device)

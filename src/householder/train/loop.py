@@ -1,0 +1,344 @@
+"""The training loop: one model, one task, one folder.
+
+A run is determined by its settings: batch i is a function of (seed, i), the first weights of the
+seed, and the rest is arithmetic. Hence the same settings give the same weights bit for bit on the
+same machine, and so does a run that was killed at any moment and resumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from householder.train import checkpoint as ckpt
+from householder.train.build import build_model, cpu_threads, resolve_device
+from householder.train.config import TrainConfig, describe_differences, differences
+from householder.train.data import FixedData, FreshData, derive_seed, make_data, make_training_task
+from householder.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from householder.train.evaluation import Evaluation, accuracy, autocast, evaluate
+from householder.train.interrupt import StopRequest
+from householder.train.metrics import MetricsWriter
+from householder.train.observer import Observer
+from householder.train.optim import learning_rate, make_optimizer
+from householder.train.tasks import IGNORE_INDEX, Batch, Task
+from householder.train.tasks.metrics import token_accuracy
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        config: the run's settings.
+        model: the trained model.
+        evaluation: accuracy by length on held-out sequences.
+        steps: optimizer steps done; fewer than asked when it stopped early because it was solved.
+        num_parameters: how many numbers were trained.
+        seconds: time spent training, over all resumes, without evaluations.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    evaluation: Evaluation
+    steps: int
+    num_parameters: int
+    seconds: float
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    stop: StopRequest | None = None,
+) -> TrainResult:
+    """Train one model, then evaluate it.
+
+    The folder receives `metrics.jsonl` and `checkpoints/`. PyTorch's global generators and number
+    of threads are set for the time of the run and put back afterwards.
+
+    Args:
+        config: all settings of the run.
+        folder: where to write; made when missing.
+        resume: continue from the newest checkpoint in the folder, or from the start when the run
+            was killed before the first one.
+        observer: told of every step; shows progress.
+        stop: looked at after every step; when a signal has come, the run is saved and stopped.
+
+    Returns:
+        The trained model and its evaluation.
+
+    Raises:
+        ConfigError: the task or the model cannot be made with these settings.
+        CheckpointError: the checkpoint is damaged or does not fit the settings.
+        NonFiniteError: the loss or the gradient is not finite; the last good checkpoint remains.
+        Interrupted: a signal came; a checkpoint was written first.
+        OSError: the folder cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> config = TrainConfig(task="z2", length=4, d_model=8, num_heads=2, steps=2, batch_size=4)
+        >>> result = train(config, Path(tempfile.mkdtemp()))
+        >>> result.steps, len(result.evaluation.accuracy)
+        (2, 16)
+    """
+    device = resolve_device(config.device)
+    observer, stop = observer or Observer(), stop or StopRequest()
+    with _global_state(config, device):
+        run = _Run.prepare(config, folder, device, observer, stop)
+        if resume:
+            run.restore()
+        observer.started(config, run.step, run.num_parameters)
+        with MetricsWriter(folder / "metrics.jsonl", after_step=run.step) as metrics:
+            run.train(metrics)
+        observer.evaluating(config)
+        evaluation = evaluate(run.model, config, device, check=run.raise_if_stopped)
+    observer.finished(config, evaluation)
+    return TrainResult(config, run.model, evaluation, run.step, run.num_parameters, run.seconds)
+
+
+@contextmanager
+def _global_state(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Seed the global generators and set the number of threads; put both back at the end."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        torch.set_num_threads(cpu_threads(config))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Stopwatch:
+    """Measure the time of training without that of evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._since = 0.0
+
+    def start(self) -> None:
+        self.tokens, self._since = 0, time.perf_counter()
+
+    def lap(self) -> tuple[float, int]:
+        """Return the seconds and tokens since the last lap, and start the next."""
+        lap = time.perf_counter() - self._since, self.tokens
+        self.start()
+        return lap
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begun
+
+
+@dataclass
+class _Run:
+    """The moving parts of a run, and how far it has come."""
+
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    observer: Observer
+    stop: StopRequest
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: FreshData | FixedData
+    # The first step whose loss or gradient was not finite, 0 while there is none. It lives on the
+    # device and is read only when metrics or a checkpoint are due, because reading waits for the
+    # device to catch up.
+    bad_step: Tensor
+    step: int = 0
+    solved_in_a_row: int = 0
+    seconds: float = 0.0
+    watch: _Stopwatch = field(default_factory=_Stopwatch)
+
+    @classmethod
+    def prepare(
+        cls,
+        config: TrainConfig,
+        folder: Path,
+        device: torch.device,
+        observer: Observer,
+        stop: StopRequest,
+    ) -> _Run:
+        task = make_training_task(config)
+        model = build_model(config, task).to(device)
+        optimizer = make_optimizer(model, config)
+        data = make_data(task, config, device)
+        folder.mkdir(parents=True, exist_ok=True)
+        bad_step = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(config, folder, device, observer, stop, task, model, optimizer, data, bad_step)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def finished(self) -> bool:
+        assert self.config.steps is not None
+        enough = self.config.stop_when_solved
+        return self.step >= self.config.steps or 0 < enough <= self.solved_in_a_row
+
+    def train(self, metrics: MetricsWriter) -> None:
+        """Step until the end, a signal, or a loss that is not finite."""
+        config = self.config
+        self.model.train()
+        self.watch.start()
+        while not self.finished:
+            batch = self.data.batch(self.step)
+            loss, grad_norm, logits = self._update(batch)
+            self.step += 1
+            self.watch.tokens += batch.tokens.numel()
+            self.observer.stepped(config, self.step)
+
+            due = {
+                "log": self.step % config.log_interval == 0 or self.step == config.steps,
+                "evaluate": config.eval_interval > 0 and self.step % config.eval_interval == 0,
+                "save": self.step % config.checkpoint_interval == 0 or self.step == config.steps,
+            }
+            stopping = self.stop.signum is not None
+            if stopping or any(due.values()) or self.device.type == "cpu":
+                self._raise_if_not_finite()
+            if due["log"]:
+                self._log(metrics, batch, loss, grad_norm, logits)
+            if due["evaluate"]:
+                self._evaluate(metrics)
+            if due["save"] or stopping or self.finished:
+                self._save(metrics)
+            self.raise_if_stopped()
+
+    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Take one optimizer step; return loss, gradient norm and logits, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        with autocast(self.config, self.device):
+            logits = self.model(batch.tokens)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        # An infinite limit clips nothing and still gives the norm.
+        limit = self.config.grad_clip or float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+
+        first = (self.bad_step == 0) & ~(loss.isfinite() & grad_norm.isfinite())
+        self.bad_step = torch.where(first, self.step + 1, self.bad_step)
+        return loss.detach(), grad_norm, logits.detach()
+
+    def _log(
+        self, metrics: MetricsWriter, batch: Batch, loss: Tensor, grad_norm: Tensor, logits: Tensor
+    ) -> None:
+        seconds, tokens = self.watch.lap()
+        self.seconds += seconds
+        predictions = logits.argmax(dim=-1)
+        record = {
+            "step": self.step,
+            "loss": loss.item(),
+            "accuracy": accuracy(self.task, predictions, batch.labels),
+            "token_accuracy": token_accuracy(predictions, batch.labels),
+            "grad_norm": grad_norm.item(),
+            "lr": learning_rate(self.config, self.step - 1),
+            "tokens_per_second": tokens / seconds,
+            "seconds": self.seconds,
+        }
+        metrics.write(record)
+        self.observer.logged(self.config, record)
+
+    def _evaluate(self, metrics: MetricsWriter) -> None:
+        with self.watch.paused():
+            config = self.config
+            evaluation = evaluate(self.model, config, self.device)
+            solved = evaluation.at(config.length) >= config.solved_accuracy
+            self.solved_in_a_row = self.solved_in_a_row + 1 if solved else 0
+            record = {
+                "step": self.step,
+                "held_out_accuracy": evaluation.at(config.length),
+                "extrapolated_accuracy": evaluation.accuracy[-1],
+            }
+            metrics.write(record)
+            self.observer.logged(config, record)
+
+    def _save(self, metrics: MetricsWriter) -> None:
+        with self.watch.paused():
+            metrics.sync()
+            state = {
+                "config": self.config.to_dict(),
+                "solved_in_a_row": self.solved_in_a_row,
+                "seconds": self.seconds,
+                "random": ckpt.random_state(self.device),
+                "torch": torch.__version__,
+            }
+            content = ckpt.Checkpoint(
+                self.step,
+                self.model.state_dict(),
+                ckpt.optimizer_tensors(self.model, self.optimizer),
+                state,
+            )
+            ckpt.save(self.checkpoints, content, keep=self.config.keep_checkpoints)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged or of other settings.
+        """
+        path = ckpt.latest(self.checkpoints)
+        if path is None:
+            return
+        checkpoint = ckpt.load(path)
+        state = checkpoint.state
+        try:
+            stored = TrainConfig(**state["config"])
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: its settings are not of this version of householder: {error}"
+            ) from error
+        if different := differences(stored, self.config):
+            raise CheckpointError(
+                f"{path}: the checkpoint does not fit the requested settings: "
+                f"{describe_differences(different)}; drop these settings or use another folder"
+            )
+        ckpt.restore_model(self.model, checkpoint.model)
+        ckpt.restore_optimizer(self.model, self.optimizer, checkpoint.optimizer)
+        ckpt.restore_random_state(state["random"], self.device)
+        self.step = checkpoint.step
+        self.solved_in_a_row, self.seconds = state["solved_in_a_row"], state["seconds"]
+
+    def _raise_if_not_finite(self) -> None:
+        bad_step = int(self.bad_step)
+        if bad_step:
+            last = ckpt.latest(self.checkpoints)
+            kept = "no checkpoint had been written" if last is None else f"kept {last}"
+            raise NonFiniteError(
+                f"{self.config.name}: the loss or its gradient is not finite at step {bad_step}; "
+                f"{kept}; try a smaller --lr or --grad-clip, or a longer --warmup",
+                bad_step,
+            )
+
+    def raise_if_stopped(self) -> None:
+        """Raise `Interrupted` when a signal has come; by then the run is saved."""
+        if self.stop.signum is not None:
+            raise Interrupted(
+                f"{self.config.name}: {self.stop.name} at step {self.step}; saved; "
+                "continue with --resume",
+                self.stop.signum,
+            )

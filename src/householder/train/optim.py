@@ -1,0 +1,62 @@
+"""The optimizer and its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from householder.train.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Make AdamW, with weight decay on matrices only.
+
+    Biases, gains and the gates' parameters have one dimension and are not decayed; neither is a
+    parameter that carries the attribute `_no_weight_decay = True`.
+
+    Args:
+        model: the module to train.
+        config: `lr`, `weight_decay`, `beta1`, `beta2`.
+
+    Returns:
+        The optimizer. Its update is one fused pass over the parameters, on the CPU too.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
+    chosen = set(decayed)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p not in chosen], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of a step.
+
+    It rises linearly over the first `warmup` steps, lr · (step + 1) / warmup; then it stays, or
+    falls along half a cosine from `lr` to `min_lr`, which it would reach one step after the last.
+
+    Args:
+        config: `lr`, `min_lr`, `schedule`, `warmup`, `steps`.
+        step: counted from 0.
+
+    Examples:
+        >>> config = TrainConfig(lr=1.0, warmup=2, steps=6, schedule="cosine")
+        >>> [round(learning_rate(config, step), 3) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    assert config.steps is not None
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,191 @@
+"""The picture: accuracy against length, one curve per run."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from householder.train.evaluation import METRIC_NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from householder.train.loop import TrainResult
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, FAINT = "#222222", "#8a8a8a"
+
+
+def plot_accuracy(results: Sequence[TrainResult]) -> bytes:
+    """Draw accuracy by length for several runs of one task.
+
+    The bands are 95% Wilson intervals over the evaluated sequences; the training length is marked.
+
+    Args:
+        results: at least one run; all of the same task and lengths.
+
+    Returns:
+        A PNG file.
+    """
+    figure = accuracy_figure(results)
+    buffer = io.BytesIO()
+    # No date and no version inside: the same curves give the same file.
+    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def accuracy_figure(results: Sequence[TrainResult]) -> Figure:
+    """Draw what `plot_accuracy` writes, as a matplotlib figure (without pyplot's global state)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    config, metric = results[0].config, results[0].evaluation.metric
+    longest = max(result.evaluation.lengths[-1] for result in results)
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlim(0, longest)
+    axes.set_ylim(-0.02, 1.06)
+    _mark_training_length(axes, config.length, longest)
+    for result, color in zip(results, cycle(COLORS), strict=False):
+        _draw_curve(axes, result, color)
+    _name_curves(axes, results, longest)
+
+    axes.set_title(_title(results), loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
+    axes.text(0, 1.035, _subtitle(results), transform=axes.transAxes, fontsize=9, color=FAINT)
+    axes.set_xlabel("position (tokens)" if metric == "prefix" else "length (tokens)", color=INK)
+    axes.set_ylabel(METRIC_NAMES[metric], color=INK)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    ticks = _ticks(config.length, longest)
+    axes.set_xticks(ticks, [_tick_label(tick, config.length) for tick in ticks])
+    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _mark_training_length(axes: Axes, length: int, longest: int) -> None:
+    left, _ = axes.get_xlim()
+    axes.axvspan(left, length, color="#f4f4f4", linewidth=0, zorder=0)
+    axes.axvline(length, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    # Along the line, where neither a solved nor a failed curve passes.
+    axes.annotate(
+        f"training length {length}",
+        (length, 0.5),
+        (5 if longest > length else -5, 0),
+        textcoords="offset points",
+        rotation=90,
+        va="center",
+        ha="left" if longest > length else "right",
+        fontsize=9,
+        color=FAINT,
+    )
+
+
+def _draw_curve(axes: Axes, result: TrainResult, color: str) -> None:
+    evaluation = result.evaluation
+    bands = [wilson_interval(a, evaluation.num_samples) for a in evaluation.accuracy]
+    axes.plot(
+        evaluation.lengths,
+        evaluation.accuracy,
+        color=color,
+        linewidth=2.4,
+        marker="" if evaluation.metric == "prefix" else "o",
+        markersize=4,
+        solid_capstyle="round",
+        clip_on=False,
+        zorder=3,
+        label=result.config.name,
+    )
+    axes.fill_between(
+        evaluation.lengths,
+        [low for low, _ in bands],
+        [high for _, high in bands],
+        color=color,
+        alpha=0.18,
+        linewidth=0,
+        zorder=2,
+    )
+
+
+def _name_curves(axes: Axes, results: Sequence[TrainResult], longest: int) -> None:
+    """Write N and the last accuracy at each curve's end, moved apart where they would touch."""
+    apart, height = 0.075, -1.0
+    for result in sorted(
+        results, key=lambda r: (r.evaluation.accuracy[-1], -r.config.num_householder)
+    ):
+        line = next(x for x in axes.get_lines() if x.get_label() == result.config.name)
+        last = result.evaluation.accuracy[-1]
+        height = max(last, height + apart)
+        axes.annotate(
+            f"N = {result.config.num_householder}  ({last:.1%})",
+            (longest, height),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            fontweight="bold",
+            color=line.get_color(),
+            annotation_clip=False,
+        )
+
+
+def _title(results: Sequence[TrainResult]) -> str:
+    config, evaluation = results[0].config, results[0].evaluation
+    if evaluation.metric == "prefix":
+        what = f"Tracking the product of a word over {config.task.upper()}"
+    else:
+        what = config.task.replace("-", " ").capitalize()
+    return f"{what}, trained on {config.length} tokens"
+
+
+def _subtitle(results: Sequence[TrainResult]) -> str:
+    config = results[0].config
+    layers = "one layer" if config.num_layers == 1 else f"{config.num_layers} layers"
+    mixer = "".join(word.capitalize() for word in config.mixer.split("_"))
+    beta = "β ∈ (0, 2)" if config.allow_neg_eigval else "β ∈ (0, 1)"
+    return (
+        f"{layers} of {mixer} with N reflections per token, {beta}, d = {config.d_model}, "
+        f"{config.num_heads} heads; {results[0].evaluation.num_samples:,} held-out sequences"
+    )
+
+
+def _tick_label(length: int, training_length: int) -> str:
+    if length <= training_length:
+        return str(length)
+    return f"{length}\n{length // training_length}×"
+
+
+def _ticks(length: int, longest: int) -> list[int]:
+    """Return multiples of the training length, about eight of them at most."""
+    stride = length * max(1, round(longest / length / 8))
+    return list(range(0, longest + 1, stride))
+
+
+def wilson_interval(accuracy: float, num_samples: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's score interval of a proportion.
+
+    Args:
+        accuracy: the measured proportion.
+        num_samples: out of how many.
+        z: quantile of the normal distribution; 1.96 for 95%.
+
+    Returns:
+        Lower and upper bound.
+
+    Examples:
+        >>> [round(bound, 4) for bound in wilson_interval(1.0, 1024)]
+        [0.9963, 1.0]
+    """
+    shrink = 1 + z**2 / num_samples
+    middle = (accuracy + z**2 / (2 * num_samples)) / shrink
+    spread = accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2)
+    half = z * math.sqrt(spread) / shrink
+    return max(0.0, middle - half), min(1.0, middle + half)

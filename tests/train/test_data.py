@@ -1,0 +1,73 @@
+import itertools
+
+import pytest
+import torch
+
+from householder.train.data import derive_seed, make_data, make_training_task
+from householder.train.optim import learning_rate, make_optimizer
+
+
+def batches(config, steps):
+    data = make_data(make_training_task(config), config, torch.device("cpu"))
+    return [data.batch(step) for step in steps]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_samples": 10}], ids=["fresh", "fixed"])
+def test_a_batch_depends_on_seed_and_step_alone(tiny, settings):
+    in_order = batches(tiny(**settings), range(8))
+    for step in (7, 2, 5):
+        (alone,) = batches(tiny(**settings), [step])
+        assert torch.equal(alone.tokens, in_order[step].tokens)
+        assert torch.equal(alone.labels, in_order[step].labels)
+    for one, other in itertools.pairwise(in_order):
+        assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
+    (other_seed,) = batches(tiny(**settings, seed=1), [0])
+    assert not torch.equal(other_seed.tokens, in_order[0].tokens)
+
+
+def test_an_epoch_sees_every_sample_once_in_a_new_order(tiny):
+    config = tiny(num_samples=10, batch_size=4)
+    first, second = batches(config, range(3)), batches(config, range(3, 6))
+    assert [len(batch.tokens) for batch in first] == [4, 4, 2]
+    one, two = (torch.cat([b.tokens for b in epoch]) for epoch in (first, second))
+    assert sorted(one.tolist()) == sorted(two.tolist())
+    assert not torch.equal(one, two)
+
+
+def test_shorter_sequences_where_the_task_pads(tiny):
+    config = tiny(task="parity", length=8, min_length=2, batch_size=64)
+    (batch,) = batches(config, [0])
+    answers = (batch.labels >= 0).int().argmax(dim=1) + 1
+    assert (answers.min(), answers.max()) == (2, 8)
+
+
+def test_streams_are_unrelated():
+    seeds = [
+        derive_seed(seed, stream, index)
+        for seed in range(10)
+        for stream in ("batch", "epoch", "held-out")
+        for index in range(100)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_learning_rate_rises_then_falls_to_its_minimum(tiny):
+    config = tiny(lr=1.0, min_lr=0.1, warmup=4, steps=1000)
+    rates = [learning_rate(config, step) for step in range(1000)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[-1] == pytest.approx(0.1, abs=1e-4)
+    assert learning_rate(tiny(lr=1.0, warmup=4, schedule="constant"), 11) == 1.0
+
+
+def test_only_matrices_are_decayed():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.RMSNorm(2), torch.nn.Linear(2, 2))
+    model[2].weight._no_weight_decay = True
+    from householder.train import TrainConfig
+
+    decayed, spared = make_optimizer(model, TrainConfig(weight_decay=0.5)).param_groups
+    assert decayed["weight_decay"] == 0.5
+    assert decayed["params"] == [model[0].weight]
+    assert spared["weight_decay"] == 0
+    assert len(spared["params"]) == 4

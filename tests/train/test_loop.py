@@ -1,0 +1,202 @@
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, loop, train
+from householder.train import checkpoint as ckpt
+from householder.train.interrupt import StopRequest
+from householder.train.metrics import read_metrics
+from householder.train.observer import Observer
+
+from .conftest import assert_same_run, final_state, timeless_metrics
+
+
+class StopAt(Observer):
+    """Send a signal's request at a step."""
+
+    def __init__(self, step):
+        self.step, self.request = step, StopRequest()
+
+    def stepped(self, config, step):
+        if step == self.step:
+            self.request.signum = signal.SIGTERM
+
+
+def interrupt(config, folder, step, **options):
+    observer = StopAt(step)
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}; saved"):
+        train(config, folder, observer=observer, stop=observer.request, **options)
+
+
+def test_same_seed_same_bits(tiny, tmp_path):
+    torch.manual_seed(1)
+    one = train(tiny(), tmp_path / "one")
+    torch.manual_seed(2)
+    two = train(tiny(), tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert one.evaluation == two.evaluation
+
+
+def test_another_seed_gives_other_weights(tiny, tmp_path):
+    train(tiny(), tmp_path / "one")
+    train(tiny(seed=1), tmp_path / "two")
+    one, two = (final_state(tmp_path / name)[0] for name in ("one", "two"))
+    assert not torch.equal(one["head.weight"], two["head.weight"])
+    assert timeless_metrics(tmp_path / "one") != timeless_metrics(tmp_path / "two")
+
+
+def test_training_leaves_the_global_state_alone(tiny, tmp_path):
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(tiny(threads=threads + 1), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_samples": 10, "steps": 14},
+        {"eval_interval": 2, "stop_when_solved": 3, "solved_accuracy": 1e-9, "task": "z2"},
+        {"mixer": "gated_delta_product", "use_short_conv": True, "num_layers": 2},
+        {"dtype": "bfloat16"},
+    ],
+    ids=["fresh", "fixed", "early stop", "gated", "bfloat16"],
+)
+def test_interrupted_and_resumed_is_uninterrupted(tiny, tmp_path, settings):
+    config = tiny(**settings)
+    whole = train(config, tmp_path / "whole")
+    interrupt(config, tmp_path / "parts", 3)
+    interrupt(config, tmp_path / "parts", 5, resume=True)
+    parts = train(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert (parts.evaluation, parts.steps) == (whole.evaluation, whole.steps)
+
+
+def test_death_between_checkpoints_repeats_the_lost_steps(tiny, tmp_path):
+    class DieAt(Observer):
+        def stepped(self, config, step):
+            if step == 11:
+                raise KeyboardInterrupt
+
+    train(tiny(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tmp_path / "parts", observer=DieAt())
+    path = tmp_path / "parts" / "metrics.jsonl"
+    # Step 9 was logged after the checkpoint of step 8; a kill can cut the next line short.
+    assert [r["step"] for r in read_metrics(path)] == [3, 6, 9]
+    with open(path, "a") as file:
+        file.write('{"step": 1')
+    train(tiny(), tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_before_the_first_checkpoint_starts_anew(tiny, tmp_path):
+    train(tiny(), tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    train(tiny(), tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_of_a_finished_run_only_evaluates(tiny, tmp_path):
+    first = train(tiny(), tmp_path)
+    before = ckpt.latest(tmp_path / "checkpoints").stat().st_mtime_ns
+    second = train(tiny(), tmp_path, resume=True)
+    assert second.evaluation == first.evaluation
+    assert ckpt.latest(tmp_path / "checkpoints").stat().st_mtime_ns == before
+
+
+def test_checkpoint_of_other_settings_is_refused(tiny, tmp_path):
+    train(tiny(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not fit.*length=6 there, 5 requested"):
+        train(tiny(length=5), tmp_path, resume=True)
+    # The weights do not depend on how often they are saved.
+    train(tiny(checkpoint_interval=1), tmp_path, resume=True)
+
+
+def test_damaged_checkpoint_is_refused(tiny, tmp_path):
+    train(tiny(), tmp_path)
+    path = ckpt.latest(tmp_path / "checkpoints") / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"optimizer.safetensors is damaged.*from step 8"):
+        train(tiny(), tmp_path, resume=True)
+    # What the message advises works, and gives the same end.
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+    train(tiny(), tmp_path, resume=True)
+    train(tiny(), tmp_path / "whole")
+    assert_same_run(tmp_path, tmp_path / "whole")
+
+
+class BadAt(nn.Module):
+    """A model whose logits (or their gradient) turn to NaN in one training step."""
+
+    def __init__(self, model, step, where):
+        super().__init__()
+        self.model, self.step, self.where, self.calls = model, step, where, 0
+
+    def forward(self, tokens):
+        logits = self.model(tokens)
+        self.calls += self.training
+        if self.calls == self.step and self.where == "loss":
+            return logits * float("nan")
+        if self.calls == self.step:
+            logits.register_hook(lambda gradient: gradient * float("inf"))
+        return logits
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_with_the_step_and_keeps_the_last_good(tiny, tmp_path, monkeypatch, where):
+    build = loop.build_model
+    monkeypatch.setattr(loop, "build_model", lambda *a: BadAt(build(*a), 7, where))
+    config = tiny(checkpoint_interval=2)
+    with pytest.raises(NonFiniteError, match=r"not finite at step 7; kept .*step-00000006") as info:
+        train(config, tmp_path)
+    assert info.value.step == 7
+    assert ckpt.steps(tmp_path / "checkpoints") == [4, 6]
+    model = ckpt.load(ckpt.latest(tmp_path / "checkpoints")).model
+    assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+def test_stops_early_once_solved(tiny, tmp_path):
+    config = tiny(eval_interval=2, stop_when_solved=2, solved_accuracy=1e-9, task="z2", length=1)
+    result = train(config, tmp_path)
+    assert result.steps == 4
+    assert final_state(tmp_path)[2]["step"] == 4
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "s99x"}, "`name` must be one of"),
+        ({"min_length": 2}, "min_length"),
+        ({"device": "abacus"}, "`device` must be auto, cpu, cuda"),
+        ({"device": "cuda:99"}, "`device` is 'cuda:99', but PyTorch sees"),
+    ],
+)
+def test_settings_that_only_the_run_can_refuse(tiny, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(**settings), tmp_path / "out")
+
+
+def test_metrics_say_what_happened(tiny, tmp_path):
+    train(tiny(), tmp_path)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [3, 6, 9, 12]
+    for record in records:
+        assert record["loss"] > 0
+        assert 0 <= record["accuracy"] <= record["token_accuracy"] <= 1
+        assert record["tokens_per_second"] > 0
+    assert records[-1]["lr"] < records[0]["lr"]
+
+
+def test_training_reduces_the_loss(tiny, tmp_path):
+    train(tiny(task="z2", steps=150, lr=1e-2, batch_size=16, d_model=16), tmp_path)
+    losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < losses[0] / 10
