@@ -16,7 +16,6 @@ import csv
 import datetime
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -136,9 +135,20 @@ def _peak_memory_here(case_name: str, variant: str, threads: int) -> float:
     case = next(case for case in CASES if case.name == case_name)
     run = case.variants()[variant]
     torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own buffers
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")  # only Linux can forget the peak of what went before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """Return a memory figure of this process, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no field {field}")
 
 
 def describe_environment(threads: int) -> dict[str, object]:

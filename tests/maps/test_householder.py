@@ -158,7 +158,7 @@ class TestFromOrthogonal:
         reflections = int((product.beta != 0).sum())
         assert (-1.0) ** reflections == sign
 
-    @pytest.mark.parametrize("angle", [1e-3, 1e-7, 1e-12, 1e-20, 1e-30])
+    @pytest.mark.parametrize("angle", [1e-3, 1e-7, 1e-12, 1e-20, 1e-21, 3e-22, 1e-30])
     def test_nearly_the_identity(self, angle):
         """Where x − ‖x‖ e_1 cancels: the small entries come back with relative accuracy."""
         A = draw(6, 6)

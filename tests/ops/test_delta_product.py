@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from householder import delta_product, delta_product_step
-from householder.ops.delta_product import chunk
+from householder.ops.delta_product import chunk, op
 from householder.testing import assert_as_accurate, delta_product_inputs, relative_error
 
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
@@ -418,11 +418,12 @@ class TestTransforms:
 
     def test_registration(self):
         args = (*self.args[:5], 0.3, self.args[5], None)
-        saved = torch.ops.householder.delta_product.default(*args, True)
+        saved = torch.ops.householder.delta_product.default(*args, True, "chunk")
         do, dstate = torch.ones_like(saved[0]), torch.ones_like(saved[1])
-        torch.library.opcheck(torch.ops.householder.delta_product.default, (*args, True))
+        torch.library.opcheck(torch.ops.householder.delta_product.default, (*args, True, "chunk"))
         torch.library.opcheck(
-            torch.ops.householder.delta_product_backward.default, (do, dstate, *args, *saved[2:])
+            torch.ops.householder.delta_product_backward.default,
+            (do, dstate, *args, *saved[2:], "chunk"),
         )
 
     def test_second_order_is_refused_with_the_remedy(self):
@@ -441,11 +442,9 @@ class TestTransforms:
 
 
 def test_no_gradient_asked_for_saves_nothing(monkeypatch):
-    from householder.ops.delta_product import op
-
     seen = []
     inner = op.delta_product_op
-    monkeypatch.setattr(op, "delta_product_op", lambda *a: seen.append(a[-1]) or inner(*a))
+    monkeypatch.setattr(op, "delta_product_op", lambda *a: seen.append(a[-2]) or inner(*a))
     inputs = delta_product_inputs()
     delta_product(**inputs)
     delta_product(**{**inputs, "v": inputs["v"].clone().requires_grad_()})
@@ -468,7 +467,7 @@ class TestErrors:
             ({"initial_state": torch.zeros(1, 2, 8, 6)}, ValueError, "`initial_state` must be"),
             ({"q": [1.0]}, TypeError, "`q` must be a tensor, got list"),
             ({"q": torch.zeros(2, 37, 2, 8, dtype=torch.long)}, TypeError, "`q` must be real"),
-            ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "chunk", "reference"'),
+            ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "triton"'),
             ({"g": torch.zeros(2, 37, 2, device="meta")}, ValueError, "one device"),
             ({"cu_seqlens": torch.tensor([0, 37])}, ValueError, "int32"),
             ({"cu_seqlens": torch.tensor([0, 37], dtype=torch.int32)}, ValueError, "B = 1"),
@@ -493,6 +492,53 @@ class TestErrors:
         token["k"] = token["k"][:, 0]
         with pytest.raises(ValueError, match=r"`k` must be \[B, N, H, K\]"):
             delta_product_step(**token, state=inputs["initial_state"])
+
+
+class TestChoiceOfForm:
+    """`auto` is a function of device, dtypes and sizes; an explicit choice runs or says why not."""
+
+    @pytest.fixture(autouse=True)
+    def _not_interpreted(self, monkeypatch):
+        monkeypatch.setattr(op, "INTERPRETING", False)
+        monkeypatch.setattr(op, "HAS_TRITON", True)
+
+    def make(self, K=16, V=16, N=2, dtype=torch.float32, device="cuda"):
+        class Like:  # all that the choice may look at
+            def __init__(self, *shape):
+                self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
+
+        return Like(1, 5, 2, K), Like(1, 5, N, 2, K), Like(1, 5, N, 2, V)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({}, None),
+            ({"K": 256, "V": 16, "N": 8, "dtype": torch.bfloat16}, None),
+            ({"dtype": torch.float64}, "got `q` in torch.float64"),
+            ({"K": 24}, "K must be a multiple of 16 up to 256, got 24"),
+            ({"V": 272}, "V must be a multiple of 16 up to 256, got 272"),
+            ({"N": 9}, "N must be at most 8, got 9"),
+            ({"device": "cpu"}, "CUDA device, got cpu"),
+        ],
+    )
+    def test_what_the_kernels_take(self, change, reason):
+        actual = op.why_not_triton(*self.make(**change))
+        assert actual is None if reason is None else reason in actual
+
+    def test_without_triton(self, monkeypatch):
+        monkeypatch.setattr(op, "HAS_TRITON", False)
+        assert "not installed" in op.why_not_triton(*self.make())
+
+    def test_explicit_choice_raises_with_the_reason(self):
+        inputs = delta_product_inputs()
+        with pytest.raises(NotImplementedError, match='impl="triton" cannot run: it needs'):
+            delta_product(**inputs, impl="triton")
+        token = {name: inputs[name][:, 0] for name in ("q", "k", "v", "beta", "g")}
+        state = inputs["initial_state"]
+        with pytest.raises(NotImplementedError, match="gradients are on"):
+            delta_product_step(**token, state=state, impl="triton")
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="CUDA device"):
+            delta_product_step(**token, state=state, impl="triton")
 
 
 def test_every_argument_is_documented():

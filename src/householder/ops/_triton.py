@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Offsets inside one tile are 32-bit integers; a tile spans at most this many rows.
 TILE_ROWS = 64
@@ -14,6 +20,17 @@ TILE_ROWS = 64
 def interpreting() -> bool:
     """Say whether kernels run on the CPU, under `TRITON_INTERPRET=1`."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def on_its_device(function: Function) -> Function:
+    """Make the device of a launcher's first tensor the current one while it runs."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -37,10 +54,13 @@ def dot_precision(*tensors: Tensor) -> str:
     its ten bits and the range that states and gradients need; bfloat16 goes to the tensor cores as
     it is.
     """
-    dtype = torch.float32
-    if all(x.dtype == tensors[0].dtype for x in tensors):
-        dtype = tensors[0].dtype
-    return {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(dtype, "tf32x3")
+    dtypes = {x.dtype for x in tensors}
+    if torch.float64 in dtypes:
+        raise NotImplementedError(
+            'the Triton kernels compute in float32, got float64; use impl="chunk" or "reference"'
+        )
+    names = {torch.bfloat16: "bf16", torch.float16: "tf32"}
+    return names.get(dtypes.pop(), "tf32x3") if len(dtypes) == 1 else "tf32x3"
 
 
 def operand_dtype(precision: str) -> torch.dtype:
@@ -56,7 +76,11 @@ def power_of_two(size: int, least: int = 16, most: int | None = None) -> int:
 
 @triton.jit
 def cast_operand(x, PRECISION: tl.constexpr):
-    """Bring a tile to the dtype that `dot` multiplies."""
+    """Bring a tile to what `dot` multiplies.
+
+    PRECISION is what `dot_precision` returns, or "tf32 cut": TF32 whose surplus bits the tensor
+    cores cut off, for results that are rounded to bfloat16 in any case.
+    """
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
     elif PRECISION == "tf32":

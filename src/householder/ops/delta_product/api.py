@@ -8,10 +8,10 @@ from torch import Tensor
 from householder.ops import _checks
 from householder.ops._dispatch import check_impl
 from householder.ops.delta_product import reference
-from householder.ops.delta_product.op import DeltaProduct
+from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
 from householder.ops.wy import compute_dtype
 
-IMPLS = ("chunk", "reference")
+IMPLS = ("triton", "chunk", "reference")
 
 
 def delta_product(
@@ -50,8 +50,10 @@ def delta_product(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
             Sequences may be empty.
-        impl: `"chunk"` (blocked into matrix products), `"reference"` (a loop over tokens) or
-            `"auto"`, which is `"chunk"`.
+        impl: `"triton"` (GPU kernels), `"chunk"` (blocked into matrix products, any device),
+            `"reference"` (a loop over tokens) or `"auto"`: `"triton"` for float32, bfloat16 and
+            float16 on a CUDA device with K and V multiples of 16 up to 256 and N ≤ 8, if triton
+            is installed; `"chunk"` otherwise.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state, shaped as `initial_state`, or None.
@@ -60,7 +62,8 @@ def delta_product(
     Raises:
         ValueError: a shape, device or `cu_seqlens` does not fit, or `impl` is unknown.
         TypeError: an argument is no tensor, or is not real floating point.
-        NotImplementedError: a second-order gradient of the chunked form.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of
+            a form other than the reference is asked for.
 
     Gradients:
         First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
@@ -94,8 +97,9 @@ def delta_product(
         save = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
         )
+        form = _choose_form("delta_product", impl, q, k, v)
         args = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
-        o, state, *_ = DeltaProduct.apply(*args, save)
+        o, state, *_ = DeltaProduct.apply(*args, save, form)
     return o, state if output_final_state else None
 
 
@@ -123,7 +127,9 @@ def delta_product_step(
         g: forget gate `[B, HV]`, natural logarithm, ≤ 0, or None.
         state: `[B, HV, K, V]`; it is not changed.
         scale: factor on the output; `K ** -0.5` if None.
-        impl: `"reference"` or `"auto"`, which is the same: one token is N rank-one updates.
+        impl: `"triton"` (one GPU kernel, without gradients), `"reference"` (N rank-one updates), or
+            `"auto"`: `"triton"` where `delta_product` would choose it and gradients are off
+            (`torch.no_grad`, `torch.inference_mode`), `"reference"` otherwise.
 
     Returns:
         o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
@@ -131,9 +137,10 @@ def delta_product_step(
     Raises:
         ValueError: a shape or device does not fit, or `impl` is unknown.
         TypeError: an argument is no tensor, or is not real floating point.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on.
 
     Gradients:
-        Every order, reverse and forward mode.
+        Of the reference, every order, in reverse and forward mode.
 
     Examples:
         >>> import torch
@@ -147,7 +154,7 @@ def delta_product_step(
         (torch.Size([2, 3, 4]), torch.Size([2, 3, 8, 4]))
     """
     op = "delta_product_step"
-    check_impl(op, impl, ("reference",))
+    check_impl(op, impl, ("triton", "reference"))
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state}
     _check_tensors(op, tensors)
     if v.dim() != 4:
@@ -166,8 +173,29 @@ def delta_product_step(
     _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
     scale = K**-0.5 if scale is None else float(scale)
     state = state.to(compute_dtype(q, k, v, beta, state))
-    o, state = reference.step(q, k, v, beta, g, scale, state)
-    return o.to(v.dtype), state
+    if torch.is_grad_enabled() and impl == "triton":
+        raise NotImplementedError(
+            f'{op}: impl="triton" has no gradients, and gradients are on; '
+            'use torch.no_grad() or impl="reference"'
+        )
+    if torch.is_grad_enabled() or _choose_form(op, impl, q, k, v, state) != "triton":
+        o, state = reference.step(q, k, v, beta, g, scale, state)
+        return o.to(v.dtype), state
+    return delta_product_step_op(q, k, v, beta, g, scale, state)
+
+
+def _choose_form(op: str, impl: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> str:
+    """Return the form to run; an explicit choice runs or raises with the reason."""
+    if impl in ("chunk", "reference"):
+        return impl
+    reason = why_not_triton(q, k, v, *others)
+    if reason is None and (impl == "triton" or v.device.type == "cuda"):
+        return "triton"
+    if impl == "triton":
+        raise NotImplementedError(
+            f'{op}: impl="triton" cannot run: {reason}; impl="auto" chooses a form that can'
+        )
+    return "chunk"
 
 
 def _check_sequence_inputs(

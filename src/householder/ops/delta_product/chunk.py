@@ -56,6 +56,18 @@ def max_chunks(B: int, T: int, N: int, K: int, num_sequences: int | None) -> int
     return B * -(-T // C) if num_sequences is None else T // C + num_sequences
 
 
+def saved_shapes(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, num_sequences: int | None
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Return shapes and dtypes of what `forward` saves: states, triangles and writes."""
+    B, T, N, HV, V = v.shape
+    K = k.shape[-1]
+    room = HV * max_chunks(B, T, N, K, num_sequences)
+    R = chunk_tokens(N, K) * N
+    dtype = compute_dtype(q, k, v, beta)
+    return ((room, K, V), dtype), ((room, R, R), dtype), ((room, R, V), dtype)
+
+
 class Segment(NamedTuple):
     """Chunks worked on together: those of a run of steps, step-major.
 
@@ -327,10 +339,10 @@ def forward(
 
     o = v.new_empty(v.shape[0], v.shape[1], 1, HV, V)
     num_sequences = None if cu_seqlens is None else layout.num_sequences
-    room = HV * max_chunks(layout.B, layout.T, layout.N, K, num_sequences) if save else 0
-    all_states = v.new_empty(room, K, V, dtype=dtype)
-    all_ut = v.new_empty(room, R, R, dtype=dtype)
-    all_u = v.new_empty(room, R, V, dtype=dtype)
+    all_states, all_ut, all_u = (
+        v.new_empty(shape if save else (0, *shape[1:]), dtype=dtype)
+        for shape, dtype in saved_shapes(q, k, v, beta, num_sequences)
+    )
 
     if initial_state is None:
         state = v.new_zeros(layout.num_sequences, HV, K, V, dtype=dtype)

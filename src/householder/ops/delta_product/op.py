@@ -6,6 +6,8 @@ that one again is refused with the remedy rather than answered wrongly.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -14,6 +16,65 @@ from torch import Tensor
 from householder.ops._dispatch import contiguous_like, register
 from householder.ops.delta_product import chunk
 from householder.ops.wy import compute_dtype
+
+# Sizes the Triton kernels are made for.
+TRITON_MAX_REFLECTORS = 8
+TRITON_MAX_DIM = 256
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # something forbids its import
+        return False
+
+
+# Looked up once: the choice of a form must not change in between, nor break a compiled graph.
+HAS_TRITON = _is_installed("triton")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in tests
+
+
+def why_not_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> str | None:
+    """Return why the Triton form cannot take these inputs, or None if it can.
+
+    A pure function of device, dtypes and sizes, and of whether triton is installed.
+    """
+    N, K, V = v.shape[-3], k.shape[-1], v.shape[-1]
+    if v.device.type != "cuda" and not INTERPRETING:
+        return f"it needs tensors on a CUDA device, got {v.device}"
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    for name, x in (("q", q), ("k", k), ("v", v), ("state", state)):
+        if x is not None and x.dtype not in TRITON_DTYPES:
+            return f"it takes float32, bfloat16 and float16, got `{name}` in {x.dtype}"
+    for name, size in (("K", K), ("V", V)):
+        if size % 16 or not 0 < size <= TRITON_MAX_DIM:
+            return f"{name} must be a multiple of 16 up to {TRITON_MAX_DIM}, got {size}"
+    if N > TRITON_MAX_REFLECTORS:
+        return f"N must be at most {TRITON_MAX_REFLECTORS}, got {N}"
+    return None
+
+
+def _kernels(form: str) -> Any:
+    """Return the module of a form; triton is imported when first needed."""
+    if form == "triton":
+        from householder.ops.delta_product import triton
+
+        return triton
+    return chunk
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, save, form = args
+    return _kernels(form).forward(*inputs, save)
+
+
+def _backward(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, form = args
+    # An op returns tensors only: an absent gradient is an empty tensor.
+    grads = _kernels(form).backward(do, *inputs)
+    return tuple(do.new_empty(0) if x is None else x for x in grads)
 
 
 def _forward_fake(
@@ -26,20 +87,18 @@ def _forward_fake(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, T, N, HV, V = v.shape
+    form: str,
+) -> tuple[Tensor, ...]:
+    B, T, _, HV, V = v.shape
     K = k.shape[-1]
     dtype = compute_dtype(q, k, v, beta)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    R = chunk.chunk_tokens(N, K) * N
-    room = HV * chunk.max_chunks(B, T, N, K, sequences) if save else 0
-    return (
-        v.new_empty(B, T, HV, V),
-        v.new_empty(B if sequences is None else sequences, HV, K, V, dtype=dtype),
-        v.new_empty(room, K, V, dtype=dtype),
-        v.new_empty(room, R, R, dtype=dtype),
-        v.new_empty(room, R, V, dtype=dtype),
-    )
+    o = v.new_empty(B, T, HV, V)
+    state = v.new_empty(B if sequences is None else sequences, HV, K, V, dtype=dtype)
+    saved = _kernels(form).saved_shapes(q, k, v, beta, sequences)
+    if not save:
+        saved = tuple(((0, *shape[1:]), dtype) for shape, dtype in saved)
+    return o, state, *(v.new_empty(shape, dtype=dtype) for shape, dtype in saved)
 
 
 def _backward_fake(
@@ -54,13 +113,18 @@ def _backward_fake(
     initial_state: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    # An op returns tensors only: an absent gradient is an empty tensor.
     inputs = (q, k, v, beta, g, initial_state)
     return tuple(q.new_empty(0) if x is None else contiguous_like(x) for x in inputs)
 
 
-def _backward(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(do.new_empty(0) if x is None else x for x in chunk.backward(do, *args))
+def _step(*args: Any) -> tuple[Tensor, Tensor]:
+    return _kernels("triton").step(*args)
+
+
+def _step_fake(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape[0], *v.shape[2:]), contiguous_like(state)
 
 
 _INPUTS = (
@@ -69,21 +133,30 @@ _INPUTS = (
 )
 FORWARD = register(
     "delta_product",
-    f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool save, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=chunk.forward,
-    cuda=chunk.forward,
+    cpu=_forward,
+    cuda=_forward,
 )
 BACKWARD = register(
     "delta_product_backward",
-    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor ut, Tensor u) "
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor ut, Tensor u, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward,
     cuda=_backward,
 )
+STEP = register(
+    "delta_product_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, Tensor state) "
+    "-> (Tensor, Tensor)",
+    fake=_step_fake,
+    cpu=_step,
+    cuda=_step,
+)
 delta_product_op = torch.ops.householder.delta_product.default
 delta_product_backward_op = torch.ops.householder.delta_product_backward.default
+delta_product_step_op = torch.ops.householder.delta_product_step.default
 
 
 # vmap: heads are independent, and so a batched dimension joins them. It goes before them, which
@@ -121,10 +194,10 @@ def _unfold(x: Tensor, size: int, heads: int) -> Tensor:
 
 
 class DeltaProduct(torch.autograd.Function):
-    """Differentiable `(q, k, v, beta, g, scale, initial_state, cu_seqlens, save)`.
+    """Differentiable `(q, k, v, beta, g, scale, initial_state, cu_seqlens, save, form)`.
 
     `save` says that a gradient is expected. It only spares work: under function transforms a
-    caller cannot know, and then `backward` makes what was not saved.
+    caller cannot know, and then `backward` makes what was not saved. `form` is "chunk" or "triton".
     """
 
     @staticmethod
@@ -138,12 +211,13 @@ class DeltaProduct(torch.autograd.Function):
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         save: bool,
+        form: str,
     ) -> tuple[Tensor, ...]:
-        return delta_product_op(q, k, v, beta, g, scale, initial_state, cu_seqlens, save)
+        return delta_product_op(q, k, v, beta, g, scale, initial_state, cu_seqlens, save, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens, _ = inputs
+        q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens, _, ctx.form = inputs
         saved = output[2:]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -155,23 +229,24 @@ class DeltaProduct(torch.autograd.Function):
         if do is None:
             do = v.new_zeros(*q.shape[:2], *v.shape[3:])
         inputs = (q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens)
-        dq, dk, dv, dbeta, dg, dinitial = DeltaProductBackward.apply(do, dstate, *inputs, *saved)
+        grads = DeltaProductBackward.apply(do, dstate, *inputs, *saved, ctx.form)
+        dq, dk, dv, dbeta, dg, dinitial = grads
         dg = None if g is None else dg
         dinitial = None if initial_state is None else dinitial
-        return dq, dk, dv, dbeta, dg, None, dinitial, None, None
+        return dq, dk, dv, dbeta, dg, None, dinitial, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         inputs = _fold_inputs(size, in_dims[:8], args[:8])
-        o, state, *saved = DeltaProduct.apply(*inputs, False)
+        o, state, *saved = DeltaProduct.apply(*inputs, False, args[9])
         # Nothing was saved, for it could not be split by the batched dimension.
         saved = [x.new_empty(size, *x.shape) for x in saved]
         return (_unfold(o, size, 2), _unfold(state, size, 1), *saved), (2, 1, 0, 0, 0)
 
 
 class DeltaProductBackward(torch.autograd.Function):
-    """The gradient, itself not differentiable: `(do, dstate, *inputs, states, ut, u)`."""
+    """The gradient, itself not differentiable: `(do, dstate, *inputs, states, ut, u, form)`."""
 
     @staticmethod
     def forward(
@@ -188,11 +263,12 @@ class DeltaProductBackward(torch.autograd.Function):
         states: Tensor,
         ut: Tensor,
         u: Tensor,
+        form: str,
     ) -> tuple[Tensor, ...]:
         inputs = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
         if states.shape[0] == 0:
-            _, _, states, ut, u = delta_product_op(*inputs, True)
-        return delta_product_backward_op(do, dstate, *inputs, states, ut, u)
+            _, _, states, ut, u = delta_product_op(*inputs, True, form)
+        return delta_product_backward_op(do, dstate, *inputs, states, ut, u, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,7 +290,7 @@ class DeltaProductBackward(torch.autograd.Function):
         )
         inputs = _fold_inputs(size, in_dims[2:10], args[2:10])
         nothing = [args[4].new_empty(0) for _ in range(3)]
-        grads = DeltaProductBackward.apply(do, dstate, *inputs, *nothing)
+        grads = DeltaProductBackward.apply(do, dstate, *inputs, *nothing, args[13])
         # An absent gradient is an empty tensor and has no batched dimension.
         split = [
             (dx, None) if dx.dim() == 1 else (_unfold(dx, size, heads), heads)
