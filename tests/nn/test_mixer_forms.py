@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from householder.nn import MixerState
+from householder.nn import DeltaProduct, MixerState
 
 from .mixer_cases import (
     CASES,
@@ -260,3 +260,14 @@ def test_compile_under_autocast() -> None:
         y, compiled = mixer(x), forward(x)
     assert compiled.dtype == torch.bfloat16
     assert_agree(compiled, y, float64_copy(mixer)(x.double()))
+
+
+def test_impl_reaches_the_op() -> None:
+    mixer = DeltaProduct(16, num_heads=2, num_householder=2, impl="reference")
+    x = torch.randn(2, 5, 16)
+    expected = mixer(x)
+    mixer.impl = "chunk"
+    torch.testing.assert_close(mixer(x), expected)
+    mixer.impl = "triton"
+    with pytest.raises(NotImplementedError, match="CUDA device"):
+        mixer(x)

@@ -495,7 +495,7 @@ class TestErrors:
 
 
 class TestChoiceOfForm:
-    """`auto` is a function of device, dtypes and sizes; an explicit choice runs or says why not."""
+    """An explicit choice runs or says why it cannot."""
 
     @pytest.fixture(autouse=True)
     def _not_interpreted(self, monkeypatch):

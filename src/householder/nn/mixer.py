@@ -84,6 +84,8 @@ class DeltaProductMixer(nn.Module):
         init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
             own rule for linear layers.
         num_layers: mixers in the model, which scales the initial `o_proj` down; `None` for none.
+        impl: the form of `delta_product` that whole sequences run. It is kept in the attribute of
+            that name, and may be changed at any time.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -134,6 +136,7 @@ class DeltaProductMixer(nn.Module):
         norm_eps: float = 1e-5,
         init_std: float | None = None,
         num_layers: int | None = None,
+        impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -160,6 +163,7 @@ class DeltaProductMixer(nn.Module):
         self.norm_eps = norm_eps
         self.init_std = init_std
         self.num_layers = num_layers
+        self.impl = impl
         self._check_options()
         self._create_parameters(device, dtype)
         self.reset_parameters()
@@ -317,6 +321,7 @@ class DeltaProductMixer(nn.Module):
                 initial_state=None if state is None else state.matrix,
                 output_final_state=return_state,
                 cu_seqlens=cu_seqlens,
+                impl=self.impl,
             )
         y = self._output(o, x)
         return y if matrix is None else (y, MixerState(matrix, conv))

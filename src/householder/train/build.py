@@ -64,9 +64,10 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         ConfigError: the settings do not fit together.
     """
     from householder.models import SequenceTagger
+    from householder.nn import DeltaProductMixer
 
     try:
-        return SequenceTagger(
+        model = SequenceTagger(
             task.vocab_size,
             task.num_classes,
             d_model=config.d_model,
@@ -81,3 +82,7 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
+    for module in model.modules():
+        if isinstance(module, DeltaProductMixer):
+            module.impl = config.impl
+    return model

@@ -207,6 +207,13 @@ class TrainConfig:
         section="Run",
         choices=("float32", "bfloat16"),
     )
+    impl: str = setting(
+        "auto",
+        "The form of delta_product that runs.",
+        section="Run",
+        choices=("auto", "chunk", "reference", "triton"),
+        may_change=True,
+    )
     threads: int | None = setting(
         None,
         "CPU threads; default: 1 for small steps, else what PyTorch chooses.",

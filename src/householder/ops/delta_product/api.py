@@ -50,10 +50,10 @@ def delta_product(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
             Sequences may be empty.
-        impl: `"triton"` (GPU kernels), `"chunk"` (blocked into matrix products, any device),
-            `"reference"` (a loop over tokens) or `"auto"`: `"triton"` for float32, bfloat16 and
-            float16 on a CUDA device with K and V multiples of 16 up to 256 and N ≤ 8, if triton
-            is installed; `"chunk"` otherwise.
+        impl: `"chunk"` (blocked into matrix products, on any device), `"reference"` (a loop over
+            tokens), `"triton"` (GPU kernels, for float32, bfloat16 and float16, K and V multiples
+            of 16 up to 256, N ≤ 8), or `"auto"`, which is `"chunk"`: the kernels are young and
+            are used only where they are asked for.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state, shaped as `initial_state`, or None.
@@ -97,7 +97,9 @@ def delta_product(
         save = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
         )
-        form = _choose_form("delta_product", impl, q, k, v)
+        if impl == "triton":
+            _require_triton("delta_product", q, k, v)
+        form = "triton" if impl == "triton" else "chunk"
         args = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
         o, state, *_ = DeltaProduct.apply(*args, save, form)
     return o, state if output_final_state else None
@@ -127,9 +129,8 @@ def delta_product_step(
         g: forget gate `[B, HV]`, natural logarithm, ≤ 0, or None.
         state: `[B, HV, K, V]`; it is not changed.
         scale: factor on the output; `K ** -0.5` if None.
-        impl: `"triton"` (one GPU kernel, without gradients), `"reference"` (N rank-one updates), or
-            `"auto"`: `"triton"` where `delta_product` would choose it and gradients are off
-            (`torch.no_grad`, `torch.inference_mode`), `"reference"` otherwise.
+        impl: `"reference"` (N rank-one updates), `"triton"` (one GPU kernel, without gradients: use
+            it under `torch.no_grad`), or `"auto"`, which is `"reference"`.
 
     Returns:
         o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
@@ -173,29 +174,25 @@ def delta_product_step(
     _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
     scale = K**-0.5 if scale is None else float(scale)
     state = state.to(compute_dtype(q, k, v, beta, state))
-    if torch.is_grad_enabled() and impl == "triton":
-        raise NotImplementedError(
-            f'{op}: impl="triton" has no gradients, and gradients are on; '
-            'use torch.no_grad() or impl="reference"'
-        )
-    if torch.is_grad_enabled() or _choose_form(op, impl, q, k, v, state) != "triton":
-        o, state = reference.step(q, k, v, beta, g, scale, state)
-        return o.to(v.dtype), state
-    return delta_product_step_op(q, k, v, beta, g, scale, state)
-
-
-def _choose_form(op: str, impl: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> str:
-    """Return the form to run; an explicit choice runs or raises with the reason."""
-    if impl in ("chunk", "reference"):
-        return impl
-    reason = why_not_triton(q, k, v, *others)
-    if reason is None and (impl == "triton" or v.device.type == "cuda"):
-        return "triton"
     if impl == "triton":
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f'{op}: impl="triton" has no gradients, and gradients are on; '
+                'use torch.no_grad() or impl="reference"'
+            )
+        _require_triton(op, q, k, v, state)
+        return delta_product_step_op(q, k, v, beta, g, scale, state)
+    o, state = reference.step(q, k, v, beta, g, scale, state)
+    return o.to(v.dtype), state
+
+
+def _require_triton(op: str, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> None:
+    """Raise with the reason if the kernels cannot take these inputs."""
+    reason = why_not_triton(q, k, v, state)
+    if reason is not None:
         raise NotImplementedError(
             f'{op}: impl="triton" cannot run: {reason}; impl="auto" chooses a form that can'
         )
-    return "chunk"
 
 
 def _check_sequence_inputs(

@@ -37,7 +37,7 @@ MAX_CHUNK_ROWS = 32
 MIN_CHUNK_ROWS = 8
 # Elements of one [rows, K] tensor of a segment. On a CPU about ten such tensors share the caches;
 # a GPU wants long batches.
-SEGMENT_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+SEGMENT_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Below exp(-745) a float64 is zero; the clamp makes a gate of -inf (a reset) an ordinary number.
 MIN_LOG_GATE = -1.0e4
 
@@ -154,11 +154,12 @@ class Layout:
             steps = len(segment.steps)
             if (missing := steps * self.C - x.shape[1]) > 0:
                 x = torch.cat([x, x.new_zeros(self.B, missing, n, H, D)], dim=1)
-            x = x.unflatten(1, (steps, self.C)).transpose(0, 1).flatten(0, 1)
+            x = x.unflatten(1, (steps, self.C)).transpose(0, 1)
         else:
-            x = torch.cat([x[0], x.new_zeros(1, n, H, D)])[segment.tokens]
-        rows = x.new_empty(segment.num_chunks, H, group, self.C, n, D, dtype=dtype)
-        rows.copy_(x.permute(0, 3, 1, 2, 4).unsqueeze(2))
+            x = torch.cat([x[0], x.new_zeros(1, n, H, D)])[segment.tokens].unsqueeze(1)
+        # Seen as [steps, B, C, n, H, D]: one copy casts it and moves the heads.
+        rows = x.new_empty(*x.shape[:2], H, group, self.C, n, D, dtype=dtype)
+        rows.copy_(x.permute(0, 1, 4, 2, 3, 5).unsqueeze(3))
         return rows.view(segment.num_chunks * H * group, self.C * n, D)
 
     def scatter(self, rows: Tensor, segment: Segment, out: Tensor, group: int = 1) -> None:
@@ -261,7 +262,8 @@ class Rows(NamedTuple):
 
     def decay_rows(self, decay: Tensor) -> Tensor:
         """Repeat a per-token decay `[b, C, 1]` for the token's reflectors: `[b, R, 1]`."""
-        return decay.repeat_interleave(self.k.shape[1] // decay.shape[1], dim=1)
+        N = self.k.shape[1] // decay.shape[1]
+        return decay if N == 1 else decay.repeat_interleave(N, dim=1)
 
     def q_from_start(self) -> Tensor:
         """Return `diag(E) Q`: queries as they meet the state at the chunk's start."""
@@ -440,7 +442,8 @@ def backward(
         # The sweep: du becomes dU, dstates the gradient of the state after each chunk.
         k_to_end = rows.k_to_end()
         ut_k = ((ut * rows.beta.mT) @ rows.k_from_start()).mT
-        du = rows.attention().mT @ do_rows
+        attention = rows.attention()
+        du = attention.mT @ do_rows
         from_q = rows.q_from_start().mT @ do_rows
         dstates = torch.empty_like(states)
         for lo, hi in reversed(segment.steps):
@@ -454,7 +457,7 @@ def backward(
 
         d = ut.mT @ du
         pairs = rows.decay_pairs_((d @ u.mT).tril_(-1))
-        dattention = rows.mask_attention_(do_rows @ u.mT)
+        dattention = do_rows @ u.mT
         read = d @ states.mT
         dq_rows = do_rows @ states.mT
         write = u @ dstates.mT
@@ -466,9 +469,10 @@ def backward(
             dg_rows = passed_on + _crossing(
                 reads=_dot(rows.q, dq_rows) - _per_token(_dot(rows.k, read).mul_(rows.beta), C),
                 writes=_per_token(_dot(rows.k, write), C),
-                pairs=_pair_losses(rows, dattention, pairs),
+                pairs=_pair_losses(rows, attention.mul_(dattention), pairs),
             )
             layout.scatter(dg_rows, segment, dg)
+        dattention = rows.mask_attention_(dattention)
         read.baddbmm_(pairs, rows.k).neg_()
         dq_rows.baddbmm_(dattention, rows.k)
         write.baddbmm_(pairs.mT, rows.beta * rows.k, alpha=-1).baddbmm_(dattention.mT, rows.q)
@@ -502,13 +506,17 @@ def _per_token(x: Tensor, C: int) -> Tensor:
     return x.view(x.shape[0], C, -1).sum(-1, keepdim=True)
 
 
-def _pair_losses(rows: Rows, dattention: Tensor, pairs: Tensor) -> Tensor:
-    """Return `[b, C, C]`: what the loss owes to writes of token s being read at token t."""
-    b, C, R = dattention.shape
-    losses = dattention * (rows.q @ rows.k.mT)
-    losses = losses.view(b, C, C, R // C).sum(-1)
-    corrections = (pairs * (rows.k @ rows.k.mT)).mul_(rows.beta)
-    return losses.sub_(corrections.view(b, C, R // C, C, R // C).sum((2, 4)))
+def _pair_losses(rows: Rows, losses: Tensor, pairs: Tensor) -> Tensor:
+    """Return `[b, C, C]`: what the loss owes to writes of token s being read at token t.
+
+    `losses [b, C, R]` holds the outputs' share; that of the corrections is subtracted here.
+    """
+    b, C, R = losses.shape
+    corrections = (rows.k @ rows.k.mT).mul_(pairs).mul_(rows.beta)
+    if R > C:
+        losses = losses.view(b, C, C, R // C).sum(-1)
+        corrections = corrections.view(b, C, R // C, C, R // C).sum((2, 4))
+    return losses.sub_(corrections)
 
 
 def _crossing(reads: Tensor, writes: Tensor, pairs: Tensor) -> Tensor:

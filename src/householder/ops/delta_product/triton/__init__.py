@@ -1,0 +1,24 @@
+"""`delta_product` as Triton kernels: forward, backward and the one-token step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from householder.ops._triton import dot_precision, operand_dtype
+from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton.backward import backward
+from householder.ops.delta_product.triton.forward import forward
+from householder.ops.delta_product.triton.step import step
+
+__all__ = ["backward", "forward", "saved_shapes", "step"]
+
+
+def saved_shapes(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, num_sequences: int | None
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Return shapes and dtypes of what `forward` saves, from the inputs' alone."""
+    B, T, N, HV, V = v.shape
+    precision = dot_precision(q, k, v)
+    shapes = config.saved_shapes(B, T, N, HV, k.shape[-1], V, num_sequences, precision)
+    return tuple((shape, operand_dtype(precision)) for shape in shapes)

@@ -1,0 +1,300 @@
+"""Where chunks lie and how they decay: what the kernels of `delta_product` share.
+
+A chunk is C tokens with R = C·N ≤ `CHUNK_ROWS` reflector rows r = (t, j). Chunks of all sequences
+are numbered through; the kernels that work on chunks in parallel start from a chunk's number, the
+ones that walk along a sequence from the number of its first chunk. For a packed batch both come
+from small tables made on the device, so that nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import (
+    addressable,
+    dot_precision,
+    operand_dtype,
+    power_of_two,
+)
+from householder.ops.delta_product.triton.config import (
+    CHUNK_ROWS,
+    chunk_tokens,
+    max_chunks,
+    token_block,
+)
+
+# Rows of the table of coefficients that `table_kernel` writes for every chunk and value head, each
+# `CHUNK_ROWS` wide. All but the last go by reflector row, the last by token; without gates there
+# is only the first.
+BETA = tl.constexpr(0)
+LOG_HIGH = tl.constexpr(1)
+LOG_LOW = tl.constexpr(2)
+FROM_START = tl.constexpr(3)
+TO_END = tl.constexpr(4)
+TOKEN_FROM_START = tl.constexpr(5)
+# exp(-128) is zero in float32, so a stronger gate acts the same.
+MIN_LOG_GATE = tl.constexpr(-128.0)
+# Log gates are split at multiples of 2⁻¹⁰: sums of 64 high parts are exact in float32.
+LOG_STEPS = tl.constexpr(1024.0)
+
+
+@triton.jit
+def locate_chunk(
+    i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C: tl.constexpr, PACKED: tl.constexpr
+):
+    """Return a chunk's batch row, its first token in that row and how many tokens it has.
+
+    Numbers past the last chunk of a packed batch get no tokens.
+    """
+    if PACKED:
+        i_s = tl.load(chunk_sequence + i_chunk)
+        start = tl.load(cu_seqlens + i_s) + (i_chunk - tl.load(first_chunk + i_s)) * C
+        return 0, start, tl.minimum(tl.load(cu_seqlens + i_s + 1) - start, C)
+    else:
+        per_row = tl.cdiv(T, C)
+        start = (i_chunk % per_row) * C
+        return i_chunk // per_row, start, tl.minimum(T - start, C)
+
+
+@triton.jit
+def locate_sequence(i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return a sequence's batch row, first token, number of tokens and first chunk."""
+    if PACKED:
+        start = tl.load(cu_seqlens + i_s)
+        return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_chunk + i_s)
+    else:
+        return i_s, 0, T, i_s * tl.cdiv(T, C)
+
+
+@triton.jit
+def row_offsets(R: tl.constexpr, N: tl.constexpr, stride_t, stride_n):
+    """Return the offsets of a chunk's reflector rows from its first one."""
+    o_r = tl.arange(0, R)
+    if N == 1:
+        return o_r * stride_t
+    else:
+        return (o_r // N) * stride_t + (o_r % N) * stride_n
+
+
+@triton.jit
+def load_tile(pointer, offsets, valid, start, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Load columns `start …` of rows at `offsets`: `[rows, BLOCK]`, zero where not `valid`."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[None, :] < D)
+    return tl.load(pointer + offsets[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what `load_tile` loads."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[None, :] < D)
+    tl.store(pointer + offsets[:, None] + o_d[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tile_t(pointer, offsets, valid, start, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Load the same tile transposed, `[BLOCK, rows]`."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[None, :]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[:, None] < D)
+    return tl.load(pointer + offsets[None, :] + o_d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile_t(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a tile `[BLOCK, rows]` where `load_tile_t` loads it."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[None, :]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[:, None] < D)
+    tl.store(pointer + offsets[None, :] + o_d[:, None], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pair_decay(table, later, earlier, causal, R: tl.constexpr):
+    """Return Γ between rows `later` and `earlier` of a chunk, zero where not `causal`."""
+    high = tl.load(table + LOG_HIGH * R + later) - tl.load(table + LOG_HIGH * R + earlier)
+    low = tl.load(table + LOG_LOW * R + later) - tl.load(table + LOG_LOW * R + earlier)
+    return tl.exp(tl.where(causal, high + low, -float("inf")))
+
+
+@triton.jit
+def sum_log_gates(log):
+    """Return the running sums of log gates along axis 0, in two parts.
+
+    A sum of log gates loses the low digits of a weak gate beside a strong one, which differences
+    of sums would return as an error of the decay. So each gate is split in a multiple of 2⁻¹⁰,
+    summed and subtracted without any rounding, and a small rest.
+    """
+    log = tl.maximum(log, MIN_LOG_GATE)
+    high = tl.floor(log * LOG_STEPS) / LOG_STEPS
+    return tl.cumsum(high, axis=0), tl.cumsum(log - high, axis=0)
+
+
+@triton.jit
+def table_kernel(
+    beta, g, table, cu_seqlens, chunk_sequence, first_chunk, T, HV,
+    beta_b, beta_t, beta_n, beta_h, g_b, g_t, g_h,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Write β and, with gates, sums of log gates and decays of one chunk, for `BH` value heads."""
+    i_chunk = tl.program_id(0).to(tl.int64)
+    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    if n <= 0:
+        return
+    batch = tl.cast(batch, tl.int64)
+    start = start.to(tl.int64)
+    o_h = (tl.program_id(1) * BH + tl.arange(0, BH)[None, :]).to(tl.int64)
+    o_r = tl.arange(0, R)[:, None].to(tl.int64)
+    token = o_r // N
+    m_r = (o_r < n * N) & (o_h < HV)
+    width: tl.constexpr = 6 * R if GATED else R
+    p_table = table + (i_chunk * HV + o_h) * width + o_r
+
+    p_beta = beta + batch * beta_b + start * beta_t + o_h * beta_h
+    b_beta = tl.load(p_beta + token * beta_t + (o_r % N) * beta_n, mask=m_r, other=0.0)
+    tl.store(p_table + BETA * R, b_beta.to(tl.float32), mask=o_h < HV)
+    if GATED:
+        p_g = g + batch * g_b + start * g_t + o_h * g_h
+        b_g = tl.load(p_g + token * g_t, mask=m_r & (o_r % N == 0), other=0.0).to(tl.float32)
+        high, low = sum_log_gates(b_g)
+        last = o_r == R - 1
+        high_end = tl.sum(tl.where(last, high, 0.0), axis=0)[None, :]
+        low_end = tl.sum(tl.where(last, low, 0.0), axis=0)[None, :]
+        tl.store(p_table + LOG_HIGH * R, high, mask=o_h < HV)
+        tl.store(p_table + LOG_LOW * R, low, mask=o_h < HV)
+        tl.store(p_table + FROM_START * R, tl.exp(high + low), mask=o_h < HV)
+        decay = tl.exp((high_end - high) + (low_end - low))
+        tl.store(p_table + TO_END * R, decay, mask=o_h < HV)
+        o_c = tl.arange(0, BC)[:, None].to(tl.int64)
+        b_g = tl.load(p_g + o_c * g_t, mask=(o_c < n) & (o_h < HV), other=0.0).to(tl.float32)
+        high, low = sum_log_gates(b_g)
+        p_token = table + (i_chunk * HV + o_h) * width + TOKEN_FROM_START * R + o_c
+        tl.store(p_token, tl.exp(high + low), mask=o_h < HV)
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Return the strides of `x [B, T, H, D]` or `[B, T, N, H, D]` by their names in the kernels.
+
+    Those of tokens and reflectors are constants of the kernel: offsets inside a tile then need no
+    registers.
+    """
+    letters = "bth" if x.dim() == 4 else "btnh"
+    return {
+        f"{name}_{letter}": stride for letter, stride in zip(letters, x.stride()[:-1], strict=True)
+    }
+
+
+class Problem(NamedTuple):
+    """The op's inputs as the kernels read them, and what follows from their shapes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+    cu_seqlens: Tensor | None
+    chunk_sequence: Tensor | None
+    first_chunk: Tensor | None
+    num_sequences: int
+    num_chunks: int
+    precision: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Constants of every kernel."""
+        N, H, K = self.k.shape[2:]
+        HV, V = self.v.shape[3:]
+        C = chunk_tokens(N)
+        return {
+            "N": N, "K": K, "V": V, "GROUP": HV // H,
+            "C": C, "R": CHUNK_ROWS, "BC": token_block(N, self.precision),
+        }  # fmt: skip
+
+    @property
+    def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Tables of the packed batch; all None otherwise."""
+        return self.cu_seqlens, self.chunk_sequence, self.first_chunk
+
+    @property
+    def operand(self) -> torch.dtype:
+        return operand_dtype(self.precision)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments that the kernels of matrix products share."""
+        return {
+            **self.sizes,
+            "GATED": self.g is not None,
+            "PACKED": self.cu_seqlens is not None,
+            "PRECISION": self.precision,
+        }
+
+    @property
+    def heads(self) -> int:
+        """Value heads, HV."""
+        return self.v.shape[3]
+
+
+def make_problem(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> Problem:
+    """Bring the inputs to what the kernels can read and number the chunks."""
+    B, T, N = v.shape[:3]
+    C = chunk_tokens(N)
+    chunk_sequence = first_chunk = None
+    if cu_seqlens is None:
+        num_sequences, num_chunks = B, max_chunks(B, T, N, None)
+    else:
+        num_sequences = cu_seqlens.shape[0] - 1
+        num_chunks = max_chunks(B, T, N, num_sequences)
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        first_chunk = torch.zeros_like(cu_seqlens)
+        torch.cumsum((cu_seqlens.diff() + (C - 1)) // C, 0, dtype=torch.int32, out=first_chunk[1:])
+        numbers = torch.arange(num_chunks, device=v.device, dtype=torch.int32)
+        chunk_sequence = torch.searchsorted(first_chunk[1:], numbers, right=True, out_int32=True)
+        chunk_sequence.clamp_(max=num_sequences - 1)
+    return Problem(
+        q=addressable(q),
+        k=addressable(k),
+        v=addressable(v),
+        # A value per row: their last dimension is heads, whatever its stride.
+        beta=beta,
+        g=g,
+        cu_seqlens=cu_seqlens,
+        chunk_sequence=chunk_sequence,
+        first_chunk=first_chunk,
+        num_sequences=num_sequences,
+        num_chunks=num_chunks,
+        precision=dot_precision(q, k, v),
+    )
+
+
+def make_table(p: Problem) -> Tensor:
+    """Run `table_kernel` for all chunks: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
+    sizes = p.sizes
+    rows = 1 if p.g is None else 6
+    table = torch.empty(
+        p.num_chunks, p.heads, rows, CHUNK_ROWS, dtype=torch.float32, device=p.v.device
+    )
+    BH = power_of_two(p.heads, least=1, most=16)
+    if p.num_chunks:
+        table_kernel[(p.num_chunks, triton.cdiv(p.heads, BH))](
+            p.beta, p.g, table, *p.packing, p.v.shape[1], p.heads, *p.beta.stride(),
+            *((0, 0, 0) if p.g is None else p.g.stride()),
+            N=sizes["N"], C=sizes["C"], R=sizes["R"], BC=sizes["BC"], BH=BH,
+            GATED=p.g is not None, PACKED=p.cu_seqlens is not None, num_warps=4,
+        )  # fmt: skip
+    return table

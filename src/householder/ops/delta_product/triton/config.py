@@ -1,0 +1,106 @@
+"""Which tile sizes and launch parameters the kernels run with: a table, nothing tunes at run time.
+
+A choice depends on K, V and the precision alone, never on batch or length, so that what a sequence
+gives does not depend on what else is in the batch. Chosen on an NVIDIA H200 (Triton 3.6).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from householder.ops._triton import power_of_two
+
+# Reflector rows of one chunk.
+CHUNK_ROWS = 64
+
+
+class Launch(NamedTuple):
+    """One kernel's tile and launch parameters."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Launch parameters as keyword arguments of a kernel."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
+
+
+def chunk_tokens(N: int) -> int:
+    """Return C, the tokens of a chunk with N reflectors each."""
+    return CHUNK_ROWS // N
+
+
+def max_chunks(B: int, T: int, N: int, num_sequences: int | None) -> int:
+    """Return how many chunks there may be, from shapes alone; `num_sequences` of a packed batch."""
+    C = chunk_tokens(N)
+    # Every packed sequence may end in one chunk that is not full.
+    return B * -(-T // C) if num_sequences is None else T // C + num_sequences
+
+
+def saved_shapes(
+    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None, precision: str
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of what `forward` saves: states, triangles with attention, writes."""
+    rows, tokens = CHUNK_ROWS, token_block(N, precision)
+    room = max_chunks(B, T, N, num_sequences) * HV
+    return (room, V, K), (room, rows * (rows + tokens)), (room, rows, V)
+
+
+def least_block(precision: str) -> int:
+    """Return the least side of a tile.
+
+    Triton 3.6 compiles 16-wide float32 products on Hopper that read past their shared memory
+    (found by compute-sanitizer at K = V = 16, N = 7).
+    """
+    return 16 if precision == "bf16" else 32
+
+
+def token_block(N: int, precision: str) -> int:
+    """Return the tile that holds the tokens of a chunk."""
+    return power_of_two(chunk_tokens(N), least=least_block(precision))
+
+
+def key_block(K: int, precision: str) -> int:
+    """Return the tile that holds all of K."""
+    return power_of_two(K, least=least_block(precision))
+
+
+def prepare_launch(K: int, precision: str) -> Launch:
+    """Parameters of the kernel of the triangles; its tile is all of K."""
+    block = key_block(K, precision)
+    if precision == "bf16":
+        # Four programs on a multiprocessor are worth a few spills: 0.180 ms against 0.190.
+        return Launch(block, 4, 1, 128 if K <= 128 else None)
+    return Launch(block, 4 if block == 32 else 8, 1)
+
+
+def walk_launch(K: int, V: int, precision: str) -> Launch:
+    """Parameters of the kernels that carry the state along a sequence; the tile is part of V."""
+    if precision == "bf16":
+        return Launch(power_of_two(V, most=64), 4 if K <= 128 else 8, 2)
+    return Launch(32, 4 if K <= 64 else 8, 1)
+
+
+def gradient_launch(K: int, V: int, precision: str) -> Launch:
+    """Parameters of the kernel of the per-chunk gradients; the tile is part of K."""
+    if precision == "bf16":
+        return Launch(power_of_two(K, most=64), 4 if V <= 128 else 8, 1)
+    return Launch(32, 8, 1)
+
+
+def gradient_block_v(V: int, precision: str) -> int:
+    """Return how much of V the kernel of the per-chunk gradients holds at once."""
+    least = least_block(precision)
+    return power_of_two(V, least=least, most=128 if precision == "bf16" else 64)
+
+
+def step_launch(V: int, N: int) -> Launch:
+    """Parameters of the one-token kernel; the tile is part of V."""
+    return Launch(power_of_two(V, most=64 if N == 1 else 16), 4 if N == 1 else 1, 1)

@@ -1,0 +1,231 @@
+"""`delta_product` forward: one kernel over all chunks in parallel, one that walks along sequences.
+
+With the notation of the chunked form (see `chunk.py`), per chunk and head:
+
+    prepare:  T = (I + strict_lower(diag(β) Γ ⊙ K Kᵀ))⁻¹       A = scale · Γ ⊙ lower(Q Kᵀ)
+    walk:     Y = diag(β) (V − diag(E) K S)    U = T Y    O = scale · diag(E) Q S + A U
+              S ← E_C S + (diag(E_C / E) K)ᵀ U
+
+The walk holds a block of V's columns of S in registers, and holds everything transposed (Sᵀ, Yᵀ,
+Uᵀ, Oᵀ): every product then takes its left factor from the registers of the one before, and the
+tokens, few where N is large, lie along the tensor cores' finer dimension. V − K S is taken in
+float32, as the difference of two close numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import (
+    cast_operand,
+    dot,
+    dot_add,
+    inverse_unit_lower,
+    on_its_device,
+)
+from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton.chunks import (
+    BETA,
+    FROM_START,
+    TO_END,
+    TOKEN_FROM_START,
+    Problem,
+    load_tile,
+    load_tile_t,
+    locate_chunk,
+    locate_sequence,
+    make_problem,
+    make_table,
+    pair_decay,
+    row_offsets,
+    store_tile,
+    store_tile_t,
+    strides,
+)
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, table, ut, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
+    q_b, q_h, k_b, k_h, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, JOIN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Write T `[R, R]` and, behind it, Aᵀ `[R, BC]` of one chunk and value head."""
+    # Heads run side by side: together they read whole rows of memory.
+    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = (tl.program_id(0) % HV).to(tl.int64)
+    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    if n <= 0:
+        return
+    batch = tl.cast(batch, tl.int64)
+    start = start.to(tl.int64)
+    o_r = tl.arange(0, R)
+    o_c = tl.arange(0, BC)
+    token = o_r // N
+    m_r = o_r < n * N
+
+    p_q = q + batch * q_b + start * q_t + (i_h // GROUP) * q_h
+    p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
+    p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
+    b_k = cast_operand(load_tile(p_k, row_offsets(R, N, k_t, k_n), m_r, 0, K, BK), PRECISION)
+    b_q = cast_operand(load_tile(p_q, o_c * q_t, o_c < n, 0, K, BK), PRECISION)
+
+    p_ut = ut + (i_chunk * HV + i_h) * (R * (R + BC))
+    everywhere = o_r >= 0
+
+    attention = dot(b_k, tl.trans(b_q), PRECISION) * scale
+    seen = token[:, None] <= o_c[None, :]
+    if GATED:
+        # A query's gates are those of its token's rows; past the chunk's end there is no query.
+        query = tl.minimum(o_c, C - 1) * N
+        attention *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+    attention = tl.where(seen, attention, 0.0)
+    store_tile(p_ut + R * R, o_r * BC, everywhere, 0, attention, BC, BC)
+
+    m = dot(b_k, tl.trans(b_k), PRECISION) * tl.load(p_table + BETA * R + o_r)[:, None]
+    below = o_r[:, None] > o_r[None, :]
+    if GATED:
+        m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
+    m = tl.where(below, m, 0.0)
+    store_tile(p_ut, o_r * R, everywhere, 0, inverse_unit_lower(m, R, JOIN), R, R)
+
+
+@triton.jit
+def walk_kernel(
+    q, k, v, table, ut, initial, final, o, states, u, cu_seqlens, first_chunk, scale, T,
+    q_b, q_h, k_b, k_h, v_b, v_h, HV: tl.constexpr, q_t: tl.constexpr,
+    k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
+    num_v: tl.constexpr = (V + BV - 1) // BV
+    i_v = (tl.program_id(0) % num_v) * BV
+    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
+    i_s = i_sh // HV
+    i_h = i_sh % HV
+    batch, first, length, chunk = locate_sequence(i_s, T, cu_seqlens, first_chunk, C, PACKED)
+    batch = tl.cast(batch, tl.int64)
+    first = tl.cast(first, tl.int64)
+    chunk = tl.cast(chunk, tl.int64)
+
+    o_r = tl.arange(0, R)
+    o_c = tl.arange(0, BC)
+    o_k = tl.arange(0, BK)
+    o_v = i_v + tl.arange(0, BV)
+    everywhere = o_r >= 0
+    m_v = o_v < V
+    p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
+    p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
+    p_v = v + batch * v_b + first * v_t + i_h * v_h
+    p_o = o + ((batch * T + first) * HV + i_h) * V
+    o_krows = row_offsets(R, N, k_t, k_n)
+    o_vrows = row_offsets(R, N, v_t, v_n)
+
+    b_s = tl.zeros((BV, BK), tl.float32)
+    if initial is not None:
+        b_s += load_tile_t(initial + i_sh * K * V, o_k * V, o_k < K, i_v, V, BV).to(tl.float32)
+
+    for i in range(tl.cdiv(length, C)):
+        start = tl.cast(i * C, tl.int64)
+        n = tl.minimum(length - i * C, C)
+        m_r = o_r < n * N
+        m_c = o_c < n
+        i_ch = (chunk + i) * HV + i_h
+        p_ut = ut + i_ch * (R * (R + BC))
+
+        b_k = load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK)
+        b_k = cast_operand(b_k, PRECISION)
+        b_v = load_tile_t(p_v + start * v_t, o_vrows, m_r, i_v, V, BV).to(tl.float32)
+        p_table = table + i_ch * (6 * R if GATED else R)
+        b_beta = tl.load(p_table + BETA * R + o_r)
+        b_ut = load_tile(p_ut, o_r * R, everywhere, 0, R, R)
+        b_q = load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK)
+        b_q = cast_operand(b_q, PRECISION)
+        b_a = load_tile(p_ut + R * R, o_r * BC, everywhere, 0, BC, BC)
+
+        b_sh = cast_operand(b_s, PRECISION)
+        if SAVE:
+            store_tile(states + i_ch * K * V, o_v * K, m_v, 0, b_sh, K, BK)
+        recalled = dot(b_sh, tl.trans(b_k), PRECISION)
+        b_o = dot(b_sh, tl.trans(b_q), PRECISION) * scale
+        if GATED:
+            recalled *= tl.load(p_table + FROM_START * R + o_r)[None, :]
+            b_o *= tl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
+        b_y = (b_v - recalled) * b_beta[None, :]
+        b_u = dot(cast_operand(b_y, PRECISION), tl.trans(b_ut), PRECISION)
+        b_uh = cast_operand(b_u, PRECISION)
+        if SAVE:
+            store_tile_t(u + i_ch * R * V, o_r * V, everywhere, i_v, b_uh, V, BV)
+        b_o = dot_add(b_uh, b_a, b_o, PRECISION)
+        if GATED:
+            b_uh = cast_operand(b_u * tl.load(p_table + TO_END * R + o_r)[None, :], PRECISION)
+            b_s *= tl.load(p_table + FROM_START * R + R - 1)
+        b_s = dot_add(b_uh, b_k, b_s, PRECISION)
+        store_tile_t(p_o + start * HV * V, o_c * HV * V, m_c, i_v, b_o, V, BV)
+
+    store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
+
+
+def prepare(p: Problem, table: Tensor, scale: float) -> Tensor:
+    """Run `prepare_kernel`: T and Aᵀ of every chunk and value head."""
+    sizes = p.sizes
+    R, BC = sizes["R"], sizes["BC"]
+    ut = torch.empty(p.num_chunks * p.heads, R * (R + BC), dtype=p.operand, device=p.q.device)
+    launch = config.prepare_launch(sizes["K"], p.precision)
+    if p.num_chunks:
+        prepare_kernel[(p.num_chunks * p.heads,)](
+            p.q, p.k, table, ut, *p.packing, scale, p.q.shape[1], p.heads,
+            **strides("q", p.q), **strides("k", p.k), **p.constants,
+            JOIN={"bf16": "tf32 cut"}.get(p.precision, p.precision), BK=launch.block,
+            **launch.options,
+        )  # fmt: skip
+    return ut
+
+
+@on_its_device
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the recurrence; arguments as in the public `delta_product`.
+
+    Returns:
+        o, the final state in float32, and what `backward` needs (empty unless `save`): the states
+        at the chunks' starts `[chunks·HV, V, K]`, their triangles T and attention Aᵀ
+        `[chunks·HV, R·(R + BC)]` and their writes U `[chunks·HV, R, V]`.
+    """
+    p = make_problem(q, k, v, beta, g, cu_seqlens)
+    sizes, HV = p.sizes, p.heads
+    K, V, R = sizes["K"], sizes["V"], sizes["R"]
+    table = make_table(p)
+    ut = prepare(p, table, scale)
+
+    o = v.new_empty(*v.shape[:2], HV, V)
+    room = p.num_chunks * HV if save else 0
+    states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
+    u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
+    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
+    launch = config.walk_launch(K, V, p.precision)
+    if p.num_sequences:
+        walk_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
+            p.q, p.k, p.v, table, ut,
+            None if initial_state is None else initial_state.contiguous(), final, o, states, u,
+            p.cu_seqlens, p.first_chunk, scale, v.shape[1],
+            **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), HV=HV, **p.constants,
+            SAVE=save, BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+        )  # fmt: skip
+    return o, final, states, ut if save else torch.empty_like(ut[:0]), u

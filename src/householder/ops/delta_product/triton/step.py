@@ -1,0 +1,76 @@
+"""`delta_product` for one token: the state is read once and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import on_its_device
+from householder.ops.delta_product.triton import config
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, beta, g, state, o, new_state, scale, HV,
+    q_b, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, beta_b, beta_n, beta_h, g_b, g_h,
+    state_b, state_h, state_k, state_v,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Advance columns `[BV]` of one head's state by a token's N reflectors."""
+    num_v: tl.constexpr = (V + BV - 1) // BV
+    i_bh = (tl.program_id(0) // num_v).to(tl.int64)
+    i_b = i_bh // HV
+    i_h = i_bh % HV
+    o_k = tl.arange(0, BK)
+    o_v = (tl.program_id(0) % num_v) * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_s = m_k[:, None] & m_v[None, :]
+    p_state = state + i_b * state_b + i_h * state_h
+    p_k = k + i_b * k_b + (i_h // GROUP) * k_h + o_k * k_d
+    p_v = v + i_b * v_b + i_h * v_h + o_v * v_d
+    p_beta = beta + i_b * beta_b + i_h * beta_h
+
+    b_s = tl.load(p_state + o_k[:, None] * state_k + o_v[None, :] * state_v, mask=m_s, other=0.0)
+    b_s = b_s.to(tl.float32)
+    b_q = tl.load(q + i_b * q_b + (i_h // GROUP) * q_h + o_k * q_d, mask=m_k, other=0.0)
+    if GATED:
+        b_s *= tl.exp(tl.load(g + i_b * g_b + i_h * g_h).to(tl.float32))
+    for j in tl.static_range(N):
+        b_k = tl.load(p_k + j * k_n, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + j * v_n, mask=m_v, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta + j * beta_n).to(tl.float32)
+        b_u = b_beta * (b_v - tl.sum(b_k[:, None] * b_s, axis=0))
+        b_s += b_k[:, None] * b_u[None, :]
+    b_o = tl.sum(b_q.to(tl.float32)[:, None] * b_s, axis=0) * scale
+    tl.store(o + i_bh * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    p_new = new_state + i_bh * K * V + o_k[:, None] * V + o_v[None, :]
+    tl.store(p_new, b_s.to(new_state.dtype.element_ty), mask=m_s)
+
+
+@on_its_device
+def step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advance the state by one token; arguments as in the public `delta_product_step`.
+
+    Returns:
+        `o [B, HV, V]` in v's dtype and the new state in the state's dtype.
+    """
+    B, N, HV, V = v.shape
+    H, K = k.shape[2:]
+    o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
+    new_state = torch.empty(B, HV, K, V, dtype=state.dtype, device=v.device)
+    launch = config.step_launch(V, N)
+    if B:
+        step_kernel[(B * HV * triton.cdiv(V, launch.block),)](
+            q, k, v, beta, g, state, o, new_state, scale, HV,
+            *q.stride(), *k.stride(), *v.stride(), *beta.stride(),
+            *((0, 0) if g is None else g.stride()), *state.stride(),
+            N=N, K=K, V=V, GROUP=HV // H, GATED=g is not None,
+            BK=config.power_of_two(K), BV=launch.block, **launch.options,
+        )  # fmt: skip
+    return o, new_state

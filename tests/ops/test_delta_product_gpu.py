@@ -1,0 +1,142 @@
+"""The Triton kernels of `delta_product` on a GPU: every configuration, against float64."""
+
+import pytest
+import torch
+
+from householder.ops.delta_product import chunk, reference
+from householder.testing import delta_product_inputs, relative_error
+
+pytestmark = pytest.mark.gpu
+
+ORDER = ("q", "k", "v", "beta", "g")
+OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dg", "dinitial_state")
+# Relative errors of one product with operands of that dtype stay below these; long products of
+# reflections (β near 2, no gate) come near them. For float32 the rounding of 64-term sums.
+LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 3e-6}
+
+# B, T, N, H, HV, K, V, mean decay, packed sequences: all that the tables of config.py tell apart.
+SHAPES = {
+    "delta rule": (2, 300, 1, 2, 2, 128, 128, None, None),
+    "gated delta rule": (2, 300, 1, 2, 2, 128, 128, 0.1, None),
+    "strong gate": (2, 300, 1, 2, 2, 128, 128, 20.0, None),
+    "two reflections, grouped heads": (2, 300, 2, 2, 4, 128, 128, 0.1, None),
+    "three reflections": (2, 300, 3, 2, 2, 128, 128, None, None),
+    "four reflections": (2, 300, 4, 2, 2, 128, 128, 0.1, None),
+    "five reflections": (1, 200, 5, 1, 1, 96, 160, 0.1, None),
+    "six reflections": (1, 200, 6, 1, 1, 64, 64, None, None),
+    "seven reflections": (1, 200, 7, 1, 1, 16, 16, None, None),
+    "eight reflections": (1, 200, 8, 1, 2, 32, 16, 0.1, None),
+    "narrow": (2, 300, 1, 2, 2, 64, 64, 0.1, None),
+    "narrow keys": (1, 300, 1, 1, 1, 32, 48, 0.1, None),
+    "wide": (1, 200, 1, 1, 1, 256, 256, 0.1, None),
+    "wide keys": (1, 200, 2, 1, 1, 192, 48, None, None),
+    "wide values": (1, 200, 1, 1, 1, 48, 192, 0.1, None),
+    "packed": (1, 700, 2, 2, 2, 64, 128, 0.1, 9),
+    "hundreds of short sequences": (1, 1000, 1, 2, 2, 128, 64, None, 300),
+}
+
+
+def arrange(shape, dtype, device="cuda"):
+    B, T, N, H, HV, K, V, decay, num_sequences = shape
+    return delta_product_inputs(
+        B, T, N, H, K, V, HV=HV, decay=decay, num_sequences=num_sequences, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+
+
+def run(module, inputs, dtype=None, save=True):
+    """Return outputs and gradients for fixed cotangents, in `dtype` or the inputs' own."""
+    inputs = {
+        n: x.to(dtype) if dtype and x is not None and x.is_floating_point() else x
+        for n, x in inputs.items()
+    }
+    v = inputs["v"]
+    scale = inputs["k"].shape[-1] ** -0.5
+    arguments = [inputs[n] for n in ORDER]
+    arguments += [scale, inputs["initial_state"], inputs["cu_seqlens"]]
+    o, state, *saved = module.forward(*arguments, save)
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(o.shape, generator=generator).to(o.device, torch.bfloat16).to(v.dtype)
+    dstate = torch.randn(state.shape, generator=generator).to(o.device, state.dtype)
+    return [o, state, *module.backward(do, dstate, *arguments, *saved)]
+
+
+@pytest.fixture
+def kernels():
+    triton = pytest.importorskip("triton")
+    del triton
+    from householder.ops.delta_product import triton as kernels
+
+    return kernels
+
+
+@pytest.fixture
+def poisoned():
+    """Fill fresh memory with NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned):
+    inputs = arrange(SHAPES[name], dtype)
+    actual, again = run(kernels, inputs), run(kernels, inputs)
+    torch.use_deterministic_algorithms(False)
+    expected = run(chunk, inputs, torch.float64)
+    for label, a, b, e in zip(OUTPUTS, actual, again, expected, strict=True):
+        if e is not None and e.numel():
+            assert relative_error(a, e) < LIMITS[dtype], label
+            assert torch.equal(a, b), f"{label} changes from run to run"
+
+
+def test_a_sequence_does_not_depend_on_its_batch(kernels):
+    inputs = arrange((4, 300, 2, 2, 2, 64, 64, 0.1, None), torch.bfloat16)
+    alone = {n: None if x is None else x[2:3].contiguous() for n, x in inputs.items()}
+    together, separate = (
+        kernels.forward(*(x[n] for n in ORDER), 0.1, x["initial_state"], None, True)
+        for x in (inputs, alone)
+    )
+    for a, b in zip(together[:2], separate[:2], strict=True):
+        assert torch.equal(a[2:3], b)
+
+
+def test_strides_do_not_matter(kernels):
+    inputs = arrange((2, 100, 2, 2, 2, 64, 64, 0.1, None), torch.bfloat16)
+    swapped = {
+        n: x.transpose(0, 1).contiguous().transpose(0, 1) if n in ORDER else x
+        for n, x in inputs.items()
+    }
+    for a, b in zip(run(kernels, inputs), run(kernels, swapped), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_forward_and_backward_are_captured_in_a_graph(kernels):
+    inputs = arrange((1, 300, 2, 2, 2, 64, 64, 0.1, 5), torch.bfloat16)
+    scale, do = 0.1, torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.bfloat16)
+    arguments = [*(inputs[n] for n in ORDER), scale, inputs["initial_state"], inputs["cu_seqlens"]]
+
+    def both():
+        o, _, *saved = kernels.forward(*arguments, True)
+        return [o, *kernels.backward(do, None, *arguments, *saved)]
+
+    expected = both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("N", [1, 2, 4])
+@pytest.mark.parametrize(("K", "V"), [(128, 128), (48, 80), (256, 16)])
+def test_one_token(N, K, V, kernels):
+    inputs = arrange((3, 1, N, 2, 4, K, V, 0.1, None), torch.bfloat16)
+    token = [inputs[n][:, 0] for n in ORDER]
+    o, state = kernels.step(*token, 0.1, inputs["initial_state"])
+    wide = [x.double() for x in token]
+    expected = reference.step(*wide, 0.1, inputs["initial_state"].double())
+    assert relative_error(o, expected[0]) < 4e-3
+    assert relative_error(state, expected[1]) < 1e-6
