@@ -206,8 +206,10 @@ class Gates(NamedTuple):
 def make_gates(g: Tensor, dtype: torch.dtype) -> Gates:
     """Turn log gates `[b, C, 1]` in float64 into the decays between tokens of the chunk."""
     G = g.clamp(min=MIN_LOG_GATE).cumsum(1)
-    future = torch.ones(G.shape[1], G.shape[1], dtype=torch.bool, device=g.device).triu(1)
-    pair = (G - G.mT).to(dtype).masked_fill_(future, -torch.inf).exp_()
+    # Of the future the differences are positive and could overflow. (Filling them with -inf instead
+    # is right too, but exp of -inf takes four times as long as of numbers: 400 against 100 µs for
+    # 131,072 entries on two cores.)
+    pair = (G - G.mT).to(dtype).clamp_(max=0).exp_().tril_()
     last = G[:, -1:]
     return Gates(pair, G.exp().to(dtype), (last - G).exp().to(dtype), last.exp().to(dtype))
 
@@ -524,8 +526,9 @@ def _crossing(reads: Tensor, writes: Tensor, pairs: Tensor) -> Tensor:
 
     `reads` and `writes` are `[b, C, 1]`, `pairs` `[b, C, C]` (read at row, written at column).
     """
-    C = pairs.shape[1]
-    from_here_on = pairs.new_ones(C, C).triu_()
-    before = pairs.new_ones(C, C).tril_(-1)
-    both = torch.matmul(from_here_on, pairs).mul_(before).sum(-1, keepdim=True)
-    return both + torch.matmul(from_here_on, reads) + torch.matmul(before, writes)
+    b, C, _ = pairs.shape
+    from_here_on = pairs.new_ones(C, C).triu_().expand(b, C, C)
+    read = torch.bmm(from_here_on, torch.cat([pairs, reads], dim=2))
+    # Shifted, not minus the token's own: the subtraction would round.
+    before = torch.nn.functional.pad(writes.cumsum(1)[:, :-1], (0, 0, 1, 0))
+    return read[:, :, :C].tril(-1).sum(-1, keepdim=True) + read[:, :, C:] + before
