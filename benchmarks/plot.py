@@ -70,6 +70,7 @@ def state_tracking() -> None:
     for axes in (left, right):
         axes.set_ylim(-0.02, 1.02)
         finish(axes)
+    right.legend(frameon=False, loc="upper right")
     figure.savefig(IMAGES / "state-tracking-h200.png", dpi=150)
 
 

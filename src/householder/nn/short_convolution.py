@@ -120,8 +120,9 @@ class ShortConvolution(nn.Module):
 
     def _convolve(self, extended: Tensor) -> Tensor:
         # W multiply-adds over shifted views. Channels are last here, where torch's conv1d would
-        # want them first: it pays two transposes, and its backward was up to 8 times as slow on a
-        # 2-core CPU. A token's result is also the same to the bit however the sequence is cut.
+        # want them first and pay two transposes: measured on two cores, its backward took from 14
+        # times as long (bfloat16) to 0.4 times (float32, T = 2048, D = 1024). A token's result is
+        # also the same to the bit however the sequence is cut.
         num_outputs = extended.shape[1] - self.kernel_size + 1
         dtype = torch.promote_types(extended.dtype, torch.float32)
         wide, weight = extended.to(dtype), self.weight.to(dtype)
