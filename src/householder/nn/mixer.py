@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -311,18 +310,17 @@ class DeltaProductMixer(nn.Module):
         self._check_inputs(x, state, cu_seqlens)
         q, k, v, conv = self._queries_keys_values(x, state, cu_seqlens)
         beta, g = self._beta(x), self._forget_gate(x)
-        with _without_autocast(x.device):
-            o, matrix = delta_product(
-                q,
-                k,
-                v,
-                beta,
-                g,
-                initial_state=None if state is None else state.matrix,
-                output_final_state=return_state,
-                cu_seqlens=cu_seqlens,
-                impl=self.impl,
-            )
+        o, matrix = delta_product(
+            q,
+            k,
+            v,
+            beta,
+            g,
+            initial_state=None if state is None else state.matrix,
+            output_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            impl=self.impl,
+        )
         y = self._output(o, x)
         return y if matrix is None else (y, MixerState(matrix, conv))
 
@@ -349,15 +347,14 @@ class DeltaProductMixer(nn.Module):
         self._check_inputs(x, state, None)
         q, k, v, conv = self._queries_keys_values(x, state)
         beta, g = self._beta(x), self._forget_gate(x)
-        with _without_autocast(x.device):
-            o, matrix = delta_product_step(
-                q.squeeze(1),
-                k.squeeze(1),
-                v.squeeze(1),
-                beta.squeeze(1),
-                None if g is None else g.squeeze(1),
-                state=state.matrix,
-            )
+        o, matrix = delta_product_step(
+            q.squeeze(1),
+            k.squeeze(1),
+            v.squeeze(1),
+            beta.squeeze(1),
+            None if g is None else g.squeeze(1),
+            state=state.matrix,
+        )
         return self._output(o.unsqueeze(1), x).squeeze(1), MixerState(matrix, conv)
 
     def extra_repr(self) -> str:
@@ -430,14 +427,6 @@ class DeltaProductMixer(nn.Module):
         for i, conv in enumerate(state.conv or ()):
             conv_shape = (batch_size, self.conv_size - 1, channels[i])
             check_state_tensor(where, f"state.conv[{i}]", conv, conv_shape)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    # Autocast narrows what goes into the recurrence. The state itself stays wide: it sums over all
-    # tokens, and rounding it at each of them would add up.
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -42,12 +42,17 @@ def register(
 def without_autocast(function: Function) -> Function:
     """Run a form of an op with autocast off: it chooses the dtypes of its products itself.
 
-    The first argument must be a tensor; it tells the device.
+    A state sums over all tokens, and rounding it at each of them would add up. The first argument
+    must be a tensor; it tells the device.
     """
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        # Some devices, as "meta", have no autocast to switch off.
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]

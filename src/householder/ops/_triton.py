@@ -17,11 +17,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 TILE_ROWS = 64
 
 
-def interpreting() -> bool:
-    """Say whether kernels run on the CPU, under `TRITON_INTERPRET=1`."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def on_its_device(function: Function) -> Function:
     """Make the device of a launcher's first tensor the current one while it runs."""
 
