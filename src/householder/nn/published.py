@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 
@@ -37,7 +37,36 @@ class MixerOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class DeltaNet(DeltaProductMixer):
+class PublishedMixer(DeltaProductMixer):
+    """What the published layers share: head sizes by rule, and a forget gate that is fixed.
+
+    Args:
+        d_model: size of the input and output vectors.
+        num_heads: H.
+        head_dim: K; `None` for KEY_SHARE · d_model / num_heads.
+        expand_v: V / K.
+        **options: options of `DeltaProductMixer`.
+    """
+
+    # How much of d_model the keys of all heads fill where `head_dim` is left out.
+    KEY_SHARE: ClassVar[Fraction] = Fraction(1)
+
+    def __init__(
+        self, d_model: int, *, num_heads: int, head_dim: int | None, expand_v: float, **options: Any
+    ) -> None:
+        key_dim, value_dim = _head_dims(
+            type(self).__name__, d_model, num_heads, head_dim, expand_v, self.KEY_SHARE
+        )
+        super().__init__(
+            d_model,
+            num_heads=num_heads,
+            head_dim=key_dim,
+            value_head_dim=value_dim,
+            **{**self.FIXED, **options},
+        )
+
+
+class DeltaNet(PublishedMixer):
     """One reflection per token, no gates.
 
     Args:
@@ -73,22 +102,18 @@ class DeltaNet(DeltaProductMixer):
         allow_neg_eigval: bool = False,
         **options: Unpack[MixerOptions],
     ) -> None:
-        key_dim, value_dim = _head_dims(
-            "DeltaNet", d_model, num_heads, head_dim, expand_v, key_share=Fraction(1)
-        )
-        options.setdefault("use_forget_gate", False)
         super().__init__(
             d_model,
             num_heads=num_heads,
-            head_dim=key_dim,
-            value_head_dim=value_dim,
+            head_dim=head_dim,
+            expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_neg_eigval=allow_neg_eigval,
             **options,
         )
 
 
-class GatedDeltaNet(DeltaProductMixer):
+class GatedDeltaNet(PublishedMixer):
     """One reflection per token, a forget gate and an output gate.
 
     Args:
@@ -109,6 +134,7 @@ class GatedDeltaNet(DeltaProductMixer):
         https://arxiv.org/abs/2412.06464
     """
 
+    KEY_SHARE: ClassVar[Fraction] = Fraction(3, 4)
     FIXED: ClassVar[Mapping[str, object]] = {"num_householder": 1, "use_forget_gate": True}
 
     def __init__(
@@ -122,22 +148,18 @@ class GatedDeltaNet(DeltaProductMixer):
         allow_neg_eigval: bool = False,
         **options: Unpack[MixerOptions],
     ) -> None:
-        key_dim, value_dim = _head_dims(
-            "GatedDeltaNet", d_model, num_heads, head_dim, expand_v, key_share=Fraction(3, 4)
-        )
-        options.setdefault("use_forget_gate", True)
         super().__init__(
             d_model,
             num_heads=num_heads,
-            head_dim=key_dim,
-            value_head_dim=value_dim,
+            head_dim=head_dim,
+            expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_neg_eigval=allow_neg_eigval,
             **options,
         )
 
 
-class DeltaProduct(DeltaProductMixer):
+class DeltaProduct(PublishedMixer):
     """Several reflections per token, no gates.
 
     Args:
@@ -173,23 +195,19 @@ class DeltaProduct(DeltaProductMixer):
         allow_neg_eigval: bool = True,
         **options: Unpack[MixerOptions],
     ) -> None:
-        key_dim, value_dim = _head_dims(
-            "DeltaProduct", d_model, num_heads, head_dim, expand_v, key_share=Fraction(1)
-        )
-        options.setdefault("use_forget_gate", False)
         super().__init__(
             d_model,
             num_heads=num_heads,
-            head_dim=key_dim,
+            head_dim=head_dim,
             num_householder=num_householder,
-            value_head_dim=value_dim,
+            expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_neg_eigval=allow_neg_eigval,
             **options,
         )
 
 
-class GatedDeltaProduct(DeltaProductMixer):
+class GatedDeltaProduct(PublishedMixer):
     """Several reflections per token, a forget gate and an output gate.
 
     Args:
@@ -211,6 +229,7 @@ class GatedDeltaProduct(DeltaProductMixer):
         Carstensen, Zela, Hutter, Pontil, Grazzi, 2025), https://arxiv.org/abs/2502.10297
     """
 
+    KEY_SHARE: ClassVar[Fraction] = Fraction(3, 4)
     FIXED: ClassVar[Mapping[str, object]] = {"use_forget_gate": True}
 
     def __init__(
@@ -225,16 +244,12 @@ class GatedDeltaProduct(DeltaProductMixer):
         allow_neg_eigval: bool = True,
         **options: Unpack[MixerOptions],
     ) -> None:
-        key_dim, value_dim = _head_dims(
-            "GatedDeltaProduct", d_model, num_heads, head_dim, expand_v, key_share=Fraction(3, 4)
-        )
-        options.setdefault("use_forget_gate", True)
         super().__init__(
             d_model,
             num_heads=num_heads,
-            head_dim=key_dim,
+            head_dim=head_dim,
             num_householder=num_householder,
-            value_head_dim=value_dim,
+            expand_v=expand_v,
             use_output_gate=use_output_gate,
             allow_neg_eigval=allow_neg_eigval,
             **options,
