@@ -6,8 +6,6 @@ import html
 import re
 from typing import Any
 
-from latex2mathml.converter import convert
-
 # What the Markdown extension `pymdownx.arithmatex` leaves of $…$ and $$…$$.
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*(?:\\\(|\\\[)'
@@ -18,6 +16,8 @@ FORMULA = re.compile(
 
 def on_page_content(content: str, **_: Any) -> str:
     """Replace every formula of a page; called by mkdocs."""
+    # Part of the `docs` extra: pytest, which looks for examples here, runs without it.
+    from latex2mathml.converter import convert
 
     def replace(match: re.Match[str]) -> str:
         display = "block" if match["tag"] == "div" else "inline"
