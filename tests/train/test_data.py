@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from householder.train.data import derive_seed, make_data, make_training_task
+from householder.train.errors import ConfigError
 from householder.train.optim import learning_rate, make_optimizer
 
 
@@ -39,6 +40,21 @@ def test_shorter_sequences_where_the_task_pads(tiny):
     (batch,) = batches(config, [0])
     answers = (batch.labels >= 0).int().argmax(dim=1) + 1
     assert (answers.min(), answers.max()) == (2, 8)
+
+
+def test_prefixes_grow_to_the_training_length(tiny):
+    whole = batches(tiny(length=12, num_samples=10), range(8))
+    config = tiny(length=12, num_samples=10, start_length=3, growth_steps=4)
+    grown = batches(config, range(8))
+    assert [(b.labels[0] >= 0).sum().item() for b in grown] == [3, 4, 6, 8, 12, 12, 12, 12]
+    for part, all_of_it in zip(grown, whole, strict=True):
+        for x, y in zip(part, all_of_it, strict=True):
+            assert torch.equal(x, y[:, : x.shape[1]])
+
+
+def test_a_prefix_that_is_no_example_is_refused(tiny):
+    with pytest.raises(ConfigError, match="parity"):
+        make_training_task(tiny(task="parity", length=8, start_length=4))
 
 
 def test_streams_are_unrelated():

@@ -95,6 +95,19 @@ class TrainConfig:
         section="Task",
         at_least=1,
     )
+    start_length: int | None = setting(
+        None,
+        "Train on prefixes that grow from this length to length, in equal ratios, over the first "
+        "growth-steps; for tasks supervised at every token. Default: always length.",
+        section="Task",
+        at_least=1,
+    )
+    growth_steps: int | None = setting(
+        None,
+        "Steps over which prefixes grow; default: half of steps, with start-length.",
+        section="Task",
+        at_least=1,
+    )
     num_samples: int | None = setting(
         None,
         "Size of a fixed training set, reshuffled every epoch; default: fresh data every step.",
@@ -244,6 +257,12 @@ class TrainConfig:
             raise ConfigError(
                 f"`min_length` must be at most length={self.length}, got {self.min_length}"
             )
+        if self.start_length is None and self.growth_steps is not None:
+            raise ConfigError("`growth_steps` needs `start_length`: the prefixes' first length")
+        if self.start_length is not None and self.start_length > self.length:
+            raise ConfigError(
+                f"`start_length` must be at most length={self.length}, got {self.start_length}"
+            )
         if self.epochs is not None and self.num_samples is None:
             raise ConfigError("`epochs` needs `num_samples`: fresh data has no end; give `steps`")
         if self.eval_length is not None and self.eval_length < self.length:
@@ -276,8 +295,12 @@ class TrainConfig:
                     f"`steps` and `epochs` contradict each other: epochs={self.epochs} of "
                     f"{self.num_samples} samples are {steps} steps, got steps={self.steps}"
                 )
+        growth_steps = self.growth_steps
+        if self.start_length is not None and growth_steps is None:
+            growth_steps = max(1, steps // 2)
         for name, value in {
             "steps": steps,
+            "growth_steps": growth_steps,
             "eval_length": 4 * self.length if self.eval_length is None else self.eval_length,
             "head_dim": self.d_model // self.num_heads if self.head_dim is None else self.head_dim,
         }.items():

@@ -48,7 +48,31 @@ def make_training_task(config: TrainConfig) -> Task:
         task.sample(1, config.length, torch.Generator().manual_seed(0))
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
+    if config.start_length is not None and task.metric != "prefix":
+        raise ConfigError(
+            f"`start_length` must be left out for {task.name}: a prefix of its sequences is no "
+            "example of it; use `min_length`"
+        )
     return task
+
+
+def training_length(config: TrainConfig, step: int) -> int:
+    """Return how many supervised tokens the sequences of a training step have.
+
+    Args:
+        config: `length`, `start_length`, `growth_steps`.
+        step: counted from 0.
+
+    Examples:
+        >>> config = TrainConfig(length=32, start_length=4, growth_steps=3, steps=5)
+        >>> [training_length(config, step) for step in range(5)]
+        [4, 8, 16, 32, 32]
+    """
+    if config.start_length is None:
+        return config.length
+    assert config.growth_steps is not None
+    grown = min(1.0, step / config.growth_steps)
+    return round(config.start_length * (config.length / config.start_length) ** grown)
 
 
 class FreshData:
@@ -104,6 +128,27 @@ class FixedData:
         return Batch(*(x[rows] for x in self._samples))
 
 
-def make_data(task: Task, config: TrainConfig, device: torch.device) -> FreshData | FixedData:
+class GrowingPrefixes:
+    """Cut batches to their first tokens, fewer in early steps: see `training_length`.
+
+    Args:
+        data: where the batches come from; every token after the leading BOS is supervised.
+        config: `length`, `start_length`, `growth_steps`.
+    """
+
+    def __init__(self, data: FreshData | FixedData, config: TrainConfig) -> None:
+        self._data, self._config = data, config
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, counted from 0."""
+        batch = self._data.batch(step)
+        cut = self._config.length - training_length(self._config, step)
+        return Batch(*(x[:, : x.shape[1] - cut] for x in batch))
+
+
+def make_data(
+    task: Task, config: TrainConfig, device: torch.device
+) -> FreshData | FixedData | GrowingPrefixes:
     """Return the source of training batches that the settings ask for."""
-    return (FixedData if config.num_samples else FreshData)(task, config, device)
+    data = (FixedData if config.num_samples else FreshData)(task, config, device)
+    return data if config.start_length is None else GrowingPrefixes(data, config)

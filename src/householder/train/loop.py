@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from householder.train import checkpoint as ckpt
 from householder.train.build import build_model, cpu_threads, resolve_device
 from householder.train.config import TrainConfig, describe_differences, differences
-from householder.train.data import FixedData, FreshData, derive_seed, make_data, make_training_task
+from householder.train.data import (
+    FixedData,
+    FreshData,
+    GrowingPrefixes,
+    derive_seed,
+    make_data,
+    make_training_task,
+    training_length,
+)
 from householder.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from householder.train.evaluation import Evaluation, accuracy, autocast, evaluate
 from householder.train.interrupt import StopRequest
@@ -155,7 +163,7 @@ class _Run:
     task: Task
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    data: FreshData | FixedData
+    data: FreshData | FixedData | GrowingPrefixes
     # The first step whose loss or gradient was not finite, 0 while there is none. It lives on the
     # device and is read only when metrics or a checkpoint are due, because reading waits for the
     # device to catch up.
@@ -248,6 +256,7 @@ class _Run:
         predictions = logits.argmax(dim=-1)
         record = {
             "step": self.step,
+            "length": training_length(self.config, self.step - 1),
             "loss": loss.item(),
             "accuracy": accuracy(self.task, predictions, batch.labels),
             "token_accuracy": token_accuracy(predictions, batch.labels),
