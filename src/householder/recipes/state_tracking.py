@@ -37,31 +37,33 @@ PUBLISHED_S5 = {
 
 SIZES = ("cpu", "gpu")
 
-# The scale at which the published code's README trains: 100 epochs of 100,000 sequences, 4,900
-# steps. The paper's own runs have 2,000,000 sequences and 12 heads. Neither tells of warmup,
-# clipping or early stopping: these are ours.
+# The scale of the published code's README: 100,000 words, d = 128, 8 heads of 32. Its optimizer
+# (100 epochs in batches of 2048, learning rate 1e-3, weight decay 1e-6) learns S3 alone. What makes
+# the larger groups learnable in as many minutes is ours: words that grow from 3 elements to 128,
+# four times smaller batches, and weight decay, or they are learnt but not extrapolated.
 _GPU: dict[str, Any] = {
     "length": 128,
+    "start_length": 3,
+    "growth_steps": 6000,
     "eval_length": 512,
     "num_samples": 100_000,
-    "epochs": 100,
-    "batch_size": 2048,
+    "steps": 12_000,
+    "batch_size": 512,
     "d_model": 128,
     "num_heads": 8,
     "head_dim": 32,
     "mlp_width": 512,
-    "lr": 1e-3,
+    "lr": 2e-3,
     "schedule": "cosine",
-    "warmup": 0,
+    "warmup": 100,
     "beta1": 0.9,
-    "beta2": 0.999,
-    "weight_decay": 1e-6,
+    "beta2": 0.95,
+    "weight_decay": 0.1,
     "grad_clip": 1.0,
     "eval_samples": 4096,
-    "eval_interval": 100,
-    "stop_when_solved": 3,
-    "log_interval": 20,
-    "checkpoint_interval": 200,
+    "eval_interval": 1000,
+    "log_interval": 100,
+    "checkpoint_interval": 2000,
 }
 
 # The same question in minutes on two cores: fresh data every step, and shorter words for the larger
