@@ -1,0 +1,130 @@
+"""`delta_product` on a GPU as users call it: compiled, captured, very long, packed."""
+
+import itertools
+
+import pytest
+import torch
+
+from householder import delta_product, delta_product_step
+from householder.testing import delta_product_inputs, relative_error
+
+pytestmark = pytest.mark.gpu
+
+ORDER = ("q", "k", "v", "beta", "g")
+
+
+def arrange(*sizes, dtype=torch.bfloat16, **options):
+    inputs = delta_product_inputs(*sizes, dtype=dtype, device="cuda", **options)
+    return {
+        name: x.requires_grad_() if x is not None and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def call(inputs, **options):
+    keywords = {n: x for n, x in inputs.items() if n not in ORDER}
+    return delta_product(
+        *(inputs[n] for n in ORDER), **keywords, output_final_state=True, impl="triton", **options
+    )
+
+
+def gradients(outputs, inputs):
+    o, state = outputs
+    given = [x for x in inputs.values() if x is not None and x.requires_grad]
+    return torch.autograd.grad([o, state], given, [torch.ones_like(o), torch.ones_like(state)])
+
+
+@pytest.mark.parametrize("decay", [None, 0.1], ids=["no gate", "gate"])
+def test_compiles_into_one_graph(decay):
+    inputs = arrange(2, 200, 2, 2, 64, 64, HV=4, decay=decay)
+    eager, compiled = call(inputs), torch.compile(call, fullgraph=True)(inputs)
+    for a, b in zip(compiled, eager, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(gradients(compiled, inputs), gradients(eager, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_training_step_is_captured_without_waiting_for_the_host():
+    inputs = arrange(1, 700, 2, 2, 64, 64, num_sequences=9)
+
+    def step():
+        outputs = call(inputs)
+        return [*outputs, *gradients(outputs, inputs)]
+
+    expected = step()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.detach().zero_()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_sequences_are_those_alone():
+    inputs = arrange(1, 900, 2, 2, 64, 64, num_sequences=7)
+    together, bounds = call(inputs), inputs["cu_seqlens"].tolist()
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        alone = {n: None if inputs[n] is None else inputs[n][:, start:end] for n in ORDER}
+        alone["initial_state"] = inputs["initial_state"][i : i + 1]
+        o, state = call(alone)
+        assert torch.equal(o, together[0][:, start:end])
+        assert torch.equal(state, together[1][i : i + 1])
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """The second half alone, from the first half's state, is the second half of the whole."""
+    T, half, H, K, V = 1_048_576, 524_288, 17, 128, 16
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        x = torch.randn(*shape, generator=draw, device="cuda", dtype=torch.bfloat16)
+        return x.requires_grad_()
+
+    inputs = {"q": normal(1, T, H, K), "v": normal(1, T, 1, H, V), "beta": normal(1, T, 1, H)}
+    with torch.no_grad():
+        inputs["k"] = torch.nn.functional.normalize(normal(1, T, 1, H, K), dim=-1)
+        inputs["beta"].sigmoid_().mul_(2)
+        inputs["g"] = -0.05 * torch.rand(1, T, H, generator=draw, device="cuda")
+    assert inputs["k"].numel() > 2**31
+    o, state = call(inputs)
+    first = {n: None if x is None else x[:, :half].detach() for n, x in inputs.items()}
+    second = {
+        n: None if x is None else x[:, half:].detach().requires_grad_() for n, x in inputs.items()
+    }
+    _, middle = call(first)
+    tail, end = call(second | {"initial_state": middle})
+    assert relative_error(tail, o[:, half:]) < 1e-2
+    assert relative_error(end, state) < 1e-2
+    # A gradient that enters at the end reaches the second half as it does there alone.
+    ours = torch.autograd.grad(o[:, half:].float().square().sum(), inputs["v"])[0]
+    alone = torch.autograd.grad(tail.float().square().sum(), second["v"])[0]
+    assert relative_error(ours[:, half:], alone) < 1e-2
+
+
+def test_a_generated_token_continues_the_sequence():
+    inputs = arrange(2, 130, 3, 2, 64, 64)
+    o, state = call(inputs)
+    with torch.no_grad():
+        before = {n: None if inputs[n] is None else inputs[n][:, :-1] for n in ORDER}
+        _, middle = call(before | {"initial_state": inputs["initial_state"]})
+        last = [None if inputs[n] is None else inputs[n][:, -1] for n in ORDER]
+        token, end = delta_product_step(*last, state=middle, impl="triton")
+    assert relative_error(token, o[:, -1]) < 1e-2
+    assert relative_error(end, state) < 1e-2
+
+
+def test_empty_sequences_and_batches():
+    inputs = arrange(2, 0, 2, 2, 64, 64)
+    o, state = call(inputs)
+    assert o.shape == (2, 0, 2, 64)
+    assert torch.equal(state, inputs["initial_state"])
+    o, _ = call(arrange(0, 5, 2, 2, 64, 64))
+    assert o.shape == (0, 5, 2, 64)
