@@ -39,7 +39,9 @@ BELOW = {
 # Inside an op's folder: the forms know nothing of one another.
 BELOW_IN_OP = {
     "__init__": {"api"},
-    "api": {"op", "reference", "chunk", "triton"},
+    "api": {"op", "activations", "reference", "chunk", "triton"},
+    # Of delta_product: what a layer does in front of the recurrence, with kernels of its own.
+    "activations": {"triton"},
     "op": {"reference", "chunk", "triton"},
     "reference": {"reference"},
     "chunk": {"chunk"},

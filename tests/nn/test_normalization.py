@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from householder.nn import GatedRMSNorm
-from householder.nn.normalization import l2_normalize, sum_normalize
+from householder.nn.normalization import sum_normalize
+from householder.ops.delta_product.activations import l2_normalize
 
 
 def test_l2_length_never_exceeds_one() -> None:

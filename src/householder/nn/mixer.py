@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from householder.nn._checks import (
     default_head_dim,
 )
 from householder.nn.initialization import init_forget_gate, init_residual_weight, init_weight
-from householder.nn.normalization import QK_ACTIVATIONS, QK_NORMS, GatedRMSNorm
+from householder.nn.normalization import QK_ACTIVATIONS, QK_NORMS, GatedRMSNorm, sum_normalize
 from householder.nn.short_convolution import ShortConvolution
 from householder.ops import delta_product, delta_product_step
 
@@ -309,17 +309,17 @@ class DeltaProductMixer(nn.Module):
         """
         self._check_inputs(x, state, cu_seqlens)
         q, k, v, conv = self._queries_keys_values(x, state, cu_seqlens)
-        beta, g = self._beta(x), self._forget_gate(x)
         o, matrix = delta_product(
             q,
             k,
             v,
-            beta,
-            g,
+            self._beta_logits(x),
+            self._gate_logits(x),
             initial_state=None if state is None else state.matrix,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
             impl=self.impl,
+            **self._activations(),
         )
         y = self._output(o, x)
         return y if matrix is None else (y, MixerState(matrix, conv))
@@ -346,14 +346,15 @@ class DeltaProductMixer(nn.Module):
         x = x.unsqueeze(1)
         self._check_inputs(x, state, None)
         q, k, v, conv = self._queries_keys_values(x, state)
-        beta, g = self._beta(x), self._forget_gate(x)
+        a = self._gate_logits(x)
         o, matrix = delta_product_step(
             q.squeeze(1),
             k.squeeze(1),
             v.squeeze(1),
-            beta.squeeze(1),
-            None if g is None else g.squeeze(1),
+            self._beta_logits(x).squeeze(1),
+            None if a is None else a.squeeze(1),
             state=state.matrix,
+            **self._activations(),
         )
         return self._output(o.unsqueeze(1), x).squeeze(1), MixerState(matrix, conv)
 
@@ -369,7 +370,10 @@ class DeltaProductMixer(nn.Module):
     def _queries_keys_values(
         self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """Return q `[B, T, H, K]`, k `[B, T, N, H, K]`, v `[B, T, N, HV, V]`, the conv state."""
+        """Return q `[B, T, H, K]`, k `[B, T, N, H, K]`, v `[B, T, N, HV, V]`, the conv state.
+
+        q and k are not yet of unit length: the op brings them to it.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         conv = None
         if self.use_short_conv:
@@ -378,28 +382,30 @@ class DeltaProductMixer(nn.Module):
             k, k_past = self.k_conv1d(k, k_past, cu_seqlens)
             v, v_past = self.v_conv1d(v, v_past, cu_seqlens)
             conv = (q_past, k_past, v_past)
-        activate, normalize = QK_ACTIVATIONS[self.qk_activation], QK_NORMS[self.qk_norm]
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        k = k.unflatten(-1, (self.num_householder, self.num_heads, self.head_dim))
+        activate = QK_ACTIVATIONS[self.qk_activation]
+        q = activate(q.unflatten(-1, (self.num_heads, self.head_dim)))
+        k = activate(k.unflatten(-1, (self.num_householder, self.num_heads, self.head_dim)))
         v = v.unflatten(-1, (self.num_householder, self.num_value_heads, self.value_head_dim))
-        q, k = (normalize(activate(heads), self.qk_norm_eps) for heads in (q, k))
+        if self.qk_norm == "sum":
+            q, k = (sum_normalize(heads, self.qk_norm_eps) for heads in (q, k))
         return q, k, F.silu(v), conv
 
-    def _beta(self, x: Tensor) -> Tensor:
-        # In float32 at least: just below 2, bfloat16 has steps of 2^-7, and a reflection whose beta
-        # is off by one of them shrinks its key's direction by nearly 1 % at every token.
-        logits = self.b_proj(x)
-        beta = logits.to(_wide_dtype(logits)).sigmoid()
-        if self.allow_neg_eigval:
-            beta = 2 * beta
-        return beta.unflatten(-1, (self.num_householder, self.num_value_heads))
+    def _beta_logits(self, x: Tensor) -> Tensor:
+        return self.b_proj(x).unflatten(-1, (self.num_householder, self.num_value_heads))
 
-    def _forget_gate(self, x: Tensor) -> Tensor | None:
-        if not self.use_forget_gate:
-            return None
-        a = self.a_proj(x)
-        dtype = _wide_dtype(a)
-        return -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
+    def _gate_logits(self, x: Tensor) -> Tensor | None:
+        return self.a_proj(x) if self.use_forget_gate else None
+
+    def _activations(self) -> dict[str, Any]:
+        """Return what the op does to q, k and the logits itself, as its options."""
+        options: dict[str, Any] = {
+            "qk_norm": "l2" if self.qk_norm == "l2" else None,
+            "qk_norm_eps": self.qk_norm_eps,
+            "beta_activation": "2sigmoid" if self.allow_neg_eigval else "sigmoid",
+        }
+        if self.use_forget_gate:
+            options |= {"gate_activation": "softplus", "A_log": self.A_log, "dt_bias": self.dt_bias}
+        return options
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.use_output_gate:

@@ -9,28 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scale the last dimension to unit length: x / √(Σ x² + eps).
-
-    Computed in float32 at least. With `eps` under the root a zero vector stays zero, with zero
-    gradient, and a length never exceeds 1: a reflector made of such a key with beta in [0, 2]
-    never expands the state.
-
-    Args:
-        x: `[..., D]`, any floating dtype.
-        eps: added to the squared length.
-
-    Returns:
-        `[..., D]` in the dtype of `x`.
-
-    Examples:
-        >>> l2_normalize(torch.tensor([3.0, 4.0])).round(decimals=4)
-        tensor([0.6000, 0.8000])
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Scale the last dimension of non-negative numbers to sum one: x / (Σ x + eps).
 
@@ -55,7 +33,7 @@ def _elu_plus_one(x: Tensor) -> Tensor:
     return F.elu(x) + 1
 
 
-def _identity(x: Tensor, eps: float = 0.0) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -66,11 +44,8 @@ QK_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "identity": _identity,
 }
 
-QK_NORMS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
-    "l2": l2_normalize,
-    "sum": sum_normalize,
-    "none": _identity,
-}
+# `delta_product` itself does "l2".
+QK_NORMS = ("l2", "sum", "none")
 
 
 class GatedRMSNorm(nn.Module):

@@ -61,3 +61,20 @@ def without_autocast(function: Function) -> Function:
 def contiguous_like(x: Tensor, **options: Any) -> Tensor:
     """Return an uninitialised contiguous tensor of x's shape, whatever x's strides are."""
     return torch.empty_like(x, memory_format=torch.contiguous_format, **options)
+
+
+def fold_into_heads(x: Tensor | None, dim: int | None, size: int, heads: int) -> Tensor | None:
+    """Join the dimension `dim` that vmap batches, of `size`, to the head axis of `x`.
+
+    Heads are independent. The batched dimension goes before them, which keeps each group of value
+    heads beside its key head.
+    """
+    if x is None:
+        return None
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.movedim(0, heads).flatten(heads, heads + 1)
+
+
+def unfold_from_heads(x: Tensor, size: int, heads: int) -> Tensor:
+    """Undo `fold_into_heads`; the batched dimension comes to lie at `heads`."""
+    return x.unflatten(heads, (size, x.shape[heads] // size))

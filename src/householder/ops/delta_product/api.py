@@ -8,6 +8,7 @@ from torch import Tensor
 from householder.ops import _checks
 from householder.ops._dispatch import check_impl
 from householder.ops.delta_product import reference
+from householder.ops.delta_product.activations import activate, check_activations, definition
 from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
 from householder.ops.wy import compute_dtype
 
@@ -25,6 +26,12 @@ def delta_product(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    qk_norm: str | None = None,
+    qk_norm_eps: float = 1e-6,
+    beta_activation: str | None = None,
+    gate_activation: str | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Run a matrix state through products of N Householder transformations per token.
@@ -36,20 +43,35 @@ def delta_product(
         o_t = scale · Sᵀ q_t
 
     N = 1 is the delta rule of DeltaNet, with `g` that of Gated DeltaNet; N > 1 is DeltaProduct.
-    Nothing is normalised here: for reflectors, give unit keys (β = 2 reflects, β = 1 projects).
+    For reflectors, give unit keys (β = 2 reflects, β = 1 projects). What a layer does to its
+    projections in front of that can be left to the call, which fuses it:
+
+        q, k ← x / √(Σ x² + qk_norm_eps)              with qk_norm="l2"
+        β ← σ(β), or 2σ(β)                            with beta_activation="sigmoid", "2sigmoid"
+        g ← −exp(A_log) · softplus(g + dt_bias)       with gate_activation="softplus"
 
     Args:
         q: queries `[B, T, H, K]`.
         k: keys `[B, T, N, H, K]`, reflector j = 0 applied first.
         v: values `[B, T, N, HV, V]`. HV is a multiple of H: value head h uses query and key head
             `h // (HV // H)`.
-        beta: coefficients `[B, T, N, HV]`; with unit keys, [0, 2] keeps the state bounded.
+        beta: coefficients `[B, T, N, HV]`; with unit keys, [0, 2] keeps the state bounded. With
+            `beta_activation`, any numbers.
         g: forget gates `[B, T, HV]`, natural logarithm, ≤ 0 (`-inf` resets the state), or None.
+            With `gate_activation`, any numbers.
         scale: factor on the output; `K ** -0.5` if None.
         initial_state: `[B, HV, K, V]`, or `[S, HV, K, V]` with `cu_seqlens`; zeros if None.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
             Sequences may be empty.
+        qk_norm: `"l2"` brings q and k to unit length over each head's K, in float32 at least and
+            rounded to their dtype; None takes them as they are.
+        qk_norm_eps: added to the squared length, so that a zero vector stays zero.
+        beta_activation: `"sigmoid"` (β in (0, 1)), `"2sigmoid"` (β in (0, 2), which lets a
+            reflection reverse a direction), in float32 at least; or None.
+        gate_activation: `"softplus"`, in float32 at least, which needs `g` and `A_log`; or None.
+        A_log: logarithms of the gates' rates `[HV]`; only with `gate_activation`.
+        dt_bias: added to `g` `[HV]`, or None for zero; only with `gate_activation`.
         impl: `"chunk"` (blocked into matrix products, on any device), `"reference"` (a loop over
             tokens), `"triton"` (GPU kernels, for float32, bfloat16 and float16, K and V multiples
             of 16 up to 256, N ≤ 8), or `"auto"`, which is `"chunk"`: the kernels are young and
@@ -60,7 +82,8 @@ def delta_product(
         The state is float32 for bfloat16 and float16 inputs, which are computed with in float32.
 
     Raises:
-        ValueError: a shape, device or `cu_seqlens` does not fit, or `impl` is unknown.
+        ValueError: a shape, device or `cu_seqlens` does not fit, `impl` or another option is
+            unknown, or options contradict one another.
         TypeError: an argument is no tensor, or is not real floating point.
         NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of
             a form other than the reference is asked for.
@@ -80,6 +103,14 @@ def delta_product(
         >>> o.shape, state.shape
         (torch.Size([1, 6, 3, 4]), torch.Size([1, 3, 8, 4]))
 
+        From projections, with the forget gate of Gated DeltaNet:
+
+        >>> k, logits, a = torch.randn(B, T, N, H, K), torch.randn(B, T, N, H), torch.randn(B, T, H)
+        >>> o, _ = delta_product(
+        ...     q, k, v, logits, a, qk_norm="l2", beta_activation="2sigmoid",
+        ...     gate_activation="softplus", A_log=torch.zeros(H), dt_bias=torch.zeros(H),
+        ... )
+
     References:
         - Parallelizing Linear Transformers with the Delta Rule over Sequence Length (Yang et al.,
           2024), https://arxiv.org/abs/2406.06484
@@ -89,17 +120,20 @@ def delta_product(
           (Siems et al., 2025), https://arxiv.org/abs/2502.10297
     """
     check_impl("delta_product", impl, IMPLS)
-    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens)
+    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens, A_log, dt_bias)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
+    activations = check_activations("delta_product", *options, g, A_log, dt_bias, v.shape[3])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    if impl == "triton":
+        _require_triton("delta_product", q, k, v)
+    form = "triton" if impl == "triton" else "chunk"
+    q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, *activations, form)
     if impl == "reference":
         o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
     else:
         save = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
         )
-        if impl == "triton":
-            _require_triton("delta_product", q, k, v)
-        form = "triton" if impl == "triton" else "chunk"
         args = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
         o, state, *_ = DeltaProduct.apply(*args, save, form)
     return o, state if output_final_state else None
@@ -114,6 +148,12 @@ def delta_product_step(
     *,
     state: Tensor,
     scale: float | None = None,
+    qk_norm: str | None = None,
+    qk_norm_eps: float = 1e-6,
+    beta_activation: str | None = None,
+    gate_activation: str | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advance the state of `delta_product` by one token.
@@ -129,6 +169,12 @@ def delta_product_step(
         g: forget gate `[B, HV]`, natural logarithm, ≤ 0, or None.
         state: `[B, HV, K, V]`; it is not changed.
         scale: factor on the output; `K ** -0.5` if None.
+        qk_norm: as in `delta_product`, and so are the five options that follow.
+        qk_norm_eps: added to the squared length.
+        beta_activation: `"sigmoid"`, `"2sigmoid"` or None.
+        gate_activation: `"softplus"` or None.
+        A_log: logarithms of the gates' rates `[HV]`.
+        dt_bias: added to `g` `[HV]`.
         impl: `"reference"` (N rank-one updates), `"triton"` (one GPU kernel, without gradients: use
             it under `torch.no_grad`), or `"auto"`, which is `"reference"`.
 
@@ -136,7 +182,8 @@ def delta_product_step(
         o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
 
     Raises:
-        ValueError: a shape or device does not fit, or `impl` is unknown.
+        ValueError: a shape or device does not fit, `impl` or another option is unknown, or options
+            contradict one another.
         TypeError: an argument is no tensor, or is not real floating point.
         NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on.
 
@@ -156,8 +203,8 @@ def delta_product_step(
     """
     op = "delta_product_step"
     check_impl(op, impl, ("triton", "reference"))
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state}
-    _check_tensors(op, tensors)
+    gate = {"g": g, "A_log": A_log, "dt_bias": dt_bias}
+    _check_tensors(op, {"q": q, "k": k, "v": v, "beta": beta, "state": state, **gate})
     if v.dim() != 4:
         raise ValueError(
             f"{op}: `v` must be [B, N, HV, V], got shape {list(v.shape)}; "
@@ -172,6 +219,8 @@ def delta_product_step(
     if g is not None:
         _checks.check_shape(op, "g", g, "[B, HV]", (B, HV))
     _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
+    activations = check_activations(op, *options, g, A_log, dt_bias, HV)
     scale = K**-0.5 if scale is None else float(scale)
     state = state.to(compute_dtype(q, k, v, beta, state))
     if impl == "triton":
@@ -181,7 +230,8 @@ def delta_product_step(
                 'use torch.no_grad() or impl="reference"'
             )
         _require_triton(op, q, k, v, state)
-        return delta_product_step_op(q, k, v, beta, g, scale, state)
+        return delta_product_step_op(q, k, v, beta, g, scale, state, A_log, dt_bias, *activations)
+    q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, *activations)
     o, state = reference.step(q, k, v, beta, g, scale, state)
     return o.to(v.dtype), state
 
@@ -203,10 +253,12 @@ def _check_sequence_inputs(
     g: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
 ) -> None:
     op = "delta_product"
-    tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "initial_state": initial_state}
-    _check_tensors(op, tensors)
+    optional = {"g": g, "initial_state": initial_state, "A_log": A_log, "dt_bias": dt_bias}
+    _check_tensors(op, {"q": q, "k": k, "v": v, "beta": beta, **optional})
     if v.dim() != 5:
         raise ValueError(
             f"{op}: `v` must be [B, T, N, HV, V], got shape {list(v.shape)}; "
@@ -232,7 +284,7 @@ def _check_sequence_inputs(
 
 def _check_tensors(op: str, tensors: dict[str, Tensor | None]) -> None:
     for name, x in tensors.items():
-        if x is not None or name not in ("g", "initial_state"):
+        if x is not None or name not in ("g", "initial_state", "A_log", "dt_bias"):
             _checks.check_tensor(op, name, x)
     _checks.check_floating(op, tensors)
     _checks.check_same_device(op, tensors)

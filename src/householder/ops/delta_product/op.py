@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from householder.ops._dispatch import contiguous_like, register
+from householder.ops._dispatch import (
+    contiguous_like,
+    fold_into_heads,
+    register,
+    unfold_from_heads,
+)
 from householder.ops.delta_product import chunk
 from householder.ops.wy import compute_dtype
 
@@ -122,7 +127,14 @@ def _step(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _step_fake(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    state: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape[0], *v.shape[2:]), contiguous_like(state)
 
@@ -148,7 +160,8 @@ BACKWARD = register(
 )
 STEP = register(
     "delta_product_step",
-    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, Tensor state) "
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, Tensor state, "
+    "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None) "
     "-> (Tensor, Tensor)",
     fake=_step_fake,
     cpu=_step,
@@ -159,17 +172,8 @@ delta_product_backward_op = torch.ops.householder.delta_product_backward.default
 delta_product_step_op = torch.ops.householder.delta_product_step.default
 
 
-# vmap: heads are independent, and so a batched dimension joins them. It goes before them, which
-# keeps each group of value heads beside its key head. Below, where the head axis of each input is.
+# Where the head axis of each input is, which a dimension batched by vmap joins.
 _HEADS = {"q": 2, "k": 3, "v": 3, "beta": 3, "g": 2, "initial_state": 1}
-
-
-def _fold(x: Tensor | None, dim: int | None, size: int, heads: int) -> Tensor | None:
-    """Join the batched dimension `dim` of `x` to its head axis."""
-    if x is None:
-        return None
-    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.movedim(0, heads).flatten(heads, heads + 1)
 
 
 def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
@@ -181,16 +185,12 @@ def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
             "call it once per packing"
         )
     q, k, v, beta, g, initial_state = (
-        _fold(x, dim, size, heads)
+        fold_into_heads(x, dim, size, heads)
         for x, dim, heads in zip(
             (q, k, v, beta, g, initial_state), (*dims[:5], dims[6]), _HEADS.values(), strict=True
         )
     )
     return q, k, v, beta, g, scale, initial_state, cu_seqlens
-
-
-def _unfold(x: Tensor, size: int, heads: int) -> Tensor:
-    return x.unflatten(heads, (size, x.shape[heads] // size))
 
 
 class DeltaProduct(torch.autograd.Function):
@@ -242,7 +242,13 @@ class DeltaProduct(torch.autograd.Function):
         o, state, *saved = DeltaProduct.apply(*inputs, False, args[9])
         # Nothing was saved, for it could not be split by the batched dimension.
         saved = [x.new_empty(size, *x.shape) for x in saved]
-        return (_unfold(o, size, 2), _unfold(state, size, 1), *saved), (2, 1, 0, 0, 0)
+        return (unfold_from_heads(o, size, 2), unfold_from_heads(state, size, 1), *saved), (
+            2,
+            1,
+            0,
+            0,
+            0,
+        )
 
 
 class DeltaProductBackward(torch.autograd.Function):
@@ -285,7 +291,7 @@ class DeltaProductBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         do, dstate = (
-            _fold(x, dim, size, heads)
+            fold_into_heads(x, dim, size, heads)
             for x, dim, heads in zip(args[:2], in_dims[:2], (2, 1), strict=True)
         )
         inputs = _fold_inputs(size, in_dims[2:10], args[2:10])
@@ -293,7 +299,7 @@ class DeltaProductBackward(torch.autograd.Function):
         grads = DeltaProductBackward.apply(do, dstate, *inputs, *nothing, args[13])
         # An absent gradient is an empty tensor and has no batched dimension.
         split = [
-            (dx, None) if dx.dim() == 1 else (_unfold(dx, size, heads), heads)
+            (dx, None) if dx.dim() == 1 else (unfold_from_heads(dx, size, heads), heads)
             for dx, heads in zip(grads, _HEADS.values(), strict=True)
         ]
         return tuple(x for x, _ in split), tuple(dim for _, dim in split)

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from householder.ops._triton import on_its_device
 from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton.activations import sigmoid, softplus_gate
 
 
 @triton.jit
 def step_kernel(
-    q, k, v, beta, g, state, o, new_state, scale, HV,
+    q, k, v, beta, g, A_log, dt_bias, state, o, new_state, scale, qk_eps, HV,
     q_b, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, beta_b, beta_n, beta_h, g_b, g_h,
     state_b, state_h, state_k, state_v,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, BETA_SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Advance columns `[BV]` of one head's state by a token's N reflectors."""
     num_v: tl.constexpr = (V + BV - 1) // BV
@@ -37,15 +38,26 @@ def step_kernel(
     b_s = tl.load(p_state + o_k[:, None] * state_k + o_v[None, :] * state_v, mask=m_s, other=0.0)
     b_s = b_s.to(tl.float32)
     b_q = tl.load(q + i_b * q_b + (i_h // GROUP) * q_h + o_k * q_d, mask=m_k, other=0.0)
+    b_q = b_q.to(tl.float32)
+    if NORM:
+        b_q *= tl.rsqrt(tl.sum(b_q * b_q, axis=0) + qk_eps)
     if GATED:
-        b_s *= tl.exp(tl.load(g + i_b * g_b + i_h * g_h).to(tl.float32))
+        b_g = tl.load(g + i_b * g_b + i_h * g_h).to(tl.float32)
+        if A_log is not None:
+            _, rate, soft = softplus_gate(b_g, A_log, dt_bias, i_h, i_h < HV)
+            b_g = -rate * soft
+        b_s *= tl.exp(b_g)
     for j in tl.static_range(N):
         b_k = tl.load(p_k + j * k_n, mask=m_k, other=0.0).to(tl.float32)
+        if NORM:
+            b_k *= tl.rsqrt(tl.sum(b_k * b_k, axis=0) + qk_eps)
         b_v = tl.load(p_v + j * v_n, mask=m_v, other=0.0).to(tl.float32)
         b_beta = tl.load(p_beta + j * beta_n).to(tl.float32)
+        if BETA_SCALE is not None:
+            b_beta = BETA_SCALE * sigmoid(b_beta)
         b_u = b_beta * (b_v - tl.sum(b_k[:, None] * b_s, axis=0))
         b_s += b_k[:, None] * b_u[None, :]
-    b_o = tl.sum(b_q.to(tl.float32)[:, None] * b_s, axis=0) * scale
+    b_o = tl.sum(b_q[:, None] * b_s, axis=0) * scale
     tl.store(o + i_bh * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
     p_new = new_state + i_bh * K * V + o_k[:, None] * V + o_v[None, :]
     tl.store(p_new, b_s.to(new_state.dtype.element_ty), mask=m_s)
@@ -53,9 +65,22 @@ def step_kernel(
 
 @on_its_device
 def step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    state: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    qk_eps: float | None = None,
+    beta_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advance the state by one token; arguments as in the public `delta_product_step`.
+
+    The last four are those of `activations.definition`. What they ask for happens in registers, in
+    the kernel of the recurrence, and is not rounded in between.
 
     Returns:
         `o [B, HV, V]` in v's dtype and the new state in the state's dtype.
@@ -67,10 +92,12 @@ def step(
     launch = config.step_launch(V, N)
     if B:
         step_kernel[(B * HV * triton.cdiv(V, launch.block),)](
-            q, k, v, beta, g, state, o, new_state, scale, HV,
+            q, k, v, beta, g, A_log, dt_bias, state, o, new_state, scale,
+            0.0 if qk_eps is None else qk_eps, HV,
             *q.stride(), *k.stride(), *v.stride(), *beta.stride(),
             *((0, 0) if g is None else g.stride()), *state.stride(),
             N=N, K=K, V=V, GROUP=HV // H, GATED=g is not None,
+            NORM=qk_eps is not None, BETA_SCALE=beta_scale,
             BK=config.power_of_two(K), BV=launch.block, **launch.options,
         )  # fmt: skip
     return o, new_state
