@@ -21,10 +21,10 @@ def arrange(*sizes, dtype=torch.bfloat16, **options):
     }
 
 
-def call(inputs, **options):
+def call(inputs, impl="triton"):
     keywords = {n: x for n, x in inputs.items() if n not in ORDER}
     return delta_product(
-        *(inputs[n] for n in ORDER), **keywords, output_final_state=True, impl="triton", **options
+        *(inputs[n] for n in ORDER), **keywords, output_final_state=True, impl=impl
     )
 
 
@@ -128,3 +128,31 @@ def test_empty_sequences_and_batches():
     assert torch.equal(state, inputs["initial_state"])
     o, _ = call(arrange(0, 5, 2, 2, 64, 64))
     assert o.shape == (0, 5, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype", "form"),
+    [
+        (64, torch.bfloat16, "triton"),
+        (64, torch.float32, "triton"),
+        (64, torch.float64, "chunk"),
+        (24, torch.float32, "chunk"),
+    ],
+)
+def test_auto_runs_the_kernels_where_they_can(K, dtype, form):
+    inputs = arrange(2, 70, 2, 2, K, 64, dtype=dtype)
+    for a, b in zip(call(inputs, impl="auto"), call(inputs, impl=form), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_auto_differentiates_one_token_and_generates_without_gradients():
+    inputs = arrange(2, 1, 2, 2, 64, 64)
+    token = [None if inputs[n] is None else inputs[n][:, 0] for n in ORDER]
+    o, state = delta_product_step(*token, state=inputs["initial_state"])
+    (gradient,) = torch.autograd.grad(o.float().sum() + state.sum(), inputs["v"])
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        generated = delta_product_step(*token, state=inputs["initial_state"])
+        expected = delta_product_step(*token, state=inputs["initial_state"], impl="triton")
+    for a, b in zip(generated, expected, strict=True):
+        assert torch.equal(a, b)
