@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -37,6 +38,16 @@ def register(
         torch.library.impl(qualified, device.upper(), kernel)
     torch.library.register_fake(qualified, fake)
     return qualified
+
+
+def with_signature(function: Function) -> Function:
+    """Let `function` remember its signature, for the `forward` of an `autograd.Function`.
+
+    `apply` asks for it at every call, and reading it off the code takes longer than a kernel's
+    launch.
+    """
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
 
 
 def without_autocast(function: Function) -> Function:

@@ -25,6 +25,7 @@ from householder.ops._dispatch import (
     fold_into_heads,
     register,
     unfold_from_heads,
+    with_signature,
     without_autocast,
 )
 from householder.ops.wy import compute_dtype
@@ -282,6 +283,7 @@ class Activate(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         q: Tensor,
         k: Tensor,
@@ -332,6 +334,7 @@ class ActivateBackward(torch.autograd.Function):
     """The gradient, itself not differentiable: the arguments are those of `BACKWARD`."""
 
     @staticmethod
+    @with_signature
     def forward(
         dq: Tensor | None,
         dk: Tensor | None,

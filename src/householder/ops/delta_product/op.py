@@ -18,6 +18,7 @@ from householder.ops._dispatch import (
     fold_into_heads,
     register,
     unfold_from_heads,
+    with_signature,
 )
 from householder.ops.delta_product import chunk
 from householder.ops.wy import compute_dtype
@@ -201,6 +202,7 @@ class DeltaProduct(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         q: Tensor,
         k: Tensor,
@@ -255,6 +257,7 @@ class DeltaProductBackward(torch.autograd.Function):
     """The gradient, itself not differentiable: `(do, dstate, *inputs, states, ut, u, form)`."""
 
     @staticmethod
+    @with_signature
     def forward(
         do: Tensor,
         dstate: Tensor | None,
