@@ -42,6 +42,44 @@ def cost_against_length() -> None:
     figure.savefig(IMAGES / "cost-against-length.png", dpi=150)
 
 
+def delta_product_gpu() -> None:
+    """Time against T at N = 1 and against N, with the peer and the floor, on a GPU."""
+    newest = {(row["case"], row["variant"]): row for row in read("delta-product-gpu.csv")}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, group, size in (
+        (panels[0], "length", lambda case: int(case.split("-")[1].split("x")[1])),
+        (panels[1], "reflections", lambda case: int(case.split("-")[2][1:])),
+    ):
+        curves: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+        for (case, variant), row in newest.items():
+            if case.startswith(group + "-"):
+                for part in ("forward", "both"):
+                    curves[variant, part][size(case)] = float(row[f"{part}_ms"])
+                    curves["floor", part][size(case)] = float(row[f"floor_{part}_ms"])
+        for (variant, part), times in sorted(curves.items()):
+            xs = sorted(times)
+            axes.plot(
+                xs,
+                [times[x] for x in xs],
+                marker="" if variant == "floor" else "o",
+                markersize=4,
+                color={"householder": "C0", "fla": "C1", "floor": "0.5"}[variant],
+                linestyle="-" if part == "both" else "--",
+                label=f"{variant}, {'forward + backward' if part == 'both' else 'forward'}",
+            )
+        axes.set_ylabel("ms")
+        finish(axes)
+        axes.get_legend().remove()
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_yscale("log")
+    panels[0].set_xlabel("tokens T (one sequence, 16 heads of 128, N = 1)")
+    panels[0].set_title("delta_product, bfloat16, H200", loc="left")
+    panels[1].set_ylim(bottom=0)
+    panels[1].set_xlabel("reflections a token N (4 sequences of 4,096, 16 heads of 128)")
+    panels[1].legend(frameon=False)
+    figure.savefig(IMAGES / "delta-product-gpu.png", dpi=150)
+
+
 GROUPS = {"s3": "S₃", "s4": "S₄", "a5": "A₅", "s5": "S₅"}
 
 
@@ -92,3 +130,4 @@ if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     cost_against_length()
     state_tracking()
+    delta_product_gpu()
