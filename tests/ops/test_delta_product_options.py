@@ -279,7 +279,7 @@ def test_wrong_options(change, error, match):
 TINY = {"B": 1, "T": 7, "N": 2, "H": 1, "HV": 2, "K": 16, "V": 16}
 SHAPES = {
     "several tiles of rows and tokens": {"B": 2, "T": 140, "N": 2, "H": 2, "HV": 8, "K": 48},
-    "one reflection": {"B": 3, "T": 5, "N": 1, "H": 3, "HV": 3, "K": 256},
+    "tiles that end inside a token": {"B": 2, "T": 25, "N": 1, "H": 3, "HV": 3, "K": 256},
     "more heads than a tile": {"B": 2, "T": 37, "N": 3, "H": 1, "HV": 67, "K": 16},
     "no tokens": {"B": 2, "T": 0, "N": 2, "H": 1, "HV": 2, "K": 16},
 }
