@@ -372,7 +372,7 @@ class DeltaProductMixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
         """Return q `[B, T, H, K]`, k `[B, T, N, H, K]`, v `[B, T, N, HV, V]`, the conv state.
 
-        q and k are not yet of unit length: the op brings them to it.
+        Where `qk_norm` is "l2", q and k do not have unit length yet: the op brings them to it.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         conv = None

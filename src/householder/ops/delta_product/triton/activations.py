@@ -21,6 +21,9 @@ from householder.ops._triton import addressable, on_its_device, power_of_two
 TILE_ENTRIES = 4096
 # Entries of a tile of β or gates.
 GATE_ENTRIES = 1024
+# Arguments that follow the length. Specialised on their divisibility, as is Triton's habit, they
+# would compile a kernel anew for many a length.
+LENGTHS = ["T", "q_tiles", "k_tiles", "q_rows", "k_rows", "beta_b", "a_b"]
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def locate_gates(i_tile, T, HV, BT: tl.constexpr, BH: tl.constexpr):
     return i_bt // num_t, i_bt, o_t, o_h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def activate_kernel(
     q, k, beta, a, A_log, dt_bias, q_out, k_out, beta_out, g_out, q_factor, k_factor,
     eps, T, HV, q_tiles, k_tiles,
@@ -148,7 +151,7 @@ def activate_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def activate_back_kernel(
     q, k, q_factor, k_factor, beta, a, A_log, dt_bias, dq, dk, dbeta, dg,
     dq_out, dk_out, dbeta_out, da, dA_log, ddt_bias,
@@ -178,10 +181,11 @@ def activate_back_kernel(
             b_da = -b_dg * rate * sigmoid(b_x)
             tl.store(da + o_bt * HV + o_h, b_da.to(da.dtype.element_ty), mask=mask)
             p_sum = i_bt * HV + o_h
-            b_dA_log = tl.where(mask, -b_dg * rate * soft, 0.0)
-            tl.store(dA_log + p_sum, tl.sum(b_dA_log, axis=0)[None, :], mask=o_h < HV)
-            b_ddt_bias = tl.where(mask, b_da, 0.0)
-            tl.store(ddt_bias + p_sum, tl.sum(b_ddt_bias, axis=0)[None, :], mask=o_h < HV)
+            # Outside the mask dg is zero, and so is all that follows from it.
+            b_dA_log = tl.sum(-b_dg * rate * soft, axis=0)
+            tl.store(dA_log + p_sum, b_dA_log[None, :], mask=o_h < HV)
+            b_ddt_bias = tl.sum(b_da, axis=0)
+            tl.store(ddt_bias + p_sum, b_ddt_bias[None, :], mask=o_h < HV)
     elif i_tile < q_tiles:
         if dq is not None:
             normalize_rows_back(q, q_factor, dq, dq_out, i_tile, q_rows, K, ROWS, BK)
