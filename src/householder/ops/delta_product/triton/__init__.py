@@ -19,6 +19,6 @@ def saved_shapes(
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Return shapes and dtypes of what `forward` saves, from the inputs' alone."""
     B, T, N, HV, V = v.shape
-    precision = dot_precision(q, k, v)
-    shapes = config.saved_shapes(B, T, N, HV, k.shape[-1], V, num_sequences, precision)
-    return tuple((shape, operand_dtype(precision)) for shape in shapes)
+    dtype = operand_dtype(dot_precision(q, k, v))
+    shapes = config.saved_shapes(B, T, N, HV, k.shape[-1], V, num_sequences)
+    return tuple((shape, dtype) for shape in shapes)

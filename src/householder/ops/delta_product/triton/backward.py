@@ -36,6 +36,7 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
+    attention,
     load_tile,
     load_tile_t,
     locate_chunk,
@@ -94,18 +95,18 @@ def walk_back_kernel(
         m_r = o_r < n * N
         m_c = o_c < n
         i_ch = (chunk + i) * HV + i_h
-        p_ut = ut + i_ch * (R * (R + BC))
 
         b_k = load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK)
         b_k = cast_operand(b_k, PRECISION)
         b_do = load_tile_t(p_do + start * do_t, o_c * do_t, m_c, i_v, V, BV)
         b_do = cast_operand(b_do, PRECISION)
-        b_a = load_tile(p_ut + R * R, o_r * BC, everywhere, 0, BC, BC)
-        b_ut = load_tile(p_ut, o_r * R, everywhere, 0, R, R)
+        b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
         b_q = load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK)
         b_q = cast_operand(b_q, PRECISION)
+        b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
+        b_a = cast_operand(b_a, PRECISION)
 
         b_dsh = cast_operand(b_ds, PRECISION)
         store_tile(dstates + i_ch * K * V, o_v * K, m_v, 0, b_dsh, K, BK)
@@ -128,7 +129,7 @@ def walk_back_kernel(
 
 @triton.jit
 def gradient_kernel(
-    do, q, k, v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
+    do, q, k, v, table, states, dstates, u, dq, dk, dv, dbeta, dg,
     cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h, v_b, v_h,
     HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
     v_t: tl.constexpr, v_n: tl.constexpr,
@@ -233,10 +234,15 @@ def gradient_kernel(
         b_at = dot_add(b_u, tl.trans(b_do), b_at, PRECISION)
     if GATED:
         # The same for what it gives to the output of token t.
-        attention = load_tile(ut + i_ch * (R * (R + BC)) + R * R, o_r * BC, everywhere, 0, BC, BC)
-        attention = cast_operand(attention.to(tl.float32) * b_at, PRECISION)
+        kq = tl.zeros((R, BC), tl.float32)
+        for i_k in tl.static_range(num_k):
+            k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
+            q_tile = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
+            kq = dot_add(k_tile, tl.trans(q_tile), kq, PRECISION)
+        kq *= b_at * scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
         from_here_on = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
-        crossing = dot(attention, cast_operand(from_here_on, PRECISION), PRECISION)
+        from_here_on = cast_operand(from_here_on, PRECISION)
+        crossing = dot(cast_operand(kq, PRECISION), from_here_on, PRECISION)
         b_dg += tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
     b_at *= scale
     if GATED:
@@ -381,7 +387,7 @@ def backward(
     launch = config.gradient_launch(K, V, p.precision)
     if p.num_chunks:
         gradient_kernel[(p.num_chunks * HV,)](
-            do, p.q, p.k, p.v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
+            do, p.q, p.k, p.v, table, states, dstates, u, dq, dk, dv, dbeta, dg,
             *p.packing, scale, T, **tiles, **strides("v", p.v), **p.constants,
             BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from householder.ops._triton import (
     addressable,
+    dot,
     dot_precision,
     operand_dtype,
     power_of_two,
@@ -127,6 +128,22 @@ def pair_decay(table, later, earlier, causal, R: tl.constexpr):
     high = tl.load(table + LOG_HIGH * R + later) - tl.load(table + LOG_HIGH * R + earlier)
     low = tl.load(table + LOG_LOW * R + later) - tl.load(table + LOG_LOW * R + earlier)
     return tl.exp(tl.where(causal, high + low, -float("inf")))
+
+
+@triton.jit
+def attention(
+    b_k, b_q, table, scale, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return Aᵀ `[R, BC]` of a chunk in float32: what tokens read of the rows up to their own."""
+    o_r = tl.arange(0, R)[:, None]
+    o_c = tl.arange(0, BC)[None, :]
+    seen = o_r // N <= o_c
+    b_a = dot(b_k, tl.trans(b_q), PRECISION) * scale
+    if GATED:
+        # A query's gates are those of its token's rows; past the chunk's end there is no query.
+        b_a *= pair_decay(table, tl.minimum(o_c, C - 1) * N, o_r, seen, R)
+    return tl.where(seen, b_a, 0.0)
 
 
 @triton.jit

@@ -45,12 +45,11 @@ def max_chunks(B: int, T: int, N: int, num_sequences: int | None) -> int:
 
 
 def saved_shapes(
-    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None, precision: str
+    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of what `forward` saves: states, triangles with attention, writes."""
-    rows, tokens = CHUNK_ROWS, token_block(N, precision)
+    """Return the shapes of what `forward` saves: states, triangles, writes."""
     room = max_chunks(B, T, N, num_sequences) * HV
-    return (room, V, K), (room, rows * (rows + tokens)), (room, rows, V)
+    return (room, V, K), (room, CHUNK_ROWS * CHUNK_ROWS), (room, CHUNK_ROWS, V)
 
 
 def least_block(precision: str) -> int:

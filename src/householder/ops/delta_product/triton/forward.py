@@ -2,14 +2,15 @@
 
 With the notation of the chunked form (see `chunk.py`), per chunk and head:
 
-    prepare:  T = (I + strict_lower(diag(β) Γ ⊙ K Kᵀ))⁻¹       A = scale · Γ ⊙ lower(Q Kᵀ)
-    walk:     Y = diag(β) (V − diag(E) K S)    U = T Y    O = scale · diag(E) Q S + A U
-              S ← E_C S + (diag(E_C / E) K)ᵀ U
+    prepare:  T = (I + strict_lower(diag(β) Γ ⊙ K Kᵀ))⁻¹
+    walk:     Y = diag(β) (V − diag(E) K S)    U = T Y    S ← E_C S + (diag(E_C / E) K)ᵀ U
+              A = scale · Γ ⊙ lower(Q Kᵀ)      O = scale · diag(E) Q S + A U
 
 The walk holds a block of V's columns of S in registers, and holds everything transposed (Sᵀ, Yᵀ,
 Uᵀ, Oᵀ): every product then takes its left factor from the registers of the one before, and the
 tokens, few where N is large, lie along the tensor cores' finer dimension. V − K S is taken in
-float32, as the difference of two close numbers.
+float32, as the difference of two close numbers. A hangs on no state and is cheaper made twice, in
+the shadow of the products that do, than written and read.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
     Problem,
+    attention,
     load_tile,
     load_tile_t,
     locate_chunk,
@@ -49,13 +51,13 @@ from householder.ops.delta_product.triton.chunks import (
 
 @triton.jit
 def prepare_kernel(
-    q, k, table, ut, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
-    q_b, q_h, k_b, k_h, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
+    k, table, ut, cu_seqlens, chunk_sequence, first_chunk, T, HV,
+    k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, JOIN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write T `[R, R]` and, behind it, Aᵀ `[R, BC]` of one chunk and value head."""
+    """Write T `[R, R]` of one chunk and value head."""
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = (tl.program_id(0) // HV).to(tl.int64)
     i_h = (tl.program_id(0) % HV).to(tl.int64)
@@ -65,34 +67,18 @@ def prepare_kernel(
     batch = tl.cast(batch, tl.int64)
     start = start.to(tl.int64)
     o_r = tl.arange(0, R)
-    o_c = tl.arange(0, BC)
-    token = o_r // N
-    m_r = o_r < n * N
-
-    p_q = q + batch * q_b + start * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
-    b_k = cast_operand(load_tile(p_k, row_offsets(R, N, k_t, k_n), m_r, 0, K, BK), PRECISION)
-    b_q = cast_operand(load_tile(p_q, o_c * q_t, o_c < n, 0, K, BK), PRECISION)
-
-    p_ut = ut + (i_chunk * HV + i_h) * (R * (R + BC))
-    everywhere = o_r >= 0
-
-    attention = dot(b_k, tl.trans(b_q), PRECISION) * scale
-    seen = token[:, None] <= o_c[None, :]
-    if GATED:
-        # A query's gates are those of its token's rows; past the chunk's end there is no query.
-        query = tl.minimum(o_c, C - 1) * N
-        attention *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
-    attention = tl.where(seen, attention, 0.0)
-    store_tile(p_ut + R * R, o_r * BC, everywhere, 0, attention, BC, BC)
-
+    b_k = cast_operand(
+        load_tile(p_k, row_offsets(R, N, k_t, k_n), o_r < n * N, 0, K, BK), PRECISION
+    )
     m = dot(b_k, tl.trans(b_k), PRECISION) * tl.load(p_table + BETA * R + o_r)[:, None]
     below = o_r[:, None] > o_r[None, :]
     if GATED:
         m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
     m = tl.where(below, m, 0.0)
-    store_tile(p_ut, o_r * R, everywhere, 0, inverse_unit_lower(m, R, JOIN), R, R)
+    p_ut = ut + (i_chunk * HV + i_h) * (R * R)
+    store_tile(p_ut, o_r * R, o_r >= 0, 0, inverse_unit_lower(m, R, JOIN), R, R)
 
 
 @triton.jit
@@ -138,17 +124,16 @@ def walk_kernel(
         m_r = o_r < n * N
         m_c = o_c < n
         i_ch = (chunk + i) * HV + i_h
-        p_ut = ut + i_ch * (R * (R + BC))
 
         b_k = load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK)
         b_k = cast_operand(b_k, PRECISION)
         b_v = load_tile_t(p_v + start * v_t, o_vrows, m_r, i_v, V, BV).to(tl.float32)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
-        b_ut = load_tile(p_ut, o_r * R, everywhere, 0, R, R)
+        b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
         b_q = load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK)
         b_q = cast_operand(b_q, PRECISION)
-        b_a = load_tile(p_ut + R * R, o_r * BC, everywhere, 0, BC, BC)
+        b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
 
         b_sh = cast_operand(b_s, PRECISION)
         if SAVE:
@@ -163,7 +148,7 @@ def walk_kernel(
         b_uh = cast_operand(b_u, PRECISION)
         if SAVE:
             store_tile_t(u + i_ch * R * V, o_r * V, everywhere, i_v, b_uh, V, BV)
-        b_o = dot_add(b_uh, b_a, b_o, PRECISION)
+        b_o = dot_add(b_uh, cast_operand(b_a, PRECISION), b_o, PRECISION)
         if GATED:
             b_uh = cast_operand(b_u * tl.load(p_table + TO_END * R + o_r)[None, :], PRECISION)
             b_s *= tl.load(p_table + FROM_START * R + R - 1)
@@ -173,16 +158,15 @@ def walk_kernel(
     store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
 
 
-def prepare(p: Problem, table: Tensor, scale: float) -> Tensor:
-    """Run `prepare_kernel`: T and Aᵀ of every chunk and value head."""
+def prepare(p: Problem, table: Tensor) -> Tensor:
+    """Run `prepare_kernel`: T of every chunk and value head."""
     sizes = p.sizes
-    R, BC = sizes["R"], sizes["BC"]
-    ut = torch.empty(p.num_chunks * p.heads, R * (R + BC), dtype=p.operand, device=p.q.device)
+    R = sizes["R"]
+    ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
     launch = config.prepare_launch(sizes["K"], p.precision)
     if p.num_chunks:
         prepare_kernel[(p.num_chunks * p.heads,)](
-            p.q, p.k, table, ut, *p.packing, scale, p.q.shape[1], p.heads,
-            **strides("q", p.q), **strides("k", p.k), **p.constants,
+            p.k, table, ut, *p.packing, p.q.shape[1], p.heads, **strides("k", p.k), **p.constants,
             JOIN={"bf16": "tf32 cut"}.get(p.precision, p.precision), BK=launch.block,
             **launch.options,
         )  # fmt: skip
@@ -205,14 +189,14 @@ def forward(
 
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
-        at the chunks' starts `[chunks·HV, V, K]`, their triangles T and attention Aᵀ
-        `[chunks·HV, R·(R + BC)]` and their writes U `[chunks·HV, R, V]`.
+        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]` and their
+        writes U `[chunks·HV, R, V]`.
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
     table = make_table(p)
-    ut = prepare(p, table, scale)
+    ut = prepare(p, table)
 
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
