@@ -55,7 +55,7 @@ def prepare_kernel(
     k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, JOIN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write T `[R, R]` of one chunk and value head."""
     # Heads run side by side: together they read whole rows of memory.
@@ -78,7 +78,7 @@ def prepare_kernel(
         m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
     m = tl.where(below, m, 0.0)
     p_ut = ut + (i_chunk * HV + i_h) * (R * R)
-    store_tile(p_ut, o_r * R, o_r >= 0, 0, inverse_unit_lower(m, R, JOIN), R, R)
+    store_tile(p_ut, o_r * R, o_r >= 0, 0, inverse_unit_lower(m, R, PRECISION), R, R)
 
 
 @triton.jit
@@ -167,8 +167,7 @@ def prepare(p: Problem, table: Tensor) -> Tensor:
     if p.num_chunks:
         prepare_kernel[(p.num_chunks * p.heads,)](
             p.k, table, ut, *p.packing, p.q.shape[1], p.heads, **strides("k", p.k), **p.constants,
-            JOIN={"bf16": "tf32 cut"}.get(p.precision, p.precision), BK=launch.block,
-            **launch.options,
+            BK=launch.block, **launch.options,
         )  # fmt: skip
     return ut
 
