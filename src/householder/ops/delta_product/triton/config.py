@@ -87,6 +87,11 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
     return Launch(32, 4 if K <= 64 else 8, 1)
 
 
+def hopper_walk_launch() -> Launch:
+    """Parameters of the forward walk's form for Hopper."""
+    return Launch(64, 4, 1)
+
+
 def gradient_launch(K: int, V: int, precision: str) -> Launch:
     """Parameters of the kernel of the per-chunk gradients; the tile is part of K."""
     if precision == "bf16":

@@ -27,7 +27,7 @@ from householder.ops._triton import (
     inverse_unit_lower,
     on_its_device,
 )
-from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton import config, hopper
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -172,6 +172,21 @@ def prepare(p: Problem, table: Tensor) -> Tensor:
     return ut
 
 
+def suits_hopper(p: Problem) -> bool:
+    """Whether the walk has a form for this chip that can read these inputs, 16 bytes at a time."""
+    device = p.q.device
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and p.precision == "bf16"
+        and p.sizes["K"] <= 128
+        and all(
+            x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+            for x in (p.q, p.k, p.v)
+        )
+    )
+
+
 @on_its_device
 def forward(
     q: Tensor,
@@ -202,9 +217,11 @@ def forward(
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
-    launch = config.walk_launch(K, V, p.precision)
+    launch, walk = config.walk_launch(K, V, p.precision), walk_kernel
+    if suits_hopper(p):
+        launch, walk = config.hopper_walk_launch(), hopper.walk_kernel
     if p.num_sequences:
-        walk_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
+        walk[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
             p.q, p.k, p.v, table, ut,
             None if initial_state is None else initial_state.contiguous(), final, o, states, u,
             p.cu_seqlens, p.first_chunk, scale, v.shape[1],
