@@ -28,13 +28,6 @@ def row_layout(columns, vector, warps):
 
 
 @gluon.constexpr_function
-def column_layout(rows, vector, warps):
-    """Return how `warps` warps store columns of `rows` elements, `vector` of them a thread."""
-    down = min(32, rows // vector)
-    return gl.BlockedLayout([vector, 1], [down, 32 // down], [1, warps], [0, 1])
-
-
-@gluon.constexpr_function
 def product_layout(rows, columns, warps):
     """Return the layout of a product, 16 rows a warp; warps to spare share its columns."""
     down = min(warps, rows // 16)
@@ -66,9 +59,24 @@ def copy_tile(
 
 
 @gluon.jit
-def pick(table, row: gl.constexpr, R: gl.constexpr, layout: gl.constexpr):
-    """Load one row of a chunk's table of coefficients."""
-    return gl.load(table + row * R + gl.arange(0, R, layout=layout))
+def pick(table, row: gl.constexpr, R: gl.constexpr, SIZE: gl.constexpr, layout: gl.constexpr):
+    """Load SIZE coefficients of one row of a chunk's table in shared memory."""
+    return table.slice(row * R, SIZE).load(layout)
+
+
+@gluon.jit
+def store_rows(
+    pointer, tile, rows, stride, columns, D: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Store a tile's first `rows` rows and `columns` columns, of D that blocks cover."""
+    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    mask = (o_r < rows)[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (o_d < columns)[None, :]
+    value = tile.load(layout).to(pointer.dtype.element_ty)
+    gl.store(pointer + o_r[:, None] * stride + o_d[None, :], value, mask=mask)
 
 
 @gluon.jit
@@ -89,6 +97,7 @@ def walk_kernel(
     TOKEN_FROM_START: gl.constexpr = 5
     warps: gl.constexpr = gl.num_warps()
     width: gl.constexpr = 6 * R if GATED else R
+    size_g: gl.constexpr = 8 * R if GATED else R
     num_v: gl.constexpr = (V + BV - 1) // BV
     half: gl.constexpr = gl.bfloat16
     by_row: gl.constexpr = product_layout(BV, R, warps)
@@ -99,8 +108,6 @@ def walk_kernel(
     load_k: gl.constexpr = row_layout(BK, 8, warps)
     load_r: gl.constexpr = row_layout(R, 8, warps)
     load_v: gl.constexpr = row_layout(BV, 8, warps)
-    store_s: gl.constexpr = row_layout(BK, 8, warps)
-    store_v: gl.constexpr = column_layout(BV, 8, warps)
 
     i_v = (gl.program_id(0) % num_v) * BV
     i_sh = (gl.program_id(0) // num_v).to(gl.int64)
@@ -142,11 +149,27 @@ def walk_kernel(
     s_o = gl.allocate_shared_memory(
         half, [BC, BV], gl.NVMMASharedLayout.get_default_for([BC, BV], half)
     )
+    if SAVE:
+        s_s = gl.allocate_shared_memory(
+            half, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], half)
+        )
+        s_u = gl.allocate_shared_memory(
+            half, [R, BV], gl.NVMMASharedLayout.get_default_for([R, BV], half)
+        )
+    s_g = gl.allocate_shared_memory(gl.float32, [2, size_g], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if GATED:
+        s_l = gl.allocate_shared_memory(
+            gl.float32, [2, 2 * BC], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
 
     k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
     v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
     q_rows, o_qrows = tile_rows(BC, 1, q_t, 0, load_k)
     t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
+    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
+    # A query's gates are those of its token's first row; past the chunk's end there is no query.
+    o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
+    o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
 
     # The state, transposed.
     sv = i_v + gl.arange(0, BV, layout=gl.SliceLayout(1, by_key))
@@ -169,6 +192,9 @@ def walk_kernel(
         copy_tile(s_q, p_q, q_rows, o_qrows, n, 0, K, BK, load_k)
         copy_tile(s_v, p_v, v_rows, o_vrows, n * N, i_v, V, BV, load_v)
         copy_tile(s_t, ut + i_ch * (R * R), t_rows, o_trows, R, 0, R, R, load_r)
+        async_load(s_g.index(0), table + i_ch * width + o_g, mask=o_g < width)
+        if GATED:
+            async_load(s_l.index(0), table + i_ch * width + o_log)
     async_copy.commit_group()
 
     for i in range(num_chunks):
@@ -177,13 +203,12 @@ def walk_kernel(
         after = start + C
         n_after = gl.minimum(length - (i + 1) * C, C)  # none or fewer past the last chunk
         i_ch = (chunk + i) * HV + i_h
-        p_table = table + i_ch * width
         b_k = s_k.index(i % 2)
+        b_g = s_g.index(i % 2)
 
         async_copy.wait_group(0)
         fence_async_shared()
         gl.thread_barrier()
-        b_beta = pick(p_table, BETA, R, gl.SliceLayout(0, by_row))
         b_sh = b_s.to(half)
         b_sa = gl.convert_layout(b_sh, from_state)
         recalled = gl.zeros([BV, R], gl.float32, layout=by_row)
@@ -196,27 +221,29 @@ def walk_kernel(
             s_k.index((i + 1) % 2), p_k + after * k_t, k_rows, o_krows, n_after * N, 0, K, BK,
             load_k,
         )  # fmt: skip
+        p_after = table + (i_ch + HV) * width
+        left = gl.where(n_after > 0, width, 0)
+        async_load(s_g.index((i + 1) % 2), p_after + o_g, mask=o_g < left)
+        if GATED:
+            async_load(s_l.index((i + 1) % 2), p_after + o_log, mask=o_l < left)
         b_v = s_v.permute([1, 0]).load(by_row).to(gl.float32)
         if SAVE:
-            o_sv = i_v + gl.arange(0, BV, layout=gl.SliceLayout(1, store_s))
-            o_sk = gl.arange(0, BK, layout=gl.SliceLayout(0, store_s))
-            m_s = (o_sv < V)[:, None] & (o_sk < K)[None, :]
-            p_s = states + i_ch * (K * V) + o_sv[:, None] * K + o_sk[None, :]
-            gl.store(p_s, gl.convert_layout(b_sh, store_s), mask=m_s)
-
+            s_s.store(b_sh)
         recalled = warpgroup_mma_wait(2, [recalled])
         if GATED:
-            recalled *= pick(p_table, FROM_START, R, gl.SliceLayout(0, by_row))[None, :]
+            recalled *= pick(b_g, FROM_START, R, R, gl.SliceLayout(0, by_row))[None, :]
+        b_beta = pick(b_g, BETA, R, R, gl.SliceLayout(0, by_row))
         b_y = ((b_v - recalled) * b_beta[None, :]).to(half)
 
         b_a = warpgroup_mma_wait(1, [b_a])
         if GATED:
-            # A query's gates are those of its token's rows; past the chunk's end there is none.
-            p_query = p_table + gl.minimum(a_token, C - 1) * N
-            p_row = p_table + a_row
-            high = gl.load(p_query + LOG_HIGH * R)[None, :] - gl.load(p_row + LOG_HIGH * R)[:, None]
-            low = gl.load(p_query + LOG_LOW * R)[None, :] - gl.load(p_row + LOG_LOW * R)[:, None]
-            b_a *= gl.exp(gl.where(seen, high + low, -float("inf")))
+            query = s_l.index(i % 2)
+            log = query.slice(0, BC).load(gl.SliceLayout(0, by_pair))[None, :]
+            log -= pick(b_g, LOG_HIGH, R, R, gl.SliceLayout(1, by_pair))[:, None]
+            rest = query.slice(BC, BC).load(gl.SliceLayout(0, by_pair))[None, :]
+            rest -= pick(b_g, LOG_LOW, R, R, gl.SliceLayout(1, by_pair))[:, None]
+            log += rest
+            b_a *= gl.exp(gl.where(seen, log, -float("inf")))
         b_a = gl.where(seen, b_a, 0.0)
         s_a.store(b_a.to(half))
         fence_async_shared()
@@ -237,27 +264,24 @@ def walk_kernel(
         b_uh = b_u.to(half)
         b_ua = gl.convert_layout(b_uh, from_state)
         if GATED:
-            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, by_token))
-            b_o *= gl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
+            b_o *= pick(b_g, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, by_token))[None, :]
         b_o = warpgroup_mma(b_ua, s_a, b_o, is_async=True)
         b_uw = b_ua
         if GATED:
-            b_uw = (b_u * pick(p_table, TO_END, R, gl.SliceLayout(0, by_row))[None, :]).to(half)
-            b_uw = gl.convert_layout(b_uw, from_state)
-            b_s *= gl.load(p_table + FROM_START * R + R - 1)
+            to_end = pick(b_g, TO_END, R, R, gl.SliceLayout(0, by_row))
+            b_uw = gl.convert_layout((b_u * to_end[None, :]).to(half), from_state)
+            # The chunk's last row has the decay of the whole chunk.
+            b_s *= b_g.slice(FROM_START * R + R - 1, 1).load(gl.SliceLayout(0, by_key))[None, :]
         b_s = warpgroup_mma(b_uw, b_k, b_s, is_async=True)
         if SAVE:
-            o_cv = i_v + gl.arange(0, BV, layout=gl.SliceLayout(1, store_v))
-            o_ur = gl.arange(0, R, layout=gl.SliceLayout(0, store_v))
-            p_u = u + i_ch * (R * V) + o_ur[None, :] * V + o_cv[:, None]
-            gl.store(p_u, gl.convert_layout(b_uh, store_v), mask=(o_cv < V)[:, None])
+            s_u.permute([1, 0]).store(b_uh)
         b_o = warpgroup_mma_wait(1, [b_o])
         s_o.permute([1, 0]).store((b_o * scale).to(half))
         gl.thread_barrier()
-        o_oc = gl.arange(0, BC, layout=gl.SliceLayout(1, load_v))
-        o_ov = i_v + gl.arange(0, BV, layout=gl.SliceLayout(0, load_v))
-        p_out = p_o + start * (HV * V) + o_oc[:, None] * (HV * V) + o_ov[None, :]
-        gl.store(p_out, s_o.load(load_v), mask=(o_oc < n)[:, None] & (o_ov < V)[None, :])
+        store_rows(p_o + start * (HV * V) + i_v, s_o, n, HV * V, V - i_v, V, BC, BV, load_v)
+        if SAVE:
+            store_rows(u + i_ch * (R * V) + i_v, s_u, R, V, V - i_v, V, R, BV, load_v)
+            store_rows(states + (i_ch * V + i_v) * K, s_s, V - i_v, K, K, K, BV, BK, load_k)
         b_s = warpgroup_mma_wait(0, [b_s])
 
     async_copy.wait_group(0)
