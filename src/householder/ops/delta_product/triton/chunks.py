@@ -299,13 +299,15 @@ def make_problem(
     )
 
 
+def empty_table(p: Problem) -> Tensor:
+    """Return room for the table of coefficients: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
+    shape = p.num_chunks, p.heads, 1 if p.g is None else 6, CHUNK_ROWS
+    return torch.empty(shape, dtype=torch.float32, device=p.v.device)
+
+
 def make_table(p: Problem) -> Tensor:
-    """Run `table_kernel` for all chunks: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
-    sizes = p.sizes
-    rows = 1 if p.g is None else 6
-    table = torch.empty(
-        p.num_chunks, p.heads, rows, CHUNK_ROWS, dtype=torch.float32, device=p.v.device
-    )
+    """Run `table_kernel` for all chunks."""
+    sizes, table = p.sizes, empty_table(p)
     BH = power_of_two(p.heads, least=1, most=16)
     if p.num_chunks:
         table_kernel[(p.num_chunks, triton.cdiv(p.heads, BH))](

@@ -35,6 +35,7 @@ from householder.ops.delta_product.triton.chunks import (
     TOKEN_FROM_START,
     Problem,
     attention,
+    empty_table,
     load_tile,
     load_tile_t,
     locate_chunk,
@@ -158,33 +159,49 @@ def walk_kernel(
     store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
 
 
-def prepare(p: Problem, table: Tensor) -> Tensor:
-    """Run `prepare_kernel`: T of every chunk and value head."""
-    sizes = p.sizes
-    R = sizes["R"]
-    ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
-    launch = config.prepare_launch(sizes["K"], p.precision)
-    if p.num_chunks:
-        prepare_kernel[(p.num_chunks * p.heads,)](
-            p.k, table, ut, *p.packing, p.q.shape[1], p.heads, **strides("k", p.k), **p.constants,
-            BK=launch.block, **launch.options,
-        )  # fmt: skip
-    return ut
-
-
 def suits_hopper(p: Problem) -> bool:
-    """Whether the walk has a form for this chip that can read these inputs, 16 bytes at a time."""
+    """Whether this chip's forms of the kernels can read these inputs: 16 bytes at a time."""
     device = p.q.device
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) == (9, 0)
         and p.precision == "bf16"
-        and p.sizes["K"] <= 128
-        and all(
-            x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-            for x in (p.q, p.k, p.v)
-        )
+        and p.sizes["K"] <= config.MOST_HOPPER_KEYS
+        and all(map(has_wide_rows, (p.q, p.k, p.v)))
     )
+
+
+def has_wide_rows(x: Tensor) -> bool:
+    """Whether all rows of `x` start at a multiple of 16 bytes."""
+    steps = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in steps[:-1])
+
+
+def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Make the table of coefficients and T of every chunk and value head."""
+    R = p.sizes["R"]
+    ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
+    grid = (p.num_chunks * p.heads,)
+    if suits_hopper(p):
+        table = empty_table(p)
+        launch = config.hopper_prepare_launch(p.sizes["K"])
+        names = ("beta_b", "beta_t", "beta_n", "beta_h"), ("g_b", "g_t", "g_h")
+        beta = dict(zip(names[0], p.beta.stride(), strict=True))
+        g = dict(zip(names[1], (0, 0, 0) if p.g is None else p.g.stride(), strict=True))
+        if p.num_chunks:
+            hopper.prepare_kernel[grid](
+                p.k, p.beta, p.g, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
+                **strides("k", p.k), **beta, **g, **p.constants, BK=launch.block, **launch.options,
+            )  # fmt: skip
+        return table, ut
+    table = make_table(p)
+    launch = config.prepare_launch(p.sizes["K"], p.precision)
+    if p.num_chunks:
+        prepare_kernel[grid](
+            p.k, table, ut, *p.packing, p.q.shape[1], p.heads, **strides("k", p.k), **p.constants,
+            BK=launch.block, **launch.options,
+        )  # fmt: skip
+    return table, ut
 
 
 @on_its_device
@@ -209,9 +226,7 @@ def forward(
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
-    table = make_table(p)
-    ut = prepare(p, table)
-
+    table, ut = prepare(p)
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
@@ -219,7 +234,7 @@ def forward(
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
     launch, walk = config.walk_launch(K, V, p.precision), walk_kernel
     if suits_hopper(p):
-        launch, walk = config.hopper_walk_launch(), hopper.walk_kernel
+        launch, walk = config.hopper_walk_launch(sizes["N"], V), hopper.walk_kernel
     if p.num_sequences:
         walk[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
             p.q, p.k, p.v, table, ut,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -16,7 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from householder.ops.delta_product.triton.chunks import (
+    BETA,
+    FROM_START,
+    LOG_HIGH,
+    LOG_LOW,
+    LOG_STEPS,
+    MIN_LOG_GATE,
+    TO_END,
+    TOKEN_FROM_START,
+)
+
 # Renamed in Triton 3.7.
+# Newton steps of the inverse.
+STEPS = gl.constexpr(3)
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
@@ -87,14 +101,9 @@ def walk_kernel(
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
     PRECISION: gl.constexpr, SAVE: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    SEGMENT: gl.constexpr = 0,
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
-    BETA: gl.constexpr = 0
-    LOG_HIGH: gl.constexpr = 1
-    LOG_LOW: gl.constexpr = 2
-    FROM_START: gl.constexpr = 3
-    TO_END: gl.constexpr = 4
-    TOKEN_FROM_START: gl.constexpr = 5
     warps: gl.constexpr = gl.num_warps()
     width: gl.constexpr = 6 * R if GATED else R
     size_g: gl.constexpr = 8 * R if GATED else R
@@ -119,6 +128,13 @@ def walk_kernel(
         length = gl.load(cu_seqlens + i_s + 1) - first
         first = first.to(gl.int64)
         chunk = gl.load(first_chunk + i_s).to(gl.int64)
+    elif SEGMENT:
+        per_row = (gl.to_tensor(T) + (SEGMENT * C - 1)) // (SEGMENT * C)
+        batch = i_s // per_row
+        index = i_s % per_row
+        first = index * (SEGMENT * C)
+        length = gl.minimum(T - first, SEGMENT * C).to(gl.int32)
+        chunk = batch * ((gl.to_tensor(T) + C - 1) // C) + index * SEGMENT
     else:
         batch = i_s
         first = gl.to_tensor(0).to(gl.int64)
@@ -286,3 +302,165 @@ def walk_kernel(
 
     async_copy.wait_group(0)
     gl.store(final + o_state, b_s, mask=m_state)
+
+
+@gluon.jit
+def invert_blocks(minus):
+    """Return (I − m)⁻¹ for strictly lower triangular `m [4, 16, 16]`, here `minus`, by joins."""
+    warps: gl.constexpr = gl.num_warps()
+    blocks: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, blocks, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, blocks, 2)
+    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))[None, :][:, :, None]
+    col = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, blocks)))[None, :][:, None, :]
+    minus = gl.convert_layout(minus, blocks)
+    x = gl.where(row == col, 1.0, gl.where(row // 2 == col // 2, minus, 0.0))
+    for level in gl.static_range(1, 4):
+        same_pair = (row >> (level + 1)) == (col >> (level + 1))
+        beside = same_pair & ((row >> level) != (col >> level))
+        c = gl.where(beside, minus, 0.0).to(gl.float16)
+        xh = x.to(gl.float16)
+        xl = gl.convert_layout(xh, left)
+        p = gl.zeros([minus.shape[0], 16, 16], gl.float32, layout=blocks)
+        p = hopper.mma_v2(xl, gl.convert_layout(c, right), p).to(gl.float16)
+        x = hopper.mma_v2(gl.convert_layout(p, left), gl.convert_layout(xh, right), x)
+    return x
+
+
+@gluon.jit
+def add(a, b):
+    """Add, as scans want it."""
+    return a + b
+
+
+@gluon.jit
+def prepare_kernel(
+    k, beta, g, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
+    k_b, k_h, beta_b, beta_h, g_b, g_h, k_t: gl.constexpr, k_n: gl.constexpr,
+    beta_t: gl.constexpr, beta_n: gl.constexpr, g_t: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
+    PRECISION: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """Write T `[R, R]` and the table of coefficients of one chunk and value head.
+
+    To `growth`, if there, goes the logarithm of a bound on the norm of the chunk's reflections.
+    """
+    warps: gl.constexpr = gl.num_warps()
+    half: gl.constexpr = gl.bfloat16
+    by_row: gl.constexpr = product_layout(R, R, warps)
+    load_k: gl.constexpr = row_layout(BK, 8, warps)
+    load_r: gl.constexpr = row_layout(R, 8, warps)
+    line: gl.constexpr = gl.BlockedLayout([R // 32], [32], [warps], [0])
+    down: gl.constexpr = gl.SliceLayout(1, by_row)
+    across: gl.constexpr = gl.SliceLayout(0, by_row)
+    B: gl.constexpr = R // 16
+
+    # Heads run side by side: together they read whole rows of memory.
+    i_chunk = (gl.program_id(0) // HV).to(gl.int64)
+    i_h = (gl.program_id(0) % HV).to(gl.int64)
+    if PACKED:
+        i_s = gl.load(chunk_sequence + i_chunk)
+        start = gl.load(cu_seqlens + i_s) + (i_chunk - gl.load(first_chunk + i_s)) * C
+        n = gl.minimum(gl.load(cu_seqlens + i_s + 1) - start, C).to(gl.int32)
+        batch = gl.to_tensor(0).to(gl.int64)
+    else:
+        per_row = (gl.to_tensor(T) + C - 1) // C
+        start = (i_chunk % per_row) * C
+        n = gl.minimum(T - start, C).to(gl.int32)
+        batch = i_chunk // per_row
+    if n > 0:
+        p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
+        s_k = gl.allocate_shared_memory(
+            half, [R, BK], gl.NVMMASharedLayout.get_default_for([R, BK], half)
+        )
+        k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
+        copy_tile(s_k, p_k, k_rows, o_krows, n * N, 0, K, BK, load_k)
+        async_copy.commit_group()
+
+        # Coefficients, by every warp for itself.
+        p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
+        o_r = gl.arange(0, R, layout=line)
+        p_beta = beta + batch * beta_b + start * beta_t + i_h * beta_h
+        o_beta = (o_r // N) * beta_t + (o_r % N) * beta_n
+        b_beta = gl.load(p_beta + o_beta, mask=o_r < n * N, other=0.0).to(gl.float32)
+        gl.store(p_table + BETA * R + o_r, b_beta)
+        row = gl.arange(0, R, layout=down)
+        col = gl.arange(0, R, layout=across)
+        below = row[:, None] > col[None, :]
+        if GATED:
+            # A log gate counts in the first row of its token, in two parts: see `sum_log_gates`.
+            p_g = g + batch * g_b + start * g_t + i_h * g_h
+            first = (o_r < n * N) & (o_r % N == 0)
+            log = gl.load(p_g + (o_r // N) * g_t, mask=first, other=0.0).to(gl.float32)
+            log = gl.maximum(log, MIN_LOG_GATE)
+            high = gl.floor(log * LOG_STEPS) / LOG_STEPS
+            low = gl.associative_scan(log - high, 0, add)
+            high = gl.associative_scan(high, 0, add)
+            last = o_r == R - 1
+            high_end = gl.sum(gl.where(last, high, 0.0), axis=0)
+            low_end = gl.sum(gl.where(last, low, 0.0), axis=0)
+            from_start = gl.exp(high + low)
+            gl.store(p_table + LOG_HIGH * R + o_r, high)
+            gl.store(p_table + LOG_LOW * R + o_r, low)
+            gl.store(p_table + FROM_START * R + o_r, from_start)
+            gl.store(p_table + TO_END * R + o_r, gl.exp((high_end - high) + (low_end - low)))
+            p_token = p_table + TOKEN_FROM_START * R + o_r // N
+            gl.store(p_token, from_start, mask=o_r % N == 0)
+            log = gl.convert_layout(high, down)[:, None] - gl.convert_layout(high, across)[None, :]
+            low = gl.convert_layout(low, down)[:, None] - gl.convert_layout(low, across)[None, :]
+            decay = gl.exp(gl.where(below, log + low, -float("inf")))
+        b_beta = gl.convert_layout(b_beta, down)
+
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        minus = gl.zeros([R, R], gl.float32, layout=by_row)
+        minus = warpgroup_mma(s_k, s_k.permute([1, 0]), minus, use_acc=False)
+        minus *= -b_beta[:, None]
+        if growth is not None:
+            norms = gl.where(row[:, None] == col[None, :], minus, 0.0)
+            norms = gl.maximum(gl.abs(1.0 + gl.sum(norms, axis=1)), 1.0)
+            gl.store(growth + i_chunk * HV + i_h, gl.sum(gl.log(norms), axis=0))
+        if GATED:
+            minus *= decay
+        minus = gl.where(below, minus, 0.0)
+
+        # The diagonal blocks, one to a warp; then all of the diagonal in one tile again.
+        on_diagonal = (row // 16)[:, None] == (col // 16)[None, :]
+        blocks = gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16])
+        wide: gl.constexpr = blocks.type.layout
+        x = invert_blocks(gl.sum(blocks, axis=2))
+        x = gl.convert_layout(x, gl.SliceLayout(2, wide)).expand_dims(2)
+        x = gl.where(on_diagonal.reshape([B, 16, B, 16]), x, 0.0).reshape([R, R])
+        x = gl.convert_layout(x, by_row)
+
+        # X ← X (2 − (1 + M) X) joins the blocks: twice for four of them, once more for accuracy.
+        f16: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, R], gl.float16)
+        one = gl.where(row[:, None] == col[None, :], 1.0, 0.0)
+        minus -= one
+        high = minus.to(gl.float16)
+        s_high = gl.allocate_shared_memory(gl.float16, [R, R], f16, high)
+        low = (minus - high.to(gl.float32)).to(gl.float16)
+        s_low = gl.allocate_shared_memory(gl.float16, [R, R], f16, low)
+        s_x = gl.allocate_shared_memory(gl.float16, [R, R], f16)
+        s_y = gl.allocate_shared_memory(gl.float16, [R, R], f16)
+        left: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
+        for step in gl.static_range(STEPS):
+            right = x.to(gl.float16)
+            s_x.store(right)
+            fence_async_shared()
+            gl.thread_barrier()
+            y = warpgroup_mma(s_high, s_x, one * 2.0, is_async=True)
+            if step == STEPS - 1:
+                y = warpgroup_mma(s_low, s_x, y, is_async=True)
+            y = warpgroup_mma_wait(0, [y])
+            s_y.store(y.to(gl.float16))
+            fence_async_shared()
+            gl.thread_barrier()
+            x = warpgroup_mma(gl.convert_layout(right, left), s_y, y, use_acc=False)
+        out: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, R], half)
+        s_out = gl.allocate_shared_memory(half, [R, R], out, x.to(half))
+        gl.thread_barrier()
+        p_ut = ut + (i_chunk * HV + i_h) * (R * R)
+        store_rows(p_ut, s_out, R, R, R, R, R, R, load_r)
