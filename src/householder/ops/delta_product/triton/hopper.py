@@ -28,10 +28,11 @@ from householder.ops.delta_product.triton.chunks import (
     TOKEN_FROM_START,
 )
 
-# Renamed in Triton 3.7.
+# Renamed after Triton 3.6.
 # Newton steps of the inverse.
 STEPS = gl.constexpr(3)
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.constexpr_function
@@ -224,7 +225,7 @@ def walk_kernel(
 
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         b_sh = b_s.to(half)
         b_sa = gl.convert_layout(b_sh, from_state)
         recalled = gl.zeros([BV, R], gl.float32, layout=by_row)
@@ -263,14 +264,14 @@ def walk_kernel(
         b_a = gl.where(seen, b_a, 0.0)
         s_a.store(b_a.to(half))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
 
         b_ya = gl.convert_layout(b_y, from_state)
         b_u = gl.zeros([BV, R], gl.float32, layout=by_row)
         b_u = warpgroup_mma(b_ya, s_t.permute([1, 0]), b_u, use_acc=False, is_async=True)
         b_u, b_o = warpgroup_mma_wait(0, [b_u, b_o])
         # Q, V and T have been read by every warp.
-        gl.thread_barrier()
+        barrier()
         copy_tile(s_q, p_q + after * q_t, q_rows, o_qrows, n_after, 0, K, BK, load_k)
         copy_tile(s_v, p_v + after * v_t, v_rows, o_vrows, n_after * N, i_v, V, BV, load_v)
         left = gl.where(n_after > 0, R, 0)
@@ -293,7 +294,7 @@ def walk_kernel(
             s_u.permute([1, 0]).store(b_uh)
         b_o = warpgroup_mma_wait(1, [b_o])
         s_o.permute([1, 0]).store((b_o * scale).to(half))
-        gl.thread_barrier()
+        barrier()
         store_rows(p_o + start * (HV * V) + i_v, s_o, n, HV * V, V - i_v, V, BC, BV, load_v)
         if SAVE:
             store_rows(u + i_ch * (R * V) + i_v, s_u, R, V, V - i_v, V, R, BV, load_v)
@@ -414,7 +415,7 @@ def prepare_kernel(
 
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         minus = gl.zeros([R, R], gl.float32, layout=by_row)
         minus = warpgroup_mma(s_k, s_k.permute([1, 0]), minus, use_acc=False)
         minus *= -b_beta[:, None]
@@ -450,17 +451,17 @@ def prepare_kernel(
             right = x.to(gl.float16)
             s_x.store(right)
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             y = warpgroup_mma(s_high, s_x, one * 2.0, is_async=True)
             if step == STEPS - 1:
                 y = warpgroup_mma(s_low, s_x, y, is_async=True)
             y = warpgroup_mma_wait(0, [y])
             s_y.store(y.to(gl.float16))
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             x = warpgroup_mma(gl.convert_layout(right, left), s_y, y, use_acc=False)
         out: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, R], half)
         s_out = gl.allocate_shared_memory(half, [R, R], out, x.to(half))
-        gl.thread_barrier()
+        barrier()
         p_ut = ut + (i_chunk * HV + i_h) * (R * R)
         store_rows(p_ut, s_out, R, R, R, R, R, R, load_r)
