@@ -95,9 +95,9 @@ def hopper_prepare_launch(K: int) -> Launch:
     return Launch(power_of_two(K), 4, 1)
 
 
-def hopper_walk_launch(N: int, V: int) -> Launch:
+def hopper_walk_launch(V: int) -> Launch:
     """Parameters of Hopper's forward walk; the tile is part of V, 16 columns a warp."""
-    return Launch(128, 8, 1) if V > 64 else Launch(64, 4, 1)
+    return Launch(128, 8, 2) if V > 64 else Launch(64, 4, 2)
 
 
 def gradient_launch(K: int, V: int, precision: str) -> Launch:

@@ -232,15 +232,17 @@ def forward(
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
-    launch, walk = config.walk_launch(K, V, p.precision), walk_kernel
+    launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
     if suits_hopper(p):
-        launch, walk = config.hopper_walk_launch(sizes["N"], V), hopper.walk_kernel
+        launch, walk = config.hopper_walk_launch(V), hopper.walk_kernel
+        ahead = {"STAGES": launch.num_stages}
     if p.num_sequences:
         walk[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
             p.q, p.k, p.v, table, ut,
             None if initial_state is None else initial_state.contiguous(), final, o, states, u,
             p.cu_seqlens, p.first_chunk, scale, v.shape[1],
             **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), HV=HV, **p.constants,
-            SAVE=save, BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+            SAVE=save, BK=config.key_block(K, p.precision), BV=launch.block, **ahead,
+            **launch.options,
         )  # fmt: skip
     return o, final, states, ut if save else torch.empty_like(ut[:0]), u

@@ -95,6 +95,139 @@ def store_rows(
 
 
 @gluon.jit
+def buffers(NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Allocate shared memory for tiles that tensor cores read."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.bfloat16)
+    return gl.allocate_shared_memory(gl.bfloat16, [NUMBER, ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def copy_chunk(
+    i, stage, length, chunk, i_h, i_v, p_q, p_k, p_v, ut, table,
+    s_q, s_k, s_v, s_t, s_g, s_l, HV: gl.constexpr, q_t: gl.constexpr,
+    k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    BC: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """Start to copy all that chunk `i` needs; past the sequence's end nothing is read."""
+    warps: gl.constexpr = gl.num_warps()
+    load_k: gl.constexpr = row_layout(BK, 8, warps)
+    load_r: gl.constexpr = row_layout(R, 8, warps)
+    load_v: gl.constexpr = row_layout(BV, 8, warps)
+    width: gl.constexpr = 6 * R if GATED else R
+    size_g: gl.constexpr = 8 * R if GATED else R
+    i = gl.to_tensor(i)
+    n = gl.where(i >= 0, gl.minimum(length - i * C, C), 0)
+    start = i.to(gl.int64) * C
+    i_ch = (chunk + i) * HV + i_h
+    k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
+    copy_tile(s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n * N, 0, K, BK, load_k)
+    q_rows, o_qrows = tile_rows(BC, 1, q_t, 0, load_k)
+    copy_tile(s_q.index(stage), p_q + start * q_t, q_rows, o_qrows, n, 0, K, BK, load_k)
+    v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
+    copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n * N, i_v, V, BV, load_v)
+    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
+    left = gl.where(n > 0, R, 0)
+    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
+    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
+    left = gl.where(n > 0, width, 0)
+    async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
+    if GATED:
+        # A query's gates are those of its token's first row; past the chunk's end there is none.
+        o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
+        o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
+        async_load(s_l.index(stage), table + i_ch * width + o_log, mask=o_l < left)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def store_chunk(
+    i, length, chunk, i_h, i_v, p_o, u, s_o, s_u, HV: gl.constexpr,
+    N: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr, BC: gl.constexpr,
+    BV: gl.constexpr, SAVE: gl.constexpr,
+):  # fmt: skip
+    """Store the outputs and writes of chunk `i`, if it is one, from shared memory."""
+    load_v: gl.constexpr = row_layout(BV, 8, gl.num_warps())
+    n = gl.where(i >= 0, gl.minimum(length - i * C, C), 0)
+    p_rows = p_o + i.to(gl.int64) * (C * HV * V) + i_v
+    store_rows(p_rows, s_o, n, HV * V, V - i_v, V, BC, BV, load_v)
+    if SAVE:
+        p_rows = u + ((chunk + i) * HV + i_h) * (R * V) + i_v
+        store_rows(p_rows, s_u, gl.where(i >= 0, R, 0), V, V - i_v, V, R, BV, load_v)
+
+
+@gluon.jit
+def read_chunk(
+    i, num_chunks, b_s, b_o, scale, length, chunk, i_h, i_v, p_q, p_k, p_v, p_o, ut, table,
+    states, u, s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u, HV: gl.constexpr,
+    q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    BC: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr,
+    SAVE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Make Y, A and the state as operands of products with chunk `i`, from the state before it.
+
+    A goes to shared memory. On the way, O of the chunk before is awaited and stored. Past the last
+    chunk there is nothing but zeros to read.
+    """
+    warps: gl.constexpr = gl.num_warps()
+    by_row: gl.constexpr = product_layout(BV, R, warps)
+    by_pair: gl.constexpr = product_layout(R, BC, warps)
+    from_state: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
+    stage = i % STAGES
+    b_k, b_q, b_g = s_k.index(stage), s_q.index(stage), s_g.index(stage)
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    barrier()
+    copy_chunk(
+        i + STAGES - 1, (i + STAGES - 1) % STAGES, length, chunk, i_h, i_v,
+        p_q, p_k, p_v, ut, table, s_q, s_k, s_v, s_t, s_g, s_l, HV, q_t, k_t, k_n, v_t, v_n,
+        N, K, V, C, R, BC, BK, BV, GATED,
+    )  # fmt: skip
+
+    b_sh = b_s.to(gl.bfloat16)
+    b_sa = gl.convert_layout(b_sh, from_state)
+    recalled = gl.zeros([BV, R], gl.float32, layout=by_row)
+    recalled = warpgroup_mma(b_sa, b_k.permute([1, 0]), recalled, use_acc=False, is_async=True)
+    b_a = gl.zeros([R, BC], gl.float32, layout=by_pair)
+    b_a = warpgroup_mma(b_k, b_q.permute([1, 0]), b_a, use_acc=False, is_async=True)
+    s_s.store(b_sh)
+
+    # What the chunk before has left to store.
+    b_o = warpgroup_mma_wait(2, [b_o])
+    s_o.permute([1, 0]).store((b_o * scale).to(gl.bfloat16))
+    barrier()
+    store_chunk(i - 1, length, chunk, i_h, i_v, p_o, u, s_o, s_u, HV, N, V, C, R, BC, BV, SAVE)
+    if SAVE:
+        p_s = states + (((chunk + i) * HV + i_h) * V + i_v) * K
+        rows = gl.where(i < num_chunks, V - i_v, 0)
+        store_rows(p_s, s_s, rows, K, K, K, BV, BK, row_layout(BK, 8, warps))
+
+    b_v = s_v.index(stage).permute([1, 0]).load(by_row).to(gl.float32)
+    recalled = warpgroup_mma_wait(1, [recalled])
+    if GATED:
+        recalled *= pick(b_g, FROM_START, R, R, gl.SliceLayout(0, by_row))[None, :]
+    b_beta = pick(b_g, BETA, R, R, gl.SliceLayout(0, by_row))
+    b_ya = gl.convert_layout(((b_v - recalled) * b_beta[None, :]).to(gl.bfloat16), from_state)
+
+    b_a = warpgroup_mma_wait(0, [b_a])
+    a_row = gl.arange(0, R, layout=gl.SliceLayout(1, by_pair))
+    a_token = gl.arange(0, BC, layout=gl.SliceLayout(0, by_pair))
+    seen = (a_row // N)[:, None] <= a_token[None, :]
+    if GATED:
+        query = s_l.index(stage)
+        log = query.slice(0, BC).load(gl.SliceLayout(0, by_pair))[None, :]
+        log -= pick(b_g, LOG_HIGH, R, R, gl.SliceLayout(1, by_pair))[:, None]
+        rest = query.slice(BC, BC).load(gl.SliceLayout(0, by_pair))[None, :]
+        rest -= pick(b_g, LOG_LOW, R, R, gl.SliceLayout(1, by_pair))[:, None]
+        b_a *= gl.exp(gl.where(seen, log + rest, -float("inf")))
+    s_a.store(gl.where(seen, b_a, 0.0).to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    return b_ya
+
+
+@gluon.jit
 def walk_kernel(
     q, k, v, table, ut, initial, final, o, states, u, cu_seqlens, first_chunk, scale, T,
     q_b, q_h, k_b, k_h, v_b, v_h, HV: gl.constexpr, q_t: gl.constexpr,
@@ -102,22 +235,17 @@ def walk_kernel(
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
     PRECISION: gl.constexpr, SAVE: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    SEGMENT: gl.constexpr = 0,
+    STAGES: gl.constexpr, SEGMENT: gl.constexpr = 0,
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
     warps: gl.constexpr = gl.num_warps()
-    width: gl.constexpr = 6 * R if GATED else R
     size_g: gl.constexpr = 8 * R if GATED else R
     num_v: gl.constexpr = (V + BV - 1) // BV
     half: gl.constexpr = gl.bfloat16
     by_row: gl.constexpr = product_layout(BV, R, warps)
     by_token: gl.constexpr = product_layout(BV, BC, warps)
     by_key: gl.constexpr = product_layout(BV, BK, warps)
-    by_pair: gl.constexpr = product_layout(R, BC, warps)
     from_state: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
-    load_k: gl.constexpr = row_layout(BK, 8, warps)
-    load_r: gl.constexpr = row_layout(R, 8, warps)
-    load_v: gl.constexpr = row_layout(BV, 8, warps)
 
     i_v = (gl.program_id(0) % num_v) * BV
     i_sh = (gl.program_id(0) // num_v).to(gl.int64)
@@ -148,45 +276,17 @@ def walk_kernel(
     p_v = v + batch * v_b + first * v_t + i_h * v_h
     p_o = o + ((batch * T + first) * HV + i_h) * V
 
-    s_k = gl.allocate_shared_memory(
-        half, [2, R, BK], gl.NVMMASharedLayout.get_default_for([R, BK], half)
-    )
-    s_q = gl.allocate_shared_memory(
-        half, [BC, BK], gl.NVMMASharedLayout.get_default_for([BC, BK], half)
-    )
-    s_t = gl.allocate_shared_memory(
-        half, [R, R], gl.NVMMASharedLayout.get_default_for([R, R], half)
-    )
-    s_v = gl.allocate_shared_memory(
-        half, [R, BV], gl.NVMMASharedLayout.get_default_for([R, BV], half)
-    )
-    s_a = gl.allocate_shared_memory(
-        half, [R, BC], gl.NVMMASharedLayout.get_default_for([R, BC], half)
-    )
-    s_o = gl.allocate_shared_memory(
-        half, [BC, BV], gl.NVMMASharedLayout.get_default_for([BC, BV], half)
-    )
-    if SAVE:
-        s_s = gl.allocate_shared_memory(
-            half, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], half)
-        )
-        s_u = gl.allocate_shared_memory(
-            half, [R, BV], gl.NVMMASharedLayout.get_default_for([R, BV], half)
-        )
-    s_g = gl.allocate_shared_memory(gl.float32, [2, size_g], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    if GATED:
-        s_l = gl.allocate_shared_memory(
-            gl.float32, [2, 2 * BC], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )
-
-    k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
-    v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
-    q_rows, o_qrows = tile_rows(BC, 1, q_t, 0, load_k)
-    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
-    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
-    # A query's gates are those of its token's first row; past the chunk's end there is no query.
-    o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
-    o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
+    s_k = buffers(STAGES, R, BK)
+    s_q = buffers(STAGES, BC, BK)
+    s_v = buffers(STAGES, R, BV)
+    s_t = buffers(STAGES, R, R)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    s_g = gl.allocate_shared_memory(gl.float32, [STAGES, size_g], flat)
+    s_l = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BC], flat) if GATED else s_g
+    s_a = buffers(1, R, BC).index(0)
+    s_o = buffers(1, BC, BV).index(0)
+    s_s = buffers(1, BV, BK).index(0)
+    s_u = buffers(1, R, BV).index(0) if SAVE else s_a
 
     # The state, transposed.
     sv = i_v + gl.arange(0, BV, layout=gl.SliceLayout(1, by_key))
@@ -196,110 +296,54 @@ def walk_kernel(
     b_s = gl.zeros([BV, BK], gl.float32, layout=by_key)
     if initial is not None:
         b_s += gl.load(initial + o_state, mask=m_state, other=0.0).to(gl.float32)
-
-    # Where rows and tokens of the chunk meet.
-    a_row = gl.arange(0, R, layout=gl.SliceLayout(1, by_pair))
-    a_token = gl.arange(0, BC, layout=gl.SliceLayout(0, by_pair))
-    seen = (a_row // N)[:, None] <= a_token[None, :]
-
-    if num_chunks > 0:
-        n = gl.minimum(length, C)
-        i_ch = chunk * HV + i_h
-        copy_tile(s_k.index(0), p_k, k_rows, o_krows, n * N, 0, K, BK, load_k)
-        copy_tile(s_q, p_q, q_rows, o_qrows, n, 0, K, BK, load_k)
-        copy_tile(s_v, p_v, v_rows, o_vrows, n * N, i_v, V, BV, load_v)
-        copy_tile(s_t, ut + i_ch * (R * R), t_rows, o_trows, R, 0, R, R, load_r)
-        async_load(s_g.index(0), table + i_ch * width + o_g, mask=o_g < width)
-        if GATED:
-            async_load(s_l.index(0), table + i_ch * width + o_log)
-    async_copy.commit_group()
-
-    for i in range(num_chunks):
-        start = (i * C).to(gl.int64)
-        n = gl.minimum(length - i * C, C)
-        after = start + C
-        n_after = gl.minimum(length - (i + 1) * C, C)  # none or fewer past the last chunk
-        i_ch = (chunk + i) * HV + i_h
-        b_k = s_k.index(i % 2)
-        b_g = s_g.index(i % 2)
-
-        async_copy.wait_group(0)
-        fence_async_shared()
-        barrier()
-        b_sh = b_s.to(half)
-        b_sa = gl.convert_layout(b_sh, from_state)
-        recalled = gl.zeros([BV, R], gl.float32, layout=by_row)
-        recalled = warpgroup_mma(b_sa, b_k.permute([1, 0]), recalled, use_acc=False, is_async=True)
-        b_a = gl.zeros([R, BC], gl.float32, layout=by_pair)
-        b_a = warpgroup_mma(b_k, s_q.permute([1, 0]), b_a, use_acc=False, is_async=True)
-        b_o = gl.zeros([BV, BC], gl.float32, layout=by_token)
-        b_o = warpgroup_mma(b_sa, s_q.permute([1, 0]), b_o, use_acc=False, is_async=True)
-        copy_tile(
-            s_k.index((i + 1) % 2), p_k + after * k_t, k_rows, o_krows, n_after * N, 0, K, BK,
-            load_k,
+    # A chunk of zeros goes before the first: then the loop is all there is, and no product is under
+    # way where it turns, which is what the compiler can follow.
+    s_s.store(gl.zeros([BV, BK], half, layout=by_key))
+    s_a.store(gl.zeros([R, BC], half, layout=product_layout(R, BC, warps)))
+    b_ya = gl.convert_layout(gl.zeros([BV, R], half, layout=by_row), from_state)
+    for i in gl.static_range(-1, STAGES - 1):
+        copy_chunk(
+            i, (i + STAGES) % STAGES, length, chunk, i_h, i_v, p_q, p_k, p_v, ut, table,
+            s_q, s_k, s_v, s_t, s_g, s_l, HV, q_t, k_t, k_n, v_t, v_n,
+            N, K, V, C, R, BC, BK, BV, GATED,
         )  # fmt: skip
-        p_after = table + (i_ch + HV) * width
-        left = gl.where(n_after > 0, width, 0)
-        async_load(s_g.index((i + 1) % 2), p_after + o_g, mask=o_g < left)
-        if GATED:
-            async_load(s_l.index((i + 1) % 2), p_after + o_log, mask=o_l < left)
-        b_v = s_v.permute([1, 0]).load(by_row).to(gl.float32)
-        if SAVE:
-            s_s.store(b_sh)
-        recalled = warpgroup_mma_wait(2, [recalled])
-        if GATED:
-            recalled *= pick(b_g, FROM_START, R, R, gl.SliceLayout(0, by_row))[None, :]
-        b_beta = pick(b_g, BETA, R, R, gl.SliceLayout(0, by_row))
-        b_y = ((b_v - recalled) * b_beta[None, :]).to(half)
-
-        b_a = warpgroup_mma_wait(1, [b_a])
-        if GATED:
-            query = s_l.index(i % 2)
-            log = query.slice(0, BC).load(gl.SliceLayout(0, by_pair))[None, :]
-            log -= pick(b_g, LOG_HIGH, R, R, gl.SliceLayout(1, by_pair))[:, None]
-            rest = query.slice(BC, BC).load(gl.SliceLayout(0, by_pair))[None, :]
-            rest -= pick(b_g, LOG_LOW, R, R, gl.SliceLayout(1, by_pair))[:, None]
-            log += rest
-            b_a *= gl.exp(gl.where(seen, log, -float("inf")))
-        b_a = gl.where(seen, b_a, 0.0)
-        s_a.store(b_a.to(half))
-        fence_async_shared()
-        barrier()
-
-        b_ya = gl.convert_layout(b_y, from_state)
+    async_copy.wait_group(STAGES - 1)
+    fence_async_shared()
+    barrier()
+    for i in range(-1, num_chunks):
+        stage = (i + STAGES) % STAGES
+        b_k, b_g = s_k.index(stage), s_g.index(stage)
         b_u = gl.zeros([BV, R], gl.float32, layout=by_row)
-        b_u = warpgroup_mma(b_ya, s_t.permute([1, 0]), b_u, use_acc=False, is_async=True)
-        b_u, b_o = warpgroup_mma_wait(0, [b_u, b_o])
-        # Q, V and T have been read by every warp.
-        barrier()
-        copy_tile(s_q, p_q + after * q_t, q_rows, o_qrows, n_after, 0, K, BK, load_k)
-        copy_tile(s_v, p_v + after * v_t, v_rows, o_vrows, n_after * N, i_v, V, BV, load_v)
-        left = gl.where(n_after > 0, R, 0)
-        copy_tile(s_t, ut + (i_ch + HV) * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
-        async_copy.commit_group()
+        b_t = s_t.index(stage).permute([1, 0])
+        b_u = warpgroup_mma(b_ya, b_t, b_u, use_acc=False, is_async=True)
+        b_out = gl.zeros([BV, BC], gl.float32, layout=by_token)
+        b_q = s_q.index(stage).permute([1, 0])
+        b_out = warpgroup_mma(s_s, b_q, b_out, use_acc=False, is_async=True)
+        if GATED:
+            # The chunk's last row has the decay of the whole chunk.
+            whole = b_g.slice(FROM_START * R + R - 1, 1).load(gl.SliceLayout(0, by_key))[None, :]
+            b_s *= gl.where(i < 0, 1.0, whole)
 
+        b_u = warpgroup_mma_wait(1, [b_u])
         b_uh = b_u.to(half)
         b_ua = gl.convert_layout(b_uh, from_state)
-        if GATED:
-            b_o *= pick(b_g, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, by_token))[None, :]
-        b_o = warpgroup_mma(b_ua, s_a, b_o, is_async=True)
         b_uw = b_ua
         if GATED:
             to_end = pick(b_g, TO_END, R, R, gl.SliceLayout(0, by_row))
             b_uw = gl.convert_layout((b_u * to_end[None, :]).to(half), from_state)
-            # The chunk's last row has the decay of the whole chunk.
-            b_s *= b_g.slice(FROM_START * R + R - 1, 1).load(gl.SliceLayout(0, by_key))[None, :]
+            b_out = warpgroup_mma_wait(0, [b_out])
+            b_out *= pick(b_g, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, by_token))[None, :]
         b_s = warpgroup_mma(b_uw, b_k, b_s, is_async=True)
+        b_out = warpgroup_mma(b_ua, s_a, b_out, is_async=True)
         if SAVE:
             s_u.permute([1, 0]).store(b_uh)
-        b_o = warpgroup_mma_wait(1, [b_o])
-        s_o.permute([1, 0]).store((b_o * scale).to(half))
-        barrier()
-        store_rows(p_o + start * (HV * V) + i_v, s_o, n, HV * V, V - i_v, V, BC, BV, load_v)
-        if SAVE:
-            store_rows(u + i_ch * (R * V) + i_v, s_u, R, V, V - i_v, V, R, BV, load_v)
-            store_rows(states + (i_ch * V + i_v) * K, s_s, V - i_v, K, K, K, BV, BK, load_k)
-        b_s = warpgroup_mma_wait(0, [b_s])
+        b_s = warpgroup_mma_wait(1, [b_s])
+        b_ya = read_chunk(
+            i + 1, num_chunks, b_s, b_out, scale, length, chunk, i_h, i_v,
+            p_q, p_k, p_v, p_o, ut, table, states, u,
+            s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u,
+            HV, q_t, k_t, k_n, v_t, v_n, N, K, V, C, R, BC, BK, BV, GATED, SAVE, STAGES,
+        )  # fmt: skip
 
     async_copy.wait_group(0)
     gl.store(final + o_state, b_s, mask=m_state)
