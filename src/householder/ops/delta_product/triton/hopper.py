@@ -30,7 +30,7 @@ from householder.ops.delta_product.triton.chunks import (
 
 # Renamed after Triton 3.6.
 # Newton steps of the inverse.
-STEPS = gl.constexpr(3)
+STEPS = gl.constexpr(2)
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
@@ -77,6 +77,14 @@ def copy_tile(
 def pick(table, row: gl.constexpr, R: gl.constexpr, SIZE: gl.constexpr, layout: gl.constexpr):
     """Load SIZE coefficients of one row of a chunk's table in shared memory."""
     return table.slice(row * R, SIZE).load(layout)
+
+
+@gluon.jit
+def exp(x):
+    """Exponential by the chip's own instruction, which takes what is next to nothing for zero."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], gl.float32, True, 1
+    )
 
 
 @gluon.jit
@@ -173,24 +181,28 @@ def read_chunk(
     warps: gl.constexpr = gl.num_warps()
     by_row: gl.constexpr = product_layout(BV, R, warps)
     by_pair: gl.constexpr = product_layout(R, BC, warps)
+    by_key: gl.constexpr = product_layout(BV, BK, warps)
     from_state: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
     stage = i % STAGES
     b_k, b_q, b_g = s_k.index(stage), s_q.index(stage), s_g.index(stage)
     async_copy.wait_group(STAGES - 2)
-    fence_async_shared()
     barrier()
-    copy_chunk(
-        i + STAGES - 1, (i + STAGES - 1) % STAGES, length, chunk, i_h, i_v,
-        p_q, p_k, p_v, ut, table, s_q, s_k, s_v, s_t, s_g, s_l, HV, q_t, k_t, k_n, v_t, v_n,
-        N, K, V, C, R, BC, BK, BV, GATED,
-    )  # fmt: skip
-
+    fence_async_shared()
     b_sh = b_s.to(gl.bfloat16)
     b_sa = gl.convert_layout(b_sh, from_state)
     recalled = gl.zeros([BV, R], gl.float32, layout=by_row)
     recalled = warpgroup_mma(b_sa, b_k.permute([1, 0]), recalled, use_acc=False, is_async=True)
     b_a = gl.zeros([R, BC], gl.float32, layout=by_pair)
     b_a = warpgroup_mma(b_k, b_q.permute([1, 0]), b_a, use_acc=False, is_async=True)
+    if GATED:
+        # The chunk's last row has the decay of the whole chunk.
+        whole = b_g.slice(FROM_START * R + R - 1, 1).load(gl.SliceLayout(0, by_key))[None, :]
+        b_s *= gl.where(i < num_chunks, whole, 1.0)
+    copy_chunk(
+        i + STAGES - 1, (i + STAGES - 1) % STAGES, length, chunk, i_h, i_v,
+        p_q, p_k, p_v, ut, table, s_q, s_k, s_v, s_t, s_g, s_l, HV, q_t, k_t, k_n, v_t, v_n,
+        N, K, V, C, R, BC, BK, BV, GATED,
+    )  # fmt: skip
     s_s.store(b_sh)
 
     # What the chunk before has left to store.
@@ -220,11 +232,11 @@ def read_chunk(
         log -= pick(b_g, LOG_HIGH, R, R, gl.SliceLayout(1, by_pair))[:, None]
         rest = query.slice(BC, BC).load(gl.SliceLayout(0, by_pair))[None, :]
         rest -= pick(b_g, LOG_LOW, R, R, gl.SliceLayout(1, by_pair))[:, None]
-        b_a *= gl.exp(gl.where(seen, log + rest, -float("inf")))
+        b_a *= exp(log + rest)
     s_a.store(gl.where(seen, b_a, 0.0).to(gl.bfloat16))
     fence_async_shared()
     barrier()
-    return b_ya
+    return b_ya, b_s
 
 
 @gluon.jit
@@ -308,8 +320,8 @@ def walk_kernel(
             N, K, V, C, R, BC, BK, BV, GATED,
         )  # fmt: skip
     async_copy.wait_group(STAGES - 1)
-    fence_async_shared()
     barrier()
+    fence_async_shared()
     for i in range(-1, num_chunks):
         stage = (i + STAGES) % STAGES
         b_k, b_g = s_k.index(stage), s_g.index(stage)
@@ -319,10 +331,6 @@ def walk_kernel(
         b_out = gl.zeros([BV, BC], gl.float32, layout=by_token)
         b_q = s_q.index(stage).permute([1, 0])
         b_out = warpgroup_mma(s_s, b_q, b_out, use_acc=False, is_async=True)
-        if GATED:
-            # The chunk's last row has the decay of the whole chunk.
-            whole = b_g.slice(FROM_START * R + R - 1, 1).load(gl.SliceLayout(0, by_key))[None, :]
-            b_s *= gl.where(i < 0, 1.0, whole)
 
         b_u = warpgroup_mma_wait(1, [b_u])
         b_uh = b_u.to(half)
@@ -331,14 +339,15 @@ def walk_kernel(
         if GATED:
             to_end = pick(b_g, TO_END, R, R, gl.SliceLayout(0, by_row))
             b_uw = gl.convert_layout((b_u * to_end[None, :]).to(half), from_state)
-            b_out = warpgroup_mma_wait(0, [b_out])
-            b_out *= pick(b_g, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, by_token))[None, :]
         b_s = warpgroup_mma(b_uw, b_k, b_s, is_async=True)
+        if GATED:
+            b_out = warpgroup_mma_wait(1, [b_out])
+            b_out *= pick(b_g, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, by_token))[None, :]
         b_out = warpgroup_mma(b_ua, s_a, b_out, is_async=True)
         if SAVE:
             s_u.permute([1, 0]).store(b_uh)
         b_s = warpgroup_mma_wait(1, [b_s])
-        b_ya = read_chunk(
+        b_ya, b_s = read_chunk(
             i + 1, num_chunks, b_s, b_out, scale, length, chunk, i_h, i_v,
             p_q, p_k, p_v, p_o, ut, table, states, u,
             s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u,
@@ -452,14 +461,15 @@ def prepare_kernel(
             gl.store(p_table + TO_END * R + o_r, gl.exp((high_end - high) + (low_end - low)))
             p_token = p_table + TOKEN_FROM_START * R + o_r // N
             gl.store(p_token, from_start, mask=o_r % N == 0)
-            log = gl.convert_layout(high, down)[:, None] - gl.convert_layout(high, across)[None, :]
-            low = gl.convert_layout(low, down)[:, None] - gl.convert_layout(low, across)[None, :]
-            decay = gl.exp(gl.where(below, log + low, -float("inf")))
+            # For T, which is rounded to bfloat16, the sum of both parts is fine enough.
+            log = high + low
+            log = gl.convert_layout(log, down)[:, None] - gl.convert_layout(log, across)[None, :]
+            decay = exp(log)
         b_beta = gl.convert_layout(b_beta, down)
 
         async_copy.wait_group(0)
-        fence_async_shared()
         barrier()
+        fence_async_shared()
         minus = gl.zeros([R, R], gl.float32, layout=by_row)
         minus = warpgroup_mma(s_k, s_k.permute([1, 0]), minus, use_acc=False)
         minus *= -b_beta[:, None]
@@ -485,20 +495,20 @@ def prepare_kernel(
         one = gl.where(row[:, None] == col[None, :], 1.0, 0.0)
         minus -= one
         high = minus.to(gl.float16)
-        s_high = gl.allocate_shared_memory(gl.float16, [R, R], f16, high)
         low = (minus - high.to(gl.float32)).to(gl.float16)
-        s_low = gl.allocate_shared_memory(gl.float16, [R, R], f16, low)
         s_x = gl.allocate_shared_memory(gl.float16, [R, R], f16)
         s_y = gl.allocate_shared_memory(gl.float16, [R, R], f16)
         left: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
+        high = gl.convert_layout(high, left)
+        low = gl.convert_layout(low, left)
         for step in gl.static_range(STEPS):
             right = x.to(gl.float16)
             s_x.store(right)
             fence_async_shared()
             barrier()
-            y = warpgroup_mma(s_high, s_x, one * 2.0, is_async=True)
+            y = warpgroup_mma(high, s_x, one * 2.0, is_async=True)
             if step == STEPS - 1:
-                y = warpgroup_mma(s_low, s_x, y, is_async=True)
+                y = warpgroup_mma(low, s_x, y, is_async=True)
             y = warpgroup_mma_wait(0, [y])
             s_y.store(y.to(gl.float16))
             fence_async_shared()
