@@ -27,7 +27,7 @@ from householder.ops._triton import (
     inverse_unit_lower,
     on_its_device,
 )
-from householder.ops.delta_product.triton import config, hopper
+from householder.ops.delta_product.triton import config, hopper_forward
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -189,7 +189,7 @@ def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
         beta = dict(zip(names[0], p.beta.stride(), strict=True))
         g = dict(zip(names[1], (0, 0, 0) if p.g is None else p.g.stride(), strict=True))
         if p.num_chunks:
-            hopper.prepare_kernel[grid](
+            hopper_forward.prepare_kernel[grid](
                 p.k, p.beta, p.g, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
                 **strides("k", p.k), **beta, **g, **p.constants, BK=launch.block, **launch.options,
             )  # fmt: skip
@@ -234,7 +234,7 @@ def forward(
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
     launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
     if suits_hopper(p):
-        launch, walk = config.hopper_walk_launch(V), hopper.walk_kernel
+        launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel
         ahead = {"STAGES": launch.num_stages}
     if p.num_sequences:
         walk[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](

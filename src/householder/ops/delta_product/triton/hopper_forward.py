@@ -239,7 +239,7 @@ def read_chunk(
     return b_ya, b_s
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T"])
 def walk_kernel(
     q, k, v, table, ut, initial, final, o, states, u, cu_seqlens, first_chunk, scale, T,
     q_b, q_h, k_b, k_h, v_b, v_h, HV: gl.constexpr, q_t: gl.constexpr,
@@ -387,7 +387,7 @@ def add(a, b):
     return a + b
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T"])
 def prepare_kernel(
     k, beta, g, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, beta_b, beta_h, g_b, g_h, k_t: gl.constexpr, k_n: gl.constexpr,
