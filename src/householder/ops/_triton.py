@@ -65,7 +65,7 @@ def operand_dtype(precision: str) -> torch.dtype:
 
 def power_of_two(size: int, least: int = 16, most: int | None = None) -> int:
     """Return the smallest power of two not below `size`, inside `least … most`."""
-    block = max(least, triton.next_power_of_2(size))
+    block = max(least, 1 << (size - 1).bit_length())
     return block if most is None else min(block, most)
 
 

@@ -8,6 +8,7 @@ from small tables made on the device, so that nothing waits for the host.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -214,6 +215,15 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     }
 
 
+@functools.cache
+def make_sizes(N: int, H: int, K: int, HV: int, V: int, precision: str) -> dict[str, int]:
+    """Return the kernels' constants of these sizes; not to be changed."""
+    return {
+        "N": N, "K": K, "V": V, "GROUP": HV // H,
+        "C": chunk_tokens(N), "R": CHUNK_ROWS, "BC": token_block(N, precision),
+    }  # fmt: skip
+
+
 class Problem(NamedTuple):
     """The op's inputs as the kernels read them, and what follows from their shapes."""
 
@@ -234,11 +244,7 @@ class Problem(NamedTuple):
         """Constants of every kernel."""
         N, H, K = self.k.shape[2:]
         HV, V = self.v.shape[3:]
-        C = chunk_tokens(N)
-        return {
-            "N": N, "K": K, "V": V, "GROUP": HV // H,
-            "C": C, "R": CHUNK_ROWS, "BC": token_block(N, self.precision),
-        }  # fmt: skip
+        return make_sizes(N, H, K, HV, V, self.precision)
 
     @property
     def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -310,7 +316,7 @@ def make_table(p: Problem) -> Tensor:
     sizes, table = p.sizes, empty_table(p)
     BH = power_of_two(p.heads, least=1, most=16)
     if p.num_chunks:
-        table_kernel[(p.num_chunks, triton.cdiv(p.heads, BH))](
+        table_kernel[(p.num_chunks, -(-p.heads // BH))](
             p.beta, p.g, table, *p.packing, p.v.shape[1], p.heads, *p.beta.stride(),
             *((0, 0, 0) if p.g is None else p.g.stride()),
             N=sizes["N"], C=sizes["C"], R=sizes["R"], BC=sizes["BC"], BH=BH,

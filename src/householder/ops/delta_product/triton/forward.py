@@ -237,7 +237,7 @@ def forward(
         launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel
         ahead = {"STAGES": launch.num_stages}
     if p.num_sequences:
-        walk[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
+        walk[(p.num_sequences * HV * -(-V // launch.block),)](
             p.q, p.k, p.v, table, ut,
             None if initial_state is None else initial_state.contiguous(), final, o, states, u,
             p.cu_seqlens, p.first_chunk, scale, v.shape[1],
