@@ -1,16 +1,17 @@
-"""The forward walk for Hopper's tensor cores (compute capability 9.0), in Gluon.
+"""The forward for Hopper's tensor cores (compute capability 9.0), in Gluon.
 
-The same algorithm as `forward.walk_kernel`, with what plain Triton does not let one say: a chunk's
-tiles are copied while the chunk before is computed, each as soon as its place is free, and products
-run while the threads pack, mask and store what does not wait for them.
+The same algorithm as in `forward.py`, with what plain Triton does not let one say. In the walk a
+chunk's tiles are copied while the chunk before is computed, and products run while the threads
+pack, mask and store what does not wait for them. The triangle is inverted by float16 joins alone,
+the small ones inside warps, the large ones with only the blocks that are not zero: an error like
+that of TF32 joins, below T's rounding to bfloat16 unless keys are nearly parallel and β near 2.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
@@ -29,8 +30,6 @@ from householder.ops.delta_product.triton.chunks import (
 )
 
 # Renamed after Triton 3.6.
-# Newton steps of the inverse.
-STEPS = gl.constexpr(2)
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
@@ -360,25 +359,40 @@ def walk_kernel(
 
 @gluon.jit
 def invert_blocks(minus):
-    """Return (I − m)⁻¹ for strictly lower triangular `m [4, 16, 16]`, here `minus`, by joins."""
+    """Return (I − m)⁻¹ for `m [·, 16, 16]`, the strictly lower part of `minus`, by joins."""
     warps: gl.constexpr = gl.num_warps()
     blocks: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, blocks, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, blocks, 2)
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))[None, :][:, :, None]
     col = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, blocks)))[None, :][:, None, :]
-    minus = gl.convert_layout(minus, blocks)
+    minus = gl.where(row > col, gl.convert_layout(minus, blocks), 0.0)
     x = gl.where(row == col, 1.0, gl.where(row // 2 == col // 2, minus, 0.0))
     for level in gl.static_range(1, 4):
         same_pair = (row >> (level + 1)) == (col >> (level + 1))
-        beside = same_pair & ((row >> level) != (col >> level))
-        c = gl.where(beside, minus, 0.0).to(gl.float16)
+        beside = gl.where(same_pair & ((row >> level) != (col >> level)), minus, 0.0)
         xh = x.to(gl.float16)
-        xl = gl.convert_layout(xh, left)
-        p = gl.zeros([minus.shape[0], 16, 16], gl.float32, layout=blocks)
-        p = hopper.mma_v2(xl, gl.convert_layout(c, right), p).to(gl.float16)
-        x = hopper.mma_v2(gl.convert_layout(p, left), gl.convert_layout(xh, right), x)
+        xc = gl.zeros([minus.shape[0], 16, 16], gl.float32, layout=blocks)
+        beside = gl.convert_layout(beside.to(gl.float16), right)
+        xc = mma_v2(gl.convert_layout(xh, left), beside, xc).to(gl.float16)
+        x = mma_v2(gl.convert_layout(xc, left), gl.convert_layout(xh, right), x)
     return x
+
+
+@gluon.jit
+def join(s_x, s_minus, START: gl.constexpr, SIZE: gl.constexpr):
+    """Put −D⁻¹ C A⁻¹ beside the inverses A⁻¹, D⁻¹ of two diagonal blocks of SIZE, from START on."""
+    product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+    lower = s_x.slice(START + SIZE, SIZE, 0)
+    d = lower.slice(START + SIZE, SIZE, 1).load(left)
+    c = s_minus.slice(START + SIZE, SIZE, 0).slice(START, SIZE, 1).load(right)
+    a = s_x.slice(START, SIZE, 0).slice(START, SIZE, 1).load(right)
+    none = gl.zeros([SIZE, SIZE], gl.float32, layout=product)
+    x = mma_v2(d, c, none).to(gl.float16)
+    x = mma_v2(gl.convert_layout(x, left), a, none)
+    lower.slice(START, SIZE, 1).store(x.to(gl.float16))
 
 
 @gluon.jit
@@ -441,7 +455,6 @@ def prepare_kernel(
         gl.store(p_table + BETA * R + o_r, b_beta)
         row = gl.arange(0, R, layout=down)
         col = gl.arange(0, R, layout=across)
-        below = row[:, None] > col[None, :]
         if GATED:
             # A log gate counts in the first row of its token, in two parts: see `sum_log_gates`.
             p_g = g + batch * g_b + start * g_t + i_h * g_h
@@ -462,9 +475,8 @@ def prepare_kernel(
             p_token = p_table + TOKEN_FROM_START * R + o_r // N
             gl.store(p_token, from_start, mask=o_r % N == 0)
             # For T, which is rounded to bfloat16, the sum of both parts is fine enough.
-            log = high + low
-            log = gl.convert_layout(log, down)[:, None] - gl.convert_layout(log, across)[None, :]
-            decay = exp(log)
+            log_down = gl.convert_layout(high + low, down)
+            log_across = gl.convert_layout(high + low, across)
         b_beta = gl.convert_layout(b_beta, down)
 
         async_copy.wait_group(0)
@@ -478,44 +490,25 @@ def prepare_kernel(
             norms = gl.maximum(gl.abs(1.0 + gl.sum(norms, axis=1)), 1.0)
             gl.store(growth + i_chunk * HV + i_h, gl.sum(gl.log(norms), axis=0))
         if GATED:
-            minus *= decay
-        minus = gl.where(below, minus, 0.0)
+            minus *= exp(log_down[:, None] - log_across[None, :])
 
-        # The diagonal blocks, one to a warp; then all of the diagonal in one tile again.
+        # The diagonal blocks are inverted in registers, one a warp, and joined in shared memory.
+        # What lies above the diagonal is never looked at.
         on_diagonal = (row // 16)[:, None] == (col // 16)[None, :]
-        blocks = gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16])
-        wide: gl.constexpr = blocks.type.layout
-        x = invert_blocks(gl.sum(blocks, axis=2))
-        x = gl.convert_layout(x, gl.SliceLayout(2, wide)).expand_dims(2)
-        x = gl.where(on_diagonal.reshape([B, 16, B, 16]), x, 0.0).reshape([R, R])
-        x = gl.convert_layout(x, by_row)
-
-        # X ← X (2 − (1 + M) X) joins the blocks: twice for four of them, once more for accuracy.
-        f16: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, R], gl.float16)
-        one = gl.where(row[:, None] == col[None, :], 1.0, 0.0)
-        minus -= one
-        high = minus.to(gl.float16)
-        low = (minus - high.to(gl.float32)).to(gl.float16)
-        s_x = gl.allocate_shared_memory(gl.float16, [R, R], f16)
-        s_y = gl.allocate_shared_memory(gl.float16, [R, R], f16)
-        left: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
-        high = gl.convert_layout(high, left)
-        low = gl.convert_layout(low, left)
-        for step in gl.static_range(STEPS):
-            right = x.to(gl.float16)
-            s_x.store(right)
-            fence_async_shared()
-            barrier()
-            y = warpgroup_mma(high, s_x, one * 2.0, is_async=True)
-            if step == STEPS - 1:
-                y = warpgroup_mma(low, s_x, y, is_async=True)
-            y = warpgroup_mma_wait(0, [y])
-            s_y.store(y.to(gl.float16))
-            fence_async_shared()
-            barrier()
-            x = warpgroup_mma(gl.convert_layout(right, left), s_y, y, use_acc=False)
-        out: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, R], half)
-        s_out = gl.allocate_shared_memory(half, [R, R], out, x.to(half))
-        barrier()
+        blocks = gl.sum(gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16]), axis=2)
+        wide: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+        narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 2, [1, 0])
+        square: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [warps, 1], [1, 0])
+        s_minus = gl.allocate_shared_memory(gl.float16, [R, R], wide, minus.to(gl.float16))
+        s_x = gl.allocate_shared_memory(gl.float16, [R, R], wide)
+        s_x.store(gl.zeros([R, R], gl.float16, layout=load_r))
+        blocks = invert_blocks(blocks).to(gl.float16).reshape([R, 16])
+        s_blocks = gl.allocate_shared_memory(gl.float16, [R, 16], narrow, blocks)
+        for i in gl.static_range(B):
+            block = s_blocks.slice(16 * i, 16, 0).load(square)
+            s_x.slice(16 * i, 16, 0).slice(16 * i, 16, 1).store(block)
+        for i in gl.static_range(B // 2):
+            join(s_x, s_minus, 32 * i, 16)
+        join(s_x, s_minus, 0, 32)
         p_ut = ut + (i_chunk * HV + i_h) * (R * R)
-        store_rows(p_ut, s_out, R, R, R, R, R, R, load_r)
+        store_rows(p_ut, s_x, R, R, R, R, R, R, load_r)
