@@ -1,5 +1,7 @@
 """The Triton kernels of `delta_product` on a GPU: every configuration, against float64."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -89,6 +91,28 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
         if e is not None and e.numel():
             assert relative_error(a, e) < LIMITS[dtype], label
             assert torch.equal(a, b), f"{label} changes from run to run"
+
+
+@pytest.mark.parametrize("name", ["gated delta rule", "five reflections", "packed"])
+def test_portable_forward_agrees_with_float64(name, kernels, monkeypatch):
+    """Where a chip has forms of its own, the portable ones run too."""
+    forward = importlib.import_module("householder.ops.delta_product.triton.forward")
+    monkeypatch.setattr(forward, "suits_hopper", lambda p: False)
+    inputs = arrange(SHAPES[name], torch.bfloat16)
+    actual, expected = run(kernels, inputs), run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, actual, expected, strict=True):
+        if e is not None and e.numel():
+            assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+
+
+def test_rows_need_not_start_at_multiples_of_16_bytes(kernels):
+    inputs = arrange(SHAPES["gated delta rule"], torch.bfloat16)
+    shifted = dict(inputs)
+    for n in ("q", "k", "v"):
+        room = inputs[n].new_empty(inputs[n].numel() + 1)[1:]
+        shifted[n] = room.view(inputs[n].shape).copy_(inputs[n])
+    for label, a, b in zip(OUTPUTS, run(kernels, shifted), run(kernels, inputs), strict=True):
+        assert relative_error(a, b.double()) < LIMITS[torch.bfloat16], label
 
 
 def test_a_sequence_does_not_depend_on_its_batch(kernels):

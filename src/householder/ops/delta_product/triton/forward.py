@@ -184,7 +184,7 @@ def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     grid = (p.num_chunks * p.heads,)
     if suits_hopper(p):
         table = empty_table(p)
-        launch = config.hopper_prepare_launch(p.sizes["K"])
+        launch = config.hopper_prepare_launch(p.sizes["K"], p.g is not None)
         names = ("beta_b", "beta_t", "beta_n", "beta_h"), ("g_b", "g_t", "g_h")
         beta = dict(zip(names[0], p.beta.stride(), strict=True))
         g = dict(zip(names[1], (0, 0, 0) if p.g is None else p.g.stride(), strict=True))
