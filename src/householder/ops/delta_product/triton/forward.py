@@ -52,13 +52,16 @@ from householder.ops.delta_product.triton.chunks import (
 
 @triton.jit
 def prepare_kernel(
-    k, table, ut, cu_seqlens, chunk_sequence, first_chunk, T, HV,
+    k, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write T `[R, R]` of one chunk and value head."""
+    """Write T `[R, R]` of one chunk and value head.
+
+    To `growth`, if there, goes the logarithm of a bound on the norm of the chunk's reflections.
+    """
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = (tl.program_id(0) // HV).to(tl.int64)
     i_h = (tl.program_id(0) % HV).to(tl.int64)
@@ -74,6 +77,10 @@ def prepare_kernel(
         load_tile(p_k, row_offsets(R, N, k_t, k_n), o_r < n * N, 0, K, BK), PRECISION
     )
     m = dot(b_k, tl.trans(b_k), PRECISION) * tl.load(p_table + BETA * R + o_r)[:, None]
+    if growth is not None:
+        norms = tl.abs(1.0 - tl.sum(tl.where(o_r[:, None] == o_r[None, :], m, 0.0), axis=1))
+        b_growth = tl.sum(tl.log(tl.maximum(norms, 1.0)), axis=0)
+        tl.store(growth + i_chunk * HV + i_h, b_growth)
     below = o_r[:, None] > o_r[None, :]
     if GATED:
         m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
@@ -198,8 +205,8 @@ def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     launch = config.prepare_launch(p.sizes["K"], p.precision)
     if p.num_chunks:
         prepare_kernel[grid](
-            p.k, table, ut, *p.packing, p.q.shape[1], p.heads, **strides("k", p.k), **p.constants,
-            BK=launch.block, **launch.options,
+            p.k, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
+            **strides("k", p.k), **p.constants, BK=launch.block, **launch.options,
         )  # fmt: skip
     return table, ut
 
