@@ -20,5 +20,11 @@ def saved_shapes(
     """Return shapes and dtypes of what `forward` saves, from the inputs' alone."""
     B, T, N, HV, V = v.shape
     precision = dot_precision(q, k, v)
-    shapes = config.saved_shapes(B, T, N, HV, k.shape[-1], V, num_sequences, precision)
-    return tuple((shape, operand_dtype(precision)) for shape in shapes)
+    K = k.shape[-1]
+    shapes = config.saved_shapes(B, T, N, HV, K, V, num_sequences, precision)
+    chunks = config.max_chunks(B, T, N, num_sequences) if config.segment_chunks(T, N, HV, V) else 0
+    return (
+        *((shape, operand_dtype(precision)) for shape in shapes),
+        ((config.max_maps(B, T, N, HV, V) * HV, K, K), torch.float32),
+        ((chunks * HV,), torch.float32),
+    )

@@ -62,11 +62,23 @@ def locate_chunk(
 
 
 @triton.jit
-def locate_sequence(i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return a sequence's batch row, first token, number of tokens and first chunk."""
+def locate_sequence(
+    i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """Return a sequence's batch row, first token, number of tokens and first chunk.
+
+    With SEGMENT, a number of chunks, it is a segment of a sequence (see `segments.py`).
+    """
     if PACKED:
         start = tl.load(cu_seqlens + i_s)
         return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_chunk + i_s)
+    elif SEGMENT:
+        per_row = tl.cdiv(T, SEGMENT * C)
+        row = i_s // per_row
+        index = i_s % per_row
+        start = index * (SEGMENT * C)
+        length = tl.minimum(T - start, SEGMENT * C).to(tl.int32)
+        return row, start, length, row * tl.cdiv(T, C) + index * SEGMENT
     else:
         return i_s, 0, T, i_s * tl.cdiv(T, C)
 

@@ -14,6 +14,14 @@ from householder.ops._triton import power_of_two
 CHUNK_ROWS = 64
 
 
+# Tokens of one segment of a long sequence, and the programs of one sequence's walk from which on
+# there is no need to cut it.
+SEGMENT_TOKENS = 4096
+ENOUGH_PROGRAMS = 128
+# Columns of V that one program of the chain of segments takes.
+CHAIN_COLUMNS = 32
+
+
 class Launch(NamedTuple):
     """One kernel's tile and launch parameters."""
 
@@ -53,6 +61,23 @@ def saved_shapes(
     return (room, V, K), (room, rows * (rows + tokens)), (room, rows, V)
 
 
+def segment_chunks(T: int, N: int, HV: int, V: int) -> int:
+    """Return the chunks of a segment, or 0 if no sequence among T tokens is to be cut.
+
+    Whether it is does not matter to a sequence of at most one segment.
+    """
+    chunks = SEGMENT_TOKENS // chunk_tokens(N)
+    if chunks * chunk_tokens(N) >= T or HV * -(-V // 64) >= ENOUGH_PROGRAMS:
+        return 0
+    return chunks
+
+
+def max_maps(B: int, T: int, N: int, HV: int, V: int) -> int:
+    """Return for how many segments a map may be kept, all but each sequence's first and last."""
+    tokens = segment_chunks(T, N, HV, V) * chunk_tokens(N)
+    return B * (T // tokens) if tokens else 0
+
+
 def least_block(precision: str) -> int:
     """Return the least side of a tile.
 
@@ -86,6 +111,16 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
     if precision == "bf16":
         return Launch(power_of_two(V, most=64), 4 if K <= 128 else 8, 2)
     return Launch(32, 4 if K <= 64 else 8, 1)
+
+
+def carry_launch(K: int, V: int, precision: str) -> Launch:
+    """Parameters of the kernels that carry a state through a segment and write nothing else."""
+    return walk_launch(K, V, precision)
+
+
+def chain_launch(K: int) -> Launch:
+    """Parameters of the kernel that joins segments; the tile is part of K."""
+    return Launch(power_of_two(K, least=32, most=64), 4, 1)
 
 
 def gradient_launch(K: int, V: int, precision: str) -> Launch:

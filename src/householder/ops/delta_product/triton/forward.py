@@ -45,17 +45,25 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
+from householder.ops.delta_product.triton.segments import (
+    make_segments,
+    of_sequences,
+    segment_starts,
+)
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, table, ut, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
+    q, k, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
     q_b, q_h, k_b, k_h, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, JOIN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write T `[R, R]` and, behind it, Aᵀ `[R, BC]` of one chunk and value head."""
+    """Write T `[R, R]` and, behind it, Aᵀ `[R, BC]` of one chunk and value head.
+
+    To `growth`, if there, goes the logarithm of a bound on the norm of the chunk's reflections.
+    """
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = (tl.program_id(0) // HV).to(tl.int64)
     i_h = (tl.program_id(0) % HV).to(tl.int64)
@@ -88,6 +96,10 @@ def prepare_kernel(
     store_tile(p_ut + R * R, o_r * BC, everywhere, 0, attention, BC, BC)
 
     m = dot(b_k, tl.trans(b_k), PRECISION) * tl.load(p_table + BETA * R + o_r)[:, None]
+    if growth is not None:
+        norms = tl.abs(1.0 - tl.sum(tl.where(o_r[:, None] == o_r[None, :], m, 0.0), axis=1))
+        b_growth = tl.sum(tl.log(tl.maximum(norms, 1.0)), axis=0)
+        tl.store(growth + i_chunk * HV + i_h, b_growth)
     below = o_r[:, None] > o_r[None, :]
     if GATED:
         m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
@@ -102,7 +114,8 @@ def walk_kernel(
     k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, SAVE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
     num_v: tl.constexpr = (V + BV - 1) // BV
@@ -110,7 +123,9 @@ def walk_kernel(
     i_sh = (tl.program_id(0) // num_v).to(tl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    batch, first, length, chunk = locate_sequence(i_s, T, cu_seqlens, first_chunk, C, PACKED)
+    batch, first, length, chunk = locate_sequence(
+        i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     chunk = tl.cast(chunk, tl.int64)
@@ -173,7 +188,7 @@ def walk_kernel(
     store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
 
 
-def prepare(p: Problem, table: Tensor, scale: float) -> Tensor:
+def prepare(p: Problem, table: Tensor, scale: float, growth: Tensor | None) -> Tensor:
     """Run `prepare_kernel`: T and Aᵀ of every chunk and value head."""
     sizes = p.sizes
     R, BC = sizes["R"], sizes["BC"]
@@ -181,7 +196,7 @@ def prepare(p: Problem, table: Tensor, scale: float) -> Tensor:
     launch = config.prepare_launch(sizes["K"], p.precision)
     if p.num_chunks:
         prepare_kernel[(p.num_chunks * p.heads,)](
-            p.q, p.k, table, ut, *p.packing, scale, p.q.shape[1], p.heads,
+            p.q, p.k, table, ut, growth, *p.packing, scale, p.q.shape[1], p.heads,
             **strides("q", p.q), **strides("k", p.k), **p.constants,
             JOIN={"bf16": "tf32 cut"}.get(p.precision, p.precision), BK=launch.block,
             **launch.options,
@@ -200,32 +215,44 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the recurrence; arguments as in the public `delta_product`.
 
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
         at the chunks' starts `[chunks·HV, V, K]`, their triangles T and attention Aᵀ
-        `[chunks·HV, R·(R + BC)]` and their writes U `[chunks·HV, R, V]`.
+        `[chunks·HV, R·(R + BC)]`, their writes U `[chunks·HV, R, V]`, and of long sequences the
+        segments' maps and the chunks' growth (see `segments.py`).
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
     table = make_table(p)
-    ut = prepare(p, table, scale)
+    segments = make_segments(p)
+    growth = torch.empty(p.num_chunks * HV if segments.chunks else 0, device=v.device)
+    ut = prepare(p, table, scale, growth if segments.chunks and g is not None else None)
+    initial = None if initial_state is None else initial_state.contiguous()
+    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
+    maps = torch.empty(0, K, K, device=v.device)
+    if segments.chunks and p.num_sequences:
+        # A walk leaves a segment's last state where it found the first.
+        initial, maps = segment_starts(p, segments, table, ut, growth, initial)
+        final = initial
 
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
-    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
     launch = config.walk_launch(K, V, p.precision)
     if p.num_sequences:
-        walk_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
-            p.q, p.k, p.v, table, ut,
-            None if initial_state is None else initial_state.contiguous(), final, o, states, u,
-            p.cu_seqlens, p.first_chunk, scale, v.shape[1],
+        walk_kernel[(segments.number * HV * triton.cdiv(V, launch.block),)](
+            p.q, p.k, p.v, table, ut, initial, final, o, states, u,
+            segments.bounds, segments.first_chunk, scale, v.shape[1],
             **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), HV=HV, **p.constants,
-            SAVE=save, BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+            SEGMENT=segments.chunks, SAVE=save, BK=config.key_block(K, p.precision),
+            BV=launch.block, **launch.options,
         )  # fmt: skip
-    return o, final, states, ut if save else torch.empty_like(ut[:0]), u
+    final = of_sequences(segments, p, final, last=True)
+    if not save:
+        ut, maps, growth = (x.new_empty(0, *x.shape[1:]) for x in (ut, maps, growth))
+    return o, final, states, ut, u, maps, growth
