@@ -229,11 +229,13 @@ def forward(
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
     table = make_table(p)
     segments = make_segments(p)
-    growth = torch.empty(p.num_chunks * HV if segments.chunks else 0, device=v.device)
+    growth = torch.empty(
+        p.num_chunks * HV if segments.chunks else 0, dtype=torch.float32, device=v.device
+    )
     ut = prepare(p, table, scale, growth if segments.chunks and g is not None else None)
     initial = None if initial_state is None else initial_state.contiguous()
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
-    maps = torch.empty(0, K, K, device=v.device)
+    maps = torch.empty(0, K, K, dtype=torch.float32, device=v.device)
     if segments.chunks and p.num_sequences:
         # A walk leaves a segment's last state where it found the first.
         initial, maps = segment_starts(p, segments, table, ut, growth, initial)

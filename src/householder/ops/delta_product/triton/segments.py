@@ -22,7 +22,7 @@ is walked as if there were none.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -126,7 +126,7 @@ def chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R: tl.constexpr, BLO
 
 @triton.jit
 def carry_kernel(
-    k, v, table, ut, growth, initial, starts, transitions,
+    k, v, table, ut, growth, initial, starts, maps,
     bounds, first_chunk, sequence, first_segment, T, k_b, k_h, v_b, v_h,
     HV: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
@@ -134,21 +134,20 @@ def carry_kernel(
     PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr, UT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Find columns `[BV]` of one segment's and head's Δ, kept with the next segment's start, or Φ.
+    """Find Δ, kept with the next segment's start, and Φ of one segment and head.
 
-    Everything is transposed, as in the walk; Φᵀ `[K, K]` is kept like that.
+    A program has columns `[BV]` of both side by side, and has them transposed, as in the walk; Φᵀ
+    is kept like that.
     """
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    num_blocks: tl.constexpr = num_v + (K + BV - 1) // BV
-    block = tl.program_id(0) % num_blocks
+    num_blocks: tl.constexpr = (V + K + BV - 1) // BV
+    i_v = (tl.program_id(0) % num_blocks) * BV
     i_sh = (tl.program_id(0) // num_blocks).to(tl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
     i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
-    is_map = block >= num_v
     if index + 1 >= count:
         return
-    if is_map & (index == 0):
+    if (index == 0) & (i_v >= V):
         return
     batch, first, length, chunk = locate_sequence(i_s, T, bounds, first_chunk, C, PACKED, SEGMENT)
     batch = tl.cast(batch, tl.int64)
@@ -157,41 +156,41 @@ def carry_kernel(
     num_chunks = tl.cdiv(length, C)
 
     begin = 0
-    hidden = False  # what lies before `begin`
     if GATED:
         log = chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R, BS)
         o_i = tl.arange(0, BS)
         from_here = tl.sum(log, axis=0) - (tl.cumsum(log, axis=0) - log)
         last = tl.max(tl.where((o_i < num_chunks) & (from_here < NOTHING), o_i, -1), axis=0)
-        hidden = last >= 0
-        begin = tl.where(hidden & is_map, num_chunks, tl.maximum(last, 0))
+        visible = tl.where(last < 0, 1.0, 0.0)  # what lies before `begin`
+        begin = tl.where((last >= 0) & (i_v >= V), num_chunks, tl.maximum(last, 0))
 
     o_r = tl.arange(0, R)
     o_k = tl.arange(0, BK)
-    everywhere = o_r >= 0
-    i_v = tl.where(is_map, block - num_v, block) * BV
     o_v = i_v + tl.arange(0, BV)
+    everywhere = o_r >= 0
+    m_v = o_v < V
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
-    p_v = v + batch * v_b + first * v_t + i_h * v_h
+    p_v = v + batch * v_b + first * v_t + i_h * v_h + o_v[:, None]
     o_krows = row_offsets(R, N, k_t, k_n)
-    o_vrows = row_offsets(R, N, v_t, v_n)
+    o_vrows = row_offsets(R, N, v_t, v_n)[None, :]
+    o_state = o_k[None, :] * V + o_v[:, None]
+    m_state = m_v[:, None] & (o_k[None, :] < K)
 
-    b_s = tl.where(o_v[:, None] == o_k[None, :], tl.where(is_map, 1.0, 0.0), 0.0)
+    b_s = tl.where(o_v[:, None] == V + o_k[None, :], 1.0, 0.0)
     if initial is not None:
-        m_k = o_k < tl.where(index == 0, K, 0)
         p_initial = initial + (tl.cast(i_seq, tl.int64) * HV + i_h) * K * V
-        b_s += load_tile_t(p_initial, o_k * V, m_k, i_v, V, BV).to(tl.float32)
+        m_initial = m_v[:, None] & (o_k < tl.where(index == 0, K, 0))[None, :]
+        b_s += tl.load(p_initial + o_state, mask=m_initial, other=0.0).to(tl.float32)
     if GATED:
-        b_s = tl.where(hidden, 0.0, b_s)
+        b_s *= visible
 
     for i in range(begin, num_chunks):
         start = tl.cast(i * C, tl.int64)
-        n = tl.minimum(length - i * C, C)
-        m_r = o_r < n * N
+        m_r = o_r < tl.minimum(length - i * C, C) * N
         i_ch = (chunk + i) * HV + i_h
         b_k = cast_operand(load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK), PRECISION)
-        m_v = o_r < tl.where(is_map, 0, n * N)
-        b_v = load_tile_t(p_v + start * v_t, o_vrows, m_v, i_v, V, BV).to(tl.float32)
+        m_tile = m_v[:, None] & m_r[None, :]
+        b_v = tl.load(p_v + start * v_t + o_vrows, mask=m_tile, other=0.0).to(tl.float32)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
         b_ut = load_tile(ut + i_ch * UT, o_r * R, everywhere, 0, R, R)
@@ -206,11 +205,12 @@ def carry_kernel(
             b_s *= tl.load(p_table + FROM_START * R + R - 1)
         b_s = dot_add(cast_operand(b_u, PRECISION), b_k, b_s, PRECISION)
 
-    if is_map:
+    if i_v < V:
+        tl.store(starts + (i_sh + HV) * K * V + o_state, b_s, mask=m_state)
+    if (i_v + BV > V) & (index > 0):
         slot = batch * (T // (SEGMENT * C)) + first // (SEGMENT * C)
-        store_tile(transitions + (slot * HV + i_h) * K * K, o_v * K, o_v < K, 0, b_s, K, BK)
-    else:
-        store_tile_t(starts + (i_sh + HV) * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
+        m_map = (o_v >= V) & (o_v < V + K)
+        store_tile(maps + (slot * HV + i_h) * K * K, (o_v - V) * K, m_map, 0, b_s, K, BK)
 
 
 @triton.jit
@@ -306,7 +306,7 @@ def carry_back_kernel(
 
 @triton.jit
 def chain_kernel(
-    states, outer, transitions, bounds, first_segment, T, HV: tl.constexpr,
+    states, outer, maps, bounds, first_segment, T, HV: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
@@ -346,7 +346,7 @@ def chain_kernel(
         before = here + 1 if REVERSE else here - 1
         p_here = states + ((first + here) * HV + i_h) * K * V
         p_before = states + ((first + before) * HV + i_h) * K * V
-        p_map = transitions + ((slot + before) * HV + i_h) * K * K
+        p_map = maps + ((slot + before) * HV + i_h) * K * K
         for i_k in tl.static_range(num_k):
             o_row = i_k * BK + o_k
             b_s = load_tile_t(p_here, o_row * V, o_row < K, i_v, V, BV)
@@ -380,7 +380,7 @@ def _chain(
     )  # fmt: skip
 
 
-def _carry_constants(p: Problem, s: Segments, ut: Tensor) -> dict[str, object]:
+def _carry_constants(p: Problem, s: Segments, ut: Tensor) -> dict[str, Any]:
     K = p.sizes["K"]
     return {
         **p.constants,
@@ -403,11 +403,11 @@ def segment_starts(
     sizes, HV = p.sizes, p.heads
     K, V = sizes["K"], sizes["V"]
     B, T, N = p.v.shape[:3]
-    options = {"dtype": torch.float32, "device": p.v.device}
-    starts = torch.empty(s.number, HV, K, V, **options)
-    maps = torch.empty(config.max_maps(B, T, N, HV, V) * HV, K, K, **options)
+    device, room = p.v.device, config.max_maps(B, T, N, HV, V) * HV
+    starts = torch.empty(s.number, HV, K, V, dtype=torch.float32, device=device)
+    maps = torch.empty(room, K, K, dtype=torch.float32, device=device)
     launch = config.carry_launch(K, V, p.precision)
-    blocks = triton.cdiv(V, launch.block) + triton.cdiv(K, launch.block)
+    blocks = triton.cdiv(V + K, launch.block)
     carry_kernel[(s.number * HV * blocks,)](
         p.k, p.v, table, ut, growth, initial, starts, maps, *s.tables, T,
         **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s, ut),
@@ -432,7 +432,7 @@ def segment_ends(
     sizes, HV = p.sizes, p.heads
     K, V, T = sizes["K"], sizes["V"], p.v.shape[1]
     dends = torch.empty(s.number, HV, K, V, dtype=torch.float32, device=p.v.device)
-    launch = config.carry_launch(K, V, p.precision)
+    launch = config.walk_launch(K, V, p.precision)
     carry_back_kernel[(s.number * HV * triton.cdiv(V, launch.block),)](
         do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, T,
         **strides("do", do), **strides("q", p.q), **strides("k", p.k),
