@@ -120,6 +120,11 @@ def carry_launch(K: int, V: int, precision: str) -> Launch:
     return walk_launch(K, V, precision)
 
 
+def hopper_carry_launch() -> Launch:
+    """Parameters of the form of those kernels for Hopper."""
+    return Launch(64, 4, 1)
+
+
 def chain_launch(K: int) -> Launch:
     """Parameters of the kernel that joins segments; the tile is part of K."""
     return Launch(power_of_two(K, least=32, most=64), 4, 1)

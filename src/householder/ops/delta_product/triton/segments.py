@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from householder.ops._triton import cast_operand, dot, dot_add
-from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton import config, hopper_segments
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -380,6 +380,21 @@ def _chain(
     )  # fmt: skip
 
 
+def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
+    """Whether the carries have a form for this chip that can read `tiles`, 16 bytes at a time."""
+    device = p.v.device
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and p.precision == "bf16"
+        and p.sizes["K"] <= 128
+        and all(
+            x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+            for x in tiles
+        )
+    )
+
+
 def _carry_constants(p: Problem, s: Segments, ut: Tensor) -> dict[str, Any]:
     K = p.sizes["K"]
     return {
@@ -406,9 +421,11 @@ def segment_starts(
     device, room = p.v.device, config.max_maps(B, T, N, HV, V) * HV
     starts = torch.empty(s.number, HV, K, V, dtype=torch.float32, device=device)
     maps = torch.empty(room, K, K, dtype=torch.float32, device=device)
-    launch = config.carry_launch(K, V, p.precision)
+    launch, carry = config.carry_launch(K, V, p.precision), carry_kernel
+    if suits_hopper(p, p.k, p.v):
+        launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
     blocks = triton.cdiv(V + K, launch.block)
-    carry_kernel[(s.number * HV * blocks,)](
+    carry[(s.number * HV * blocks,)](
         p.k, p.v, table, ut, growth, initial, starts, maps, *s.tables, T,
         **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s, ut),
         BV=launch.block, **launch.options,
@@ -432,8 +449,11 @@ def segment_ends(
     sizes, HV = p.sizes, p.heads
     K, V, T = sizes["K"], sizes["V"], p.v.shape[1]
     dends = torch.empty(s.number, HV, K, V, dtype=torch.float32, device=p.v.device)
-    launch = config.walk_launch(K, V, p.precision)
-    carry_back_kernel[(s.number * HV * triton.cdiv(V, launch.block),)](
+    launch, carry = config.walk_launch(K, V, p.precision), carry_back_kernel
+    # The form for Hopper divides by the scale.
+    if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
+        launch, carry = config.hopper_carry_launch(), hopper_segments.carry_back_kernel
+    carry[(s.number * HV * triton.cdiv(V, launch.block),)](
         do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, T,
         **strides("do", do), **strides("q", p.q), **strides("k", p.k),
         **_carry_constants(p, s, ut), BV=launch.block, **launch.options,
