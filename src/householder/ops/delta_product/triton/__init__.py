@@ -22,9 +22,9 @@ def saved_shapes(
     precision = dot_precision(q, k, v)
     K = k.shape[-1]
     shapes = config.saved_shapes(B, T, N, HV, K, V, num_sequences, precision)
-    chunks = config.max_chunks(B, T, N, num_sequences) if config.segment_chunks(T, N, HV, V) else 0
+    maps, growth = config.segment_shapes(B, T, N, HV, K, V, num_sequences)
     return (
         *((shape, operand_dtype(precision)) for shape in shapes),
-        ((config.max_maps(B, T, N, HV, V) * HV, K, K), torch.float32),
-        ((chunks * HV,), torch.float32),
+        (maps, torch.float32),
+        (growth, torch.float32),
     )

@@ -373,8 +373,8 @@ def backward(
     if initial_state is not None:
         dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
     segments = make_segments(p)
-    if segments.chunks and p.num_sequences:
-        dfinal = segment_ends(p, segments, do, table, ut, growth, scale, dfinal, maps)
+    if segments.chunks:
+        dfinal = segment_ends(p, segments, table, ut, do, dfinal, scale, maps, growth)
         # The walk leaves the gradient of a segment's first state where it found that of the last.
         dinitial = None if dinitial is None else dfinal
     launch = config.walk_launch(K, V, p.precision)

@@ -72,10 +72,19 @@ def segment_chunks(T: int, N: int, HV: int, V: int) -> int:
     return chunks
 
 
-def max_maps(B: int, T: int, N: int, HV: int, V: int) -> int:
-    """Return for how many segments a map may be kept, all but each sequence's first and last."""
+def segment_shapes(
+    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None
+) -> tuple[tuple[int, ...], tuple[int]]:
+    """Return the shapes of what `forward` saves for segments: maps, and growth.
+
+    A map is kept of all segments but each sequence's first and last. Growth is of chunks and,
+    behind them, a flag of every map.
+    """
     tokens = segment_chunks(T, N, HV, V) * chunk_tokens(N)
-    return B * (T // tokens) if tokens else 0
+    if tokens == 0:
+        return (0, K, K), (0,)
+    maps = B * (T // tokens) * HV
+    return (maps, K, K), (max_chunks(B, T, N, num_sequences) * HV + maps,)
 
 
 def least_block(precision: str) -> int:
@@ -127,7 +136,7 @@ def hopper_carry_launch() -> Launch:
 
 def chain_launch(K: int) -> Launch:
     """Parameters of the kernel that joins segments; the tile is part of K."""
-    return Launch(power_of_two(K, least=32, most=64), 4, 1)
+    return Launch(power_of_two(K, least=32, most=128) if K <= 128 else 64, 8, 1)
 
 
 def gradient_launch(K: int, V: int, precision: str) -> Launch:

@@ -46,6 +46,7 @@ from householder.ops.delta_product.triton.chunks import (
     strides,
 )
 from householder.ops.delta_product.triton.segments import (
+    make_maps,
     make_segments,
     of_sequences,
     segment_starts,
@@ -229,16 +230,13 @@ def forward(
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
     table = make_table(p)
     segments = make_segments(p)
-    growth = torch.empty(
-        p.num_chunks * HV if segments.chunks else 0, dtype=torch.float32, device=v.device
-    )
+    maps, growth = make_maps(p)
     ut = prepare(p, table, scale, growth if segments.chunks and g is not None else None)
     initial = None if initial_state is None else initial_state.contiguous()
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
-    maps = torch.empty(0, K, K, dtype=torch.float32, device=v.device)
-    if segments.chunks and p.num_sequences:
+    if segments.chunks:
         # A walk leaves a segment's last state where it found the first.
-        initial, maps = segment_starts(p, segments, table, ut, growth, initial)
+        initial = segment_starts(p, segments, table, ut, initial, maps, growth)
         final = initial
 
     o = v.new_empty(*v.shape[:2], HV, V)

@@ -71,7 +71,7 @@ def add(a, b):
 
 @gluon.jit
 def carry_kernel(
-    k, v, table, ut, growth, initial, starts, maps,
+    k, v, table, ut, growth, initial, starts, maps, visible,
     bounds, first_chunk, sequence, first_segment, T, k_b, k_h, v_b, v_h,
     HV: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
@@ -139,7 +139,7 @@ def carry_kernel(
         log = gl.maximum(log, -256.0)
         from_here = gl.sum(log, axis=0) - (gl.associative_scan(log, 0, add) - log)
         last = gl.max(gl.where(m_i & (from_here < -104.0), o_i, -1), axis=0)
-        visible = gl.where(last < 0, 1.0, 0.0)  # what lies before `begin`
+        seen = gl.where(last < 0, 1.0, 0.0)  # what lies before `begin`
         begin = gl.where((last >= 0) & (i_v >= V), num_chunks, gl.maximum(last, 0))
 
     p_k = k + batch * k_b + first_token * k_t + (i_h // GROUP) * k_h
@@ -169,7 +169,7 @@ def carry_kernel(
         p_initial = initial + (i_seq * HV + i_h) * K * V
         b_s += gl.load(p_initial + o_state, mask=m_state, other=0.0).to(gl.float32)
     if GATED:
-        b_s *= visible
+        b_s *= seen
 
     n = gl.minimum(length - begin * C, C) * N
     at = begin.to(gl.int64) * C
@@ -241,11 +241,12 @@ def carry_kernel(
     if i_v < V:
         m_state = (sv < V)[:, None] & m_k
         gl.store(starts + (i_sh + HV) * K * V + o_state, b_s, mask=m_state)
-    if (i_v + BV > V) & (index > 0):
-        slot = batch * (T // tokens) + first_token // tokens
-        p_map = maps + (slot * HV + i_h) * K * K
+    if index > 0:
+        slot = (batch * (T // tokens) + first_token // tokens) * HV + i_h
         m_map = ((sv >= V) & (sv < V + K))[:, None] & m_k
-        gl.store(p_map + (sv - V)[:, None] * K + sk[None, :], b_s, mask=m_map)
+        gl.store(maps + slot * K * K + (sv - V)[:, None] * K + sk[None, :], b_s, mask=m_map)
+        if GATED:
+            gl.store(visible + slot, seen, mask=i_v == 0)
 
 
 @gluon.jit

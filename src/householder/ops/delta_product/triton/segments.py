@@ -126,7 +126,7 @@ def chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R: tl.constexpr, BLO
 
 @triton.jit
 def carry_kernel(
-    k, v, table, ut, growth, initial, starts, maps,
+    k, v, table, ut, growth, initial, starts, maps, visible,
     bounds, first_chunk, sequence, first_segment, T, k_b, k_h, v_b, v_h,
     HV: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
@@ -161,7 +161,7 @@ def carry_kernel(
         o_i = tl.arange(0, BS)
         from_here = tl.sum(log, axis=0) - (tl.cumsum(log, axis=0) - log)
         last = tl.max(tl.where((o_i < num_chunks) & (from_here < NOTHING), o_i, -1), axis=0)
-        visible = tl.where(last < 0, 1.0, 0.0)  # what lies before `begin`
+        seen = tl.where(last < 0, 1.0, 0.0)  # what lies before `begin`
         begin = tl.where((last >= 0) & (i_v >= V), num_chunks, tl.maximum(last, 0))
 
     o_r = tl.arange(0, R)
@@ -182,7 +182,7 @@ def carry_kernel(
         m_initial = m_v[:, None] & (o_k < tl.where(index == 0, K, 0))[None, :]
         b_s += tl.load(p_initial + o_state, mask=m_initial, other=0.0).to(tl.float32)
     if GATED:
-        b_s *= visible
+        b_s *= seen
 
     for i in range(begin, num_chunks):
         start = tl.cast(i * C, tl.int64)
@@ -207,10 +207,12 @@ def carry_kernel(
 
     if i_v < V:
         tl.store(starts + (i_sh + HV) * K * V + o_state, b_s, mask=m_state)
-    if (i_v + BV > V) & (index > 0):
-        slot = batch * (T // (SEGMENT * C)) + first // (SEGMENT * C)
+    if index > 0:
+        slot = (batch * (T // (SEGMENT * C)) + first // (SEGMENT * C)) * HV + i_h
         m_map = (o_v >= V) & (o_v < V + K)
-        store_tile(maps + (slot * HV + i_h) * K * K, (o_v - V) * K, m_map, 0, b_s, K, BK)
+        store_tile(maps + slot * K * K, (o_v - V) * K, m_map, 0, b_s, K, BK)
+        if GATED:
+            tl.store(visible + slot, seen, mask=i_v == 0)
 
 
 @triton.jit
@@ -305,9 +307,20 @@ def carry_back_kernel(
 
 
 @triton.jit
+def load_map(p_map, rows, columns, limit, K: tl.constexpr, REVERSE: tl.constexpr):
+    """Load the factor `[rows, columns]` of a transposed state (or gradient) from the map's Φᵀ."""
+    mask = (rows < limit)[:, None] & (columns < K)[None, :]
+    if REVERSE:
+        offsets = columns[None, :] * K + rows[:, None]
+    else:
+        offsets = rows[:, None] * K + columns[None, :]
+    return tl.load(p_map + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
 def chain_kernel(
-    states, outer, maps, bounds, first_segment, T, HV: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    states, outer, maps, visible, bounds, first_segment, T, HV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -318,6 +331,7 @@ def chain_kernel(
     num_v: tl.constexpr = (V + BV - 1) // BV
     num_k: tl.constexpr = (K + BK - 1) // BK
     tokens: tl.constexpr = SEGMENT * C
+    way: tl.constexpr = -1 if REVERSE else 1
     i_v = (tl.program_id(0) % num_v) * BV
     i_sh = (tl.program_id(0) // num_v).to(tl.int64)
     i_s = i_sh // HV
@@ -330,49 +344,81 @@ def chain_kernel(
         count = tl.cdiv(T, tokens)
         first = i_s * count
         slot = i_s * (T // tokens)
+    if REVERSE:
+        first += count - 1
+        slot += count - 1
     o_k = tl.arange(0, BK)
 
-    p_outer = states + ((first + (count - 1 if REVERSE else 0)) * HV + i_h) * K * V
+    # Segments are counted from the one beside `outer`, 0.
+    p_state = states + (first * HV + i_h) * K * V
     for i_k in tl.static_range(num_k):
         o_row = i_k * BK + o_k
         b_s = tl.zeros((BV, BK), tl.float32)
         if outer is not None:
             b_s += load_tile_t(outer + i_sh * K * V, o_row * V, o_row < K, i_v, V, BV)
-        store_tile_t(p_outer, o_row * V, o_row < K, i_v, b_s, V, BV)
-
-    # The carry next to `outer` started from it: its neighbour is complete.
-    for i in range(2, count):
-        here = count - 1 - i if REVERSE else i
-        before = here + 1 if REVERSE else here - 1
-        p_here = states + ((first + here) * HV + i_h) * K * V
-        p_before = states + ((first + before) * HV + i_h) * K * V
-        p_map = maps + ((slot + before) * HV + i_h) * K * K
-        for i_k in tl.static_range(num_k):
-            o_row = i_k * BK + o_k
-            b_s = load_tile_t(p_here, o_row * V, o_row < K, i_v, V, BV)
-            for j_k in tl.static_range(num_k):
-                o_col = j_k * BK + o_k
-                b_before = load_tile_t(p_before, o_col * V, o_col < K, i_v, V, BV)
-                if REVERSE:
-                    b_map = load_tile_t(p_map, o_row * K, o_row < K, j_k * BK, K, BK)
-                else:
-                    b_map = load_tile(p_map, o_col * K, o_col < K, i_k * BK, K, BK)
-                b_before = cast_operand(b_before, PRECISION)
-                b_s = dot_add(b_before, cast_operand(b_map, PRECISION), b_s, PRECISION)
-            store_tile_t(p_here, o_row * V, o_row < K, i_v, b_s, V, BV)
-        # The next one reads what all threads stored.
-        tl.debug_barrier()
+        store_tile_t(p_state, o_row * V, o_row < K, i_v, b_s, V, BV)
+    # The carry of segment 0 started from `outer`, and so state 1 is complete. So are the others
+    # where no map lets anything through.
+    if count <= 2:
+        return
+    slot = (slot + way) * HV + i_h
+    p_state += way * HV * K * V
+    if GATED:
+        is_seen = 0.0
+        for i in range(0, count - 2, 64):
+            o_i = tl.cast(i + tl.arange(0, 64), tl.int64)
+            flags = tl.load(visible + slot + way * HV * o_i, mask=o_i < count - 2, other=0.0)
+            is_seen = tl.maximum(is_seen, tl.max(flags, axis=0))
+        if is_seen == 0.0:
+            return
+    p_map = maps + slot * K * K
+    if num_k == 1:
+        # The state stays in registers, and maps are loaded one segment ahead.
+        b_s = load_tile_t(p_state, o_k * V, o_k < K, i_v, V, BV)
+        b_after = load_map(p_map, o_k, o_k, K, K, REVERSE)
+        for i in range(2, count):
+            p_state += way * HV * K * V
+            p_map += way * HV * K * K
+            b_map = cast_operand(b_after, PRECISION)
+            limit = tl.where(i + 1 < count, K, 0)
+            b_after = load_map(p_map, o_k, o_k, limit, K, REVERSE)
+            b_here = load_tile_t(p_state, o_k * V, o_k < K, i_v, V, BV)
+            b_s = dot_add(cast_operand(b_s, PRECISION), b_map, b_here, PRECISION)
+            store_tile_t(p_state, o_k * V, o_k < K, i_v, b_s, V, BV)
+    else:
+        for _ in range(2, count):
+            p_before = p_state
+            p_state += way * HV * K * V
+            for row in range(0, K, BK):
+                o_row = row + o_k
+                b_s = load_tile_t(p_state, o_row * V, o_row < K, i_v, V, BV)
+                for column in range(0, K, BK):
+                    o_col = column + o_k
+                    b_before = load_tile_t(p_before, o_col * V, o_col < K, i_v, V, BV)
+                    b_map = load_map(p_map, o_col, o_row, K, K, REVERSE)
+                    b_map = cast_operand(b_map, PRECISION)
+                    b_s = dot_add(cast_operand(b_before, PRECISION), b_map, b_s, PRECISION)
+                store_tile_t(p_state, o_row * V, o_row < K, i_v, b_s, V, BV)
+            p_map += way * HV * K * K
+            # The next one reads what all threads stored.
+            tl.debug_barrier()
 
 
 def _chain(
-    p: Problem, s: Segments, states: Tensor, outer: Tensor | None, maps: Tensor, reverse: bool
+    p: Problem,
+    s: Segments,
+    states: Tensor,
+    outer: Tensor | None,
+    maps: Tensor,
+    visible: Tensor,
+    reverse: bool,
 ) -> None:
     sizes = p.sizes
     K, V = sizes["K"], sizes["V"]
     launch = config.chain_launch(K)
     chain_kernel[(p.num_sequences * p.heads * triton.cdiv(V, config.CHAIN_COLUMNS),)](
-        states, outer, maps, s.bounds, s.first, p.v.shape[1],
-        HV=p.heads, K=K, V=V, C=sizes["C"], PACKED=p.cu_seqlens is not None,
+        states, outer, maps, visible, s.bounds, s.first, p.v.shape[1],
+        HV=p.heads, K=K, V=V, C=sizes["C"], GATED=p.g is not None, PACKED=s.first is not None,
         # Between segments TF32 rounds far less than bfloat16 did at every chunk.
         PRECISION="tf32" if p.precision == "bf16" else p.precision,
         SEGMENT=s.chunks, REVERSE=reverse, BK=launch.block, BV=config.CHAIN_COLUMNS,
@@ -407,58 +453,70 @@ def _carry_constants(p: Problem, s: Segments, ut: Tensor) -> dict[str, Any]:
     }
 
 
-def segment_starts(
-    p: Problem, s: Segments, table: Tensor, ut: Tensor, growth: Tensor, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the state at every segment's start `[number, HV, K, V]` and the maps Φᵀ.
+def make_maps(p: Problem) -> tuple[Tensor, Tensor]:
+    """Return room for the segments' maps Φᵀ `[slots·HV, K, K]` and for growth.
 
-    The maps, `[slots·HV, K, K]`, are there for segments between others; the slot of one is its
-    first token divided by the length of a segment.
+    There are maps of segments between others; the slot of one is its first token divided by the
+    length of a segment. Growth is the logarithm of the bound on each chunk's reflections `[chunks,
+    HV]` and, behind it, for each slot and head whether anything is seen through the segment. Only
+    gates need it. Where no sequence is cut, both are empty.
     """
-    sizes, HV = p.sizes, p.heads
-    K, V = sizes["K"], sizes["V"]
-    B, T, N = p.v.shape[:3]
-    device, room = p.v.device, config.max_maps(B, T, N, HV, V) * HV
-    starts = torch.empty(s.number, HV, K, V, dtype=torch.float32, device=device)
-    maps = torch.empty(room, K, K, dtype=torch.float32, device=device)
+    B, T, N, HV, V = p.v.shape
+    packed = None if p.cu_seqlens is None else p.num_sequences
+    shapes = config.segment_shapes(B, T, N, HV, p.sizes["K"], V, packed)
+    maps, growth = (torch.empty(x, dtype=torch.float32, device=p.v.device) for x in shapes)
+    return maps, growth
+
+
+def segment_starts(
+    p: Problem,
+    s: Segments,
+    table: Tensor,
+    ut: Tensor,
+    initial: Tensor | None,
+    maps: Tensor,
+    growth: Tensor,
+) -> Tensor:
+    """Return the state at every segment's start, `[number, HV, K, V]`; fill the maps."""
+    K, V = p.sizes["K"], p.sizes["V"]
+    starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
+    visible = growth[p.num_chunks * p.heads :]
     launch, carry = config.carry_launch(K, V, p.precision), carry_kernel
     if suits_hopper(p, p.k, p.v):
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
-    blocks = triton.cdiv(V + K, launch.block)
-    carry[(s.number * HV * blocks,)](
-        p.k, p.v, table, ut, growth, initial, starts, maps, *s.tables, T,
+    carry[(s.number * p.heads * triton.cdiv(V + K, launch.block),)](
+        p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables, p.v.shape[1],
         **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s, ut),
         BV=launch.block, **launch.options,
     )  # fmt: skip
-    _chain(p, s, starts, initial, maps, reverse=False)
-    return starts, maps
+    _chain(p, s, starts, initial, maps, visible, reverse=False)
+    return starts
 
 
 def segment_ends(
     p: Problem,
     s: Segments,
-    do: Tensor,
     table: Tensor,
     ut: Tensor,
-    growth: Tensor,
-    scale: float,
+    do: Tensor,
     dfinal: Tensor | None,
+    scale: float,
     maps: Tensor,
+    growth: Tensor,
 ) -> Tensor:
     """Return the gradient of the state at every segment's end, `[number, HV, K, V]`."""
-    sizes, HV = p.sizes, p.heads
-    K, V, T = sizes["K"], sizes["V"], p.v.shape[1]
-    dends = torch.empty(s.number, HV, K, V, dtype=torch.float32, device=p.v.device)
+    K, V = p.sizes["K"], p.sizes["V"]
+    dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     launch, carry = config.walk_launch(K, V, p.precision), carry_back_kernel
     # The form for Hopper divides by the scale.
     if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_back_kernel
-    carry[(s.number * HV * triton.cdiv(V, launch.block),)](
-        do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, T,
+    carry[(s.number * p.heads * triton.cdiv(V, launch.block),)](
+        do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, p.v.shape[1],
         **strides("do", do), **strides("q", p.q), **strides("k", p.k),
         **_carry_constants(p, s, ut), BV=launch.block, **launch.options,
     )  # fmt: skip
-    _chain(p, s, dends, dfinal, maps, reverse=True)
+    _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
     return dends
 
 
