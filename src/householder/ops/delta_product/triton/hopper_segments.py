@@ -15,8 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Renamed in Triton 3.7.
+# Renamed after Triton 3.6.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.constexpr_function
@@ -194,7 +195,7 @@ def carry_kernel(
 
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         b_sa = gl.convert_layout(b_s.to(half), from_state)
         recalled = gl.zeros([BV, R], gl.float32, layout=by_row)
         recalled = warpgroup_mma(b_sa, b_k.permute([1, 0]), recalled, use_acc=False, is_async=True)
@@ -390,7 +391,7 @@ def carry_back_kernel(
 
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         b_du = gl.zeros([BV, R], gl.float32, layout=by_row)
         b_dsa = gl.convert_layout(b_ds.to(half), from_state)
         b_a = gl.zeros([R, BC], gl.float32, layout=by_pair)
@@ -437,7 +438,7 @@ def carry_back_kernel(
         b_a = gl.where(seen, b_a, 0.0)
         s_a.store(b_a.to(half))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         b_du = warpgroup_mma_wait(1, [b_du])
         if GATED:
             b_du *= pick(p_table, TO_END, R, of_row)[None, :]
