@@ -99,6 +99,10 @@ def compute(case: dict) -> dict[str, str]:
             assert_as_accurate(a, p, e, factor=FACTOR, name=name)
         except AssertionError as error:
             broken[name] = str(error)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    declared = triton.saved_shapes(*arguments[:4], sequences)
+    if [(tuple(x.shape), x.dtype) for x in saved] != list(declared):
+        broken["saved"] = f"{[x.shape for x in saved]} is not what is declared, {declared}"
     unsaved = triton.forward(*arguments, save=False)
     if not torch.equal(unsaved[0], o) or any(x.numel() for x in unsaved[2:]):
         broken["unsaved"] = "forward without saving differs or saves"
