@@ -35,8 +35,10 @@ CASES = {
                                "with_initial_state": False, "segment": 128},
     "segments, not powers of two": {"B": 1, "T": 50, "N": 4, "H": 1, "K": 48, "V": 80,
                                     "decay": 0.01, "segment": 16},
-    "segments, packed, grouped heads": {"B": 1, "T": 250, "N": 2, "H": 1, "HV": 2, "K": 16,
-                                        "V": 16, "num_sequences": 5, "decay": 0.02, "segment": 64},
+    "segments, packed, grouped heads": {"B": 1, "T": 400, "N": 2, "H": 1, "HV": 2, "K": 16,
+                                        "V": 16, "num_sequences": 4, "decay": 0.02, "segment": 32},
+    "segments, weak gate": {"B": 1, "T": 230, "N": 1, "H": 1, "K": 16, "V": 16, "decay": 0.02,
+                            "segment": 64},
     "segments, strong gate": {"B": 1, "T": 400, "N": 1, "H": 1, "K": 16, "V": 16, "decay": 3.0,
                               "segment": 128},
 }  # fmt: skip
