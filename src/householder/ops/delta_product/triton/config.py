@@ -130,8 +130,13 @@ def carry_launch(K: int, V: int, precision: str) -> Launch:
 
 
 def hopper_carry_launch() -> Launch:
-    """Parameters of the form of those kernels for Hopper."""
-    return Launch(64, 4, 1)
+    """Parameters of the form of that kernel for Hopper; stages are places of its ring."""
+    return Launch(64, 4, 3)
+
+
+def hopper_carry_back_launch() -> Launch:
+    """Parameters of the form for Hopper of the same kernel for gradients."""
+    return Launch(64, 4, 2)
 
 
 def chain_launch(K: int) -> Launch:

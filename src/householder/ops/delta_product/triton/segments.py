@@ -49,8 +49,8 @@ from householder.ops.delta_product.triton.chunks import (
     strides,
 )
 
-# exp(-104) is below the least float32 that is not zero.
-NOTHING = tl.constexpr(-104.0)
+# exp(-88) is below the least normal float32.
+NOTHING = tl.constexpr(-88.0)
 # A chunk's part in a sum over many: more would cost the sum its digits and change nothing.
 LEAST_PART = tl.constexpr(-256.0)
 
@@ -481,13 +481,14 @@ def segment_starts(
     K, V = p.sizes["K"], p.sizes["V"]
     starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     visible = growth[p.num_chunks * p.heads :]
-    launch, carry = config.carry_launch(K, V, p.precision), carry_kernel
+    launch, carry, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
     if suits_hopper(p, p.k, p.v):
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
+        ahead = {"STAGES": launch.num_stages}
     carry[(s.number * p.heads * triton.cdiv(V + K, launch.block),)](
         p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables, p.v.shape[1],
         **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s, ut),
-        BV=launch.block, **launch.options,
+        BV=launch.block, **ahead, **launch.options,
     )  # fmt: skip
     _chain(p, s, starts, initial, maps, visible, reverse=False)
     return starts
@@ -507,14 +508,15 @@ def segment_ends(
     """Return the gradient of the state at every segment's end, `[number, HV, K, V]`."""
     K, V = p.sizes["K"], p.sizes["V"]
     dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
-    launch, carry = config.walk_launch(K, V, p.precision), carry_back_kernel
+    launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
     # The form for Hopper divides by the scale.
     if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
-        launch, carry = config.hopper_carry_launch(), hopper_segments.carry_back_kernel
+        launch, carry = config.hopper_carry_back_launch(), hopper_segments.carry_back_kernel
+        ahead = {"STAGES": launch.num_stages}
     carry[(s.number * p.heads * triton.cdiv(V, launch.block),)](
         do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, p.v.shape[1],
         **strides("do", do), **strides("q", p.q), **strides("k", p.k),
-        **_carry_constants(p, s, ut), BV=launch.block, **launch.options,
+        **_carry_constants(p, s, ut), BV=launch.block, **ahead, **launch.options,
     )  # fmt: skip
     _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
     return dends
