@@ -153,6 +153,20 @@ def test_strides_do_not_matter(kernels):
         assert torch.equal(a, b)
 
 
+def test_rows_of_a_long_sequence_need_not_be_aligned(kernels):
+    inputs = arrange(SHAPES["long, gated"], torch.bfloat16)
+    shifted = {}
+    for n, x in inputs.items():
+        shifted[n] = x
+        if n in ("q", "k", "v"):
+            wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 4)
+            shifted[n] = wide[..., 4:]
+            shifted[n].copy_(x)
+    expected = run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, run(kernels, shifted), expected, strict=True):
+        assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+
+
 def test_forward_and_backward_are_captured_in_a_graph(kernels):
     inputs = arrange((1, 300, 2, 2, 2, 64, 64, 0.1, 5), torch.bfloat16)
     scale, do = 0.1, torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.bfloat16)
