@@ -61,12 +61,12 @@ def tile_rows(R: gl.constexpr, N: gl.constexpr, stride_t, stride_n, layout: gl.c
 @gluon.jit
 def copy_tile(
     to, pointer, rows, offsets, n, start, D: gl.constexpr, BLOCK: gl.constexpr,
-    layout: gl.constexpr, MASKED: gl.constexpr,
+    layout: gl.constexpr,
 ):  # fmt: skip
     """Start to copy columns `start …` of the first `n` rows into shared memory; others get zero."""
     o_d = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
     mask = (rows < n)[:, None]
-    if MASKED:
+    if D % BLOCK != 0:
         mask = mask & (o_d < D)[None, :]
     async_load(to, pointer + offsets[:, None] + o_d[None, :], mask=mask)
 
@@ -78,17 +78,17 @@ def pick(table, row: gl.constexpr, R: gl.constexpr, SIZE: gl.constexpr, layout: 
 
 
 @gluon.jit
-def ring(STAGES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+def buffers(NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """Allocate shared memory for tiles that tensor cores read."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], gl.bfloat16)
-    return gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, COLUMNS], layout)
+    return gl.allocate_shared_memory(gl.bfloat16, [NUMBER, ROWS, COLUMNS], layout)
 
 
 @gluon.jit
-def line_ring(STAGES: gl.constexpr, SIZE: gl.constexpr):
+def line_buffers(NUMBER: gl.constexpr, SIZE: gl.constexpr):
     """Allocate shared memory for coefficients."""
     return gl.allocate_shared_memory(
-        gl.float32, [STAGES, SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.float32, [NUMBER, SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
 
 
@@ -158,14 +158,13 @@ def copy_tokens(
     start = i.to(gl.int64) * C
     i_ch = (chunk + i) * HV + i_h
     k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
-    copy_tile(
-        s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n, 0, K, BK, load_k, K % BK != 0
-    )
+    copy_tile(s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n, 0, K, BK, load_k)
     t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
     left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * UT, t_rows, o_trows, left, 0, R, R, load_r, False)
+    copy_tile(s_t.index(stage), ut + i_ch * UT, t_rows, o_trows, left, 0, R, R, load_r)
     v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
-    copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n, i_v, V, BV, load_v, True)
+    n_v = gl.where(i_v < V, n, 0)  # beside V are the map's columns
+    copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n_v, i_v, V, BV, load_v)
     o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
     left = gl.where(n > 0, width, 0)
     async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
@@ -214,10 +213,10 @@ def carry_kernel(
 
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_v = v + batch * v_b + start * v_t + i_h * v_h
-    s_k = ring(STAGES, R, BK)
-    s_t = ring(STAGES, R, R)
-    s_v = ring(STAGES, R, BV)
-    s_g = line_ring(STAGES, 8 * R if GATED else R)
+    s_k = buffers(STAGES, R, BK)
+    s_t = buffers(STAGES, R, R)
+    s_v = buffers(STAGES, R, BV)
+    s_g = line_buffers(STAGES, 8 * R if GATED else R)
     for i in gl.static_range(STAGES - 1):
         copy_tokens(
             begin + i, i, length, chunk, i_h, i_v, p_k, p_v, ut, table, s_k, s_t, s_v, s_g,
@@ -306,21 +305,14 @@ def copy_back(
     start = i.to(gl.int64) * C
     i_ch = (chunk + i) * HV + i_h
     k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
-    copy_tile(
-        s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n * N, 0, K, BK, load_k, K % BK != 0
-    )
+    copy_tile(s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n * N, 0, K, BK, load_k)
     q_rows, o_qrows = tile_rows(BC, 1, q_t, 0, load_k)
-    copy_tile(
-        s_q.index(stage), p_q + start * q_t, q_rows, o_qrows, n, 0, K, BK, load_k, K % BK != 0
-    )
+    copy_tile(s_q.index(stage), p_q + start * q_t, q_rows, o_qrows, n, 0, K, BK, load_k)
     d_rows, o_drows = tile_rows(BC, 1, do_t, 0, load_v)
-    copy_tile(
-        s_do.index(stage), p_do + start * do_t, d_rows, o_drows, n, i_v, V, BV, load_v,
-        V % BV != 0,
-    )  # fmt: skip
+    copy_tile(s_do.index(stage), p_do + start * do_t, d_rows, o_drows, n, i_v, V, BV, load_v)
     t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
     left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * UT, t_rows, o_trows, left, 0, R, R, load_r, False)
+    copy_tile(s_t.index(stage), ut + i_ch * UT, t_rows, o_trows, left, 0, R, R, load_r)
     o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
     left = gl.where(n > 0, width, 0)
     async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
@@ -379,15 +371,15 @@ def carry_back_kernel(
     p_q = q + batch * q_b + start * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_do = do + batch * do_b + start * do_t + i_h * do_h
-    s_k = ring(STAGES, R, BK)
-    s_q = ring(STAGES, BC, BK)
-    s_do = ring(STAGES, BC, BV)
-    s_t = ring(STAGES, R, R)
-    s_a = ring(1, R, BC).index(0)
-    s_g = line_ring(STAGES, 8 * R if GATED else R)
+    s_k = buffers(STAGES, R, BK)
+    s_q = buffers(STAGES, BC, BK)
+    s_do = buffers(STAGES, BC, BV)
+    s_t = buffers(STAGES, R, R)
+    s_a = buffers(1, R, BC).index(0)
+    s_g = line_buffers(STAGES, 8 * R if GATED else R)
     s_l = s_g
     if GATED:
-        s_l = line_ring(STAGES, 2 * BC)
+        s_l = line_buffers(STAGES, 2 * BC)
     for i in gl.static_range(STAGES - 1):
         copy_back(
             end - 1 - i, i, length, chunk, i_h, i_v, p_do, p_q, p_k, ut, table,
