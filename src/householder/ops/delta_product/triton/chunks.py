@@ -41,6 +41,11 @@ TOKEN_FROM_START = tl.constexpr(5)
 MIN_LOG_GATE = tl.constexpr(-128.0)
 # Log gates are split at multiples of 2⁻¹⁰: sums of 64 high parts are exact in float32.
 LOG_STEPS = tl.constexpr(1024.0)
+# exp(-88) is below the least normal float32: what has decayed so far is gone.
+NOTHING = tl.constexpr(-88.0)
+# The least part of a chunk in a sum of such logarithms over many. Less would cost the sum its digits
+# and change nothing.
+LEAST_PART = tl.constexpr(-256.0)
 
 
 @triton.jit

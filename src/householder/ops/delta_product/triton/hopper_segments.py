@@ -18,17 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
+    LEAST_PART,
     LOG_HIGH,
     LOG_LOW,
+    NOTHING,
     TO_END,
     TOKEN_FROM_START,
 )
 
 # Renamed after Triton 3.6.
-# What is this small cannot be seen in float32, as in `segments.py`.
-NOTHING = gl.constexpr(-88.0)
-LEAST_PART = gl.constexpr(-256.0)
-
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 

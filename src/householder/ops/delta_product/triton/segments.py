@@ -34,8 +34,10 @@ from householder.ops.delta_product.triton import config, hopper_segments
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
+    LEAST_PART,
     LOG_HIGH,
     LOG_LOW,
+    NOTHING,
     TO_END,
     TOKEN_FROM_START,
     Problem,
@@ -48,11 +50,6 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
-
-# exp(-88) is below the least normal float32.
-NOTHING = tl.constexpr(-88.0)
-# A chunk's part in a sum over many: more would cost the sum its digits and change nothing.
-LEAST_PART = tl.constexpr(-256.0)
 
 
 class Segments(NamedTuple):
