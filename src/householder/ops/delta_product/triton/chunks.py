@@ -43,7 +43,7 @@ MIN_LOG_GATE = tl.constexpr(-128.0)
 LOG_STEPS = tl.constexpr(1024.0)
 # exp(-88) is below the least normal float32: what has decayed so far is gone.
 NOTHING = tl.constexpr(-88.0)
-# The least part of a chunk in a sum of such logarithms over many. Less would cost the sum its digits
+# The least part of a chunk in a sum of such logarithms. Less would cost the sum its digits
 # and change nothing.
 LEAST_PART = tl.constexpr(-256.0)
 

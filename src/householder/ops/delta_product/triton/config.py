@@ -125,18 +125,18 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
 def carry_launch(K: int, V: int, precision: str) -> Launch:
     """Parameters of the kernel of the segments' maps; the tile is part of V and K together."""
     if precision == "bf16":
-        return Launch(64, 4 if K <= 128 else 8, 2, 168 if K <= 128 else None)
+        return Launch(64, 4 if K <= 128 else 8, 2)
     return walk_launch(K, V, precision)
 
 
 def hopper_carry_launch() -> Launch:
     """Parameters of the form of that kernel for Hopper; stages are places of its ring."""
-    return Launch(64, 4, 3)
-
-
-def hopper_carry_back_launch() -> Launch:
-    """Parameters of the form for Hopper of the same kernel for gradients."""
     return Launch(64, 4, 2)
+
+
+def hopper_carry_back_launch(V: int) -> Launch:
+    """Parameters of the form for Hopper of the kernel that carries gradients; part of V."""
+    return Launch(128, 8, 2) if V > 64 else Launch(64, 4, 2)
 
 
 def chain_launch(K: int) -> Launch:

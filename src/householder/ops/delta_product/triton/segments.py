@@ -22,6 +22,7 @@ is walked as if there were none.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -423,12 +424,16 @@ def _chain(
     )  # fmt: skip
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0; asking each time takes microseconds."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
     """Whether the carries have a form for this chip that can read `tiles`, 16 bytes at a time."""
-    device = p.v.device
     return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
+        is_hopper(p.v.device)
         and p.precision == "bf16"
         and p.sizes["K"] <= 128
         and all(
@@ -508,7 +513,7 @@ def segment_ends(
     launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
     # The form for Hopper divides by the scale.
     if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
-        launch, carry = config.hopper_carry_back_launch(), hopper_segments.carry_back_kernel
+        launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
         ahead = {"STAGES": launch.num_stages}
     carry[(s.number * p.heads * triton.cdiv(V, launch.block),)](
         do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, p.v.shape[1],
