@@ -49,6 +49,11 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
+from householder.ops.delta_product.triton.segments import (
+    make_segments,
+    of_sequences,
+    segment_ends,
+)
 
 
 @triton.jit
@@ -58,7 +63,7 @@ def walk_back_kernel(
     k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of dS from a sequence's end to its start; write each chunk's dS', D."""
     num_v: tl.constexpr = (V + BV - 1) // BV
@@ -66,7 +71,9 @@ def walk_back_kernel(
     i_sh = (tl.program_id(0) // num_v).to(tl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    batch, first, length, chunk = locate_sequence(i_s, T, cu_seqlens, first_chunk, C, PACKED)
+    batch, first, length, chunk = locate_sequence(
+        i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     chunk = tl.cast(chunk, tl.int64)
@@ -353,6 +360,8 @@ def backward(
     states: Tensor,
     ut: Tensor,
     u: Tensor,
+    maps: Tensor,
+    growth: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, beta, g and initial_state, in closed form."""
     p = make_problem(q, k, v, beta, g, cu_seqlens)
@@ -365,18 +374,27 @@ def backward(
 
     dv = v.new_empty(v.shape)
     dstates = torch.empty_like(states)
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     dinitial = None
     if initial_state is not None:
         dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
+    segments = make_segments(p)
+    if segments.chunks:
+        dfinal = segment_ends(p, segments, table, ut, do, dfinal, scale, maps, growth)
+        # The walk leaves the gradient of a segment's first state where it found that of the last.
+        dinitial = None if dinitial is None else dfinal
     launch = config.walk_launch(K, V, p.precision)
     tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     if p.num_sequences:
-        walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
-            do, p.q, p.k, table, ut,
-            None if dfinal_state is None else dfinal_state.contiguous(), dinitial, dstates, dv,
-            p.cu_seqlens, p.first_chunk, scale, T, **tiles, **p.constants,
-            BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+        walk_back_kernel[(segments.number * HV * triton.cdiv(V, launch.block),)](
+            do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
+            segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
+            SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,
+            **launch.options,
         )  # fmt: skip
+
+    if dinitial is not None and initial_state is not None:
+        dinitial = of_sequences(segments, p, dinitial, last=False).to(initial_state.dtype)
 
     # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
     partial = torch.float32 if HV != H else None

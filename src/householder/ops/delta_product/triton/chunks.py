@@ -43,6 +43,11 @@ TOKEN_FROM_START = tl.constexpr(5)
 MIN_LOG_GATE = tl.constexpr(-128.0)
 # Log gates are split at multiples of 2⁻¹⁰: sums of 64 high parts are exact in float32.
 LOG_STEPS = tl.constexpr(1024.0)
+# exp(-88) is below the least normal float32: what has decayed so far is gone.
+NOTHING = tl.constexpr(-88.0)
+# The least part of a chunk in a sum of such logarithms. Less would cost the sum its digits
+# and change nothing.
+LEAST_PART = tl.constexpr(-256.0)
 
 
 @triton.jit
@@ -64,11 +69,23 @@ def locate_chunk(
 
 
 @triton.jit
-def locate_sequence(i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return a sequence's batch row, first token, number of tokens and first chunk."""
+def locate_sequence(
+    i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """Return a sequence's batch row, first token, number of tokens and first chunk.
+
+    With SEGMENT, a number of chunks, it is a segment of a sequence (see `segments.py`).
+    """
     if PACKED:
         start = tl.load(cu_seqlens + i_s)
         return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_chunk + i_s)
+    elif SEGMENT:
+        per_row = tl.cdiv(T, SEGMENT * C)
+        row = i_s // per_row
+        index = i_s % per_row
+        start = index * (SEGMENT * C)
+        length = tl.minimum(T - start, SEGMENT * C).to(tl.int32)
+        return row, start, length, row * tl.cdiv(T, C) + index * SEGMENT
     else:
         return i_s, 0, T, i_s * tl.cdiv(T, C)
 

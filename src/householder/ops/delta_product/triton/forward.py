@@ -48,6 +48,12 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
+from householder.ops.delta_product.triton.segments import (
+    make_maps,
+    make_segments,
+    of_sequences,
+    segment_starts,
+)
 
 
 @triton.jit
@@ -96,7 +102,8 @@ def walk_kernel(
     k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, SAVE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
     num_v: tl.constexpr = (V + BV - 1) // BV
@@ -104,7 +111,9 @@ def walk_kernel(
     i_sh = (tl.program_id(0) // num_v).to(tl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    batch, first, length, chunk = locate_sequence(i_s, T, cu_seqlens, first_chunk, C, PACKED)
+    batch, first, length, chunk = locate_sequence(
+        i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     chunk = tl.cast(chunk, tl.int64)
@@ -222,34 +231,45 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the recurrence; arguments as in the public `delta_product`.
 
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
-        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]` and their
-        writes U `[chunks·HV, R, V]`.
+        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, their
+        writes U `[chunks·HV, R, V]`, and of long sequences the segments' maps and the chunks'
+        growth (see `segments.py`).
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
-    table, ut = prepare(p)
+    segments = make_segments(p)
+    maps, growth = make_maps(p)
+    table, ut = prepare(p, growth if segments.chunks and g is not None else None)
+    initial = None if initial_state is None else initial_state.contiguous()
+    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
+    if segments.chunks:
+        # A walk leaves a segment's last state where it found the first.
+        initial = segment_starts(p, segments, table, ut, initial, maps, growth)
+        final = initial
+
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
-    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
     launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
     if suits_hopper(p):
         launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel
         ahead = {"STAGES": launch.num_stages}
     if p.num_sequences:
-        walk[(p.num_sequences * HV * -(-V // launch.block),)](
-            p.q, p.k, p.v, table, ut,
-            None if initial_state is None else initial_state.contiguous(), final, o, states, u,
-            p.cu_seqlens, p.first_chunk, scale, v.shape[1],
+        walk[(segments.number * HV * -(-V // launch.block),)](
+            p.q, p.k, p.v, table, ut, initial, final, o, states, u,
+            segments.bounds, segments.first_chunk, scale, v.shape[1],
             **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), HV=HV, **p.constants,
-            SAVE=save, BK=config.key_block(K, p.precision), BV=launch.block, **ahead,
-            **launch.options,
+            SEGMENT=segments.chunks, SAVE=save, BK=config.key_block(K, p.precision),
+            BV=launch.block, **ahead, **launch.options,
         )  # fmt: skip
-    return o, final, states, ut if save else torch.empty_like(ut[:0]), u
+    final = of_sequences(segments, p, final, last=True)
+    if not save:
+        ut, maps, growth = (x.new_empty(0, *x.shape[1:]) for x in (ut, maps, growth))
+    return o, final, states, ut, u, maps, growth
