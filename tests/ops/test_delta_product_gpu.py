@@ -1,5 +1,7 @@
 """The Triton kernels of `delta_product` on a GPU: every configuration, against float64."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -33,6 +35,12 @@ SHAPES = {
     "wide values": (1, 200, 1, 1, 1, 48, 192, 0.1, None),
     "packed": (1, 700, 2, 2, 2, 64, 128, 0.1, 9),
     "hundreds of short sequences": (1, 1000, 1, 2, 2, 128, 64, None, 300),
+    # Sequences that are cut into segments.
+    "long": (1, 10000, 1, 2, 2, 128, 128, None, None),
+    "long, gated": (2, 9000, 1, 2, 2, 128, 128, 0.1, None),
+    "long, weak gate": (1, 13000, 2, 1, 2, 64, 128, 0.001, None),
+    "long and wide": (1, 13000, 3, 1, 1, 256, 96, 0.002, None),
+    "long, packed": (1, 30000, 1, 2, 2, 64, 64, 0.01, 5),
 }
 
 
@@ -91,6 +99,28 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
             assert torch.equal(a, b), f"{label} changes from run to run"
 
 
+@pytest.mark.parametrize("name", ["gated delta rule", "five reflections", "packed"])
+def test_portable_forward_agrees_with_float64(name, kernels, monkeypatch):
+    """Where a chip has forms of its own, the portable ones run too."""
+    forward = importlib.import_module("householder.ops.delta_product.triton.forward")
+    monkeypatch.setattr(forward, "suits_hopper", lambda p: False)
+    inputs = arrange(SHAPES[name], torch.bfloat16)
+    actual, expected = run(kernels, inputs), run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, actual, expected, strict=True):
+        if e is not None and e.numel():
+            assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+
+
+def test_rows_need_not_start_at_multiples_of_16_bytes(kernels):
+    inputs = arrange(SHAPES["gated delta rule"], torch.bfloat16)
+    shifted = dict(inputs)
+    for n in ("q", "k", "v"):
+        room = inputs[n].new_empty(inputs[n].numel() + 1)[1:]
+        shifted[n] = room.view(inputs[n].shape).copy_(inputs[n])
+    for label, a, b in zip(OUTPUTS, run(kernels, shifted), run(kernels, inputs), strict=True):
+        assert relative_error(a, b.double()) < LIMITS[torch.bfloat16], label
+
+
 def test_a_sequence_does_not_depend_on_its_batch(kernels):
     inputs = arrange((4, 300, 2, 2, 2, 64, 64, 0.1, None), torch.bfloat16)
     alone = {n: None if x is None else x[2:3].contiguous() for n, x in inputs.items()}
@@ -102,6 +132,41 @@ def test_a_sequence_does_not_depend_on_its_batch(kernels):
         assert torch.equal(a[2:3], b)
 
 
+@pytest.mark.parametrize("decay", [None, 0.05])
+def test_a_long_sequence_does_not_depend_on_its_batch(decay, kernels):
+    inputs = arrange((3, 9000, 1, 2, 2, 128, 128, decay, None), torch.bfloat16)
+    alone = {n: None if x is None else x[1:2].contiguous() for n, x in inputs.items()}
+    packed = {
+        n: x if x is None or n == "initial_state" else x.flatten(0, 1).unsqueeze(0)
+        for n, x in inputs.items()
+    }
+    packed["cu_seqlens"] = torch.arange(4, device="cuda", dtype=torch.int32) * 9000
+    together, separate, in_a_row = (
+        kernels.forward(*(x[n] for n in ORDER), 0.1, x["initial_state"], x["cu_seqlens"], False)
+        for x in (inputs, alone, packed)
+    )
+    for a, b in zip(together[:2], separate[:2], strict=True):
+        assert torch.equal(a[1:2], b)
+    assert torch.equal(together[0].flatten(0, 1), in_a_row[0][0])
+    assert torch.equal(together[1], in_a_row[1])
+
+
+def test_a_million_tokens(kernels):
+    def draw(*shape):
+        return torch.randn(1, T, *shape, device="cuda", dtype=torch.bfloat16)
+
+    # More than 2³¹ elements a tensor.
+    T, H, D, end = 1_000_000, 18, 128, 20_032
+    q, v, beta = draw(H, D), draw(1, H, D), draw(1, H).sigmoid()
+    k = torch.nn.functional.normalize(draw(1, H, D), dim=-1)
+    inputs = [q, k, v, beta, -0.1 * torch.rand(1, T, H, device="cuda")]
+    # Under these gates nothing of 16,000 tokens ago is left.
+    whole = kernels.forward(*inputs, 0.1, None, None, False)
+    last = kernels.forward(*(x[:, -end:] for x in inputs), 0.1, None, None, False)
+    assert relative_error(whole[0][:, -4000:], last[0][:, -4000:]) < 4e-3
+    assert relative_error(whole[1], last[1]) < 4e-3
+
+
 def test_strides_do_not_matter(kernels):
     inputs = arrange((2, 100, 2, 2, 2, 64, 64, 0.1, None), torch.bfloat16)
     swapped = {
@@ -110,6 +175,20 @@ def test_strides_do_not_matter(kernels):
     }
     for a, b in zip(run(kernels, inputs), run(kernels, swapped), strict=True):
         assert torch.equal(a, b)
+
+
+def test_rows_of_a_long_sequence_need_not_be_aligned(kernels):
+    inputs = arrange(SHAPES["long, gated"], torch.bfloat16)
+    shifted = {}
+    for n, x in inputs.items():
+        shifted[n] = x
+        if n in ("q", "k", "v"):
+            wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 4)
+            shifted[n] = wide[..., 4:]
+            shifted[n].copy_(x)
+    expected = run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, run(kernels, shifted), expected, strict=True):
+        assert relative_error(a, e) < LIMITS[torch.bfloat16], label
 
 
 def test_forward_and_backward_are_captured_in_a_graph(kernels):

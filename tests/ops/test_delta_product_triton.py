@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Arguments of `delta_product_inputs`; K and V are multiples of 16.
+# Arguments of `delta_product_inputs`; K and V are multiples of 16. `segment` is the length, in
+# tokens, at which sequences are cut.
 CASES = {
     "plain": {"B": 1, "T": 70, "N": 1, "H": 1, "K": 16, "V": 16, "decay": None},
     "no initial state": {"B": 1, "T": 66, "N": 1, "H": 1, "K": 16, "V": 16,
@@ -28,7 +29,26 @@ CASES = {
     "packed, grouped heads": {"B": 1, "T": 90, "N": 2, "H": 1, "HV": 2, "K": 16, "V": 16,
                               "num_sequences": 5},
     "no tokens": {"B": 2, "T": 0, "N": 2, "H": 1, "K": 16, "V": 16},
+    "three segments": {"B": 2, "T": 150, "N": 1, "H": 1, "K": 16, "V": 16, "decay": None,
+                       "segment": 64},
+    "two segments of chunks": {"B": 1, "T": 140, "N": 1, "H": 1, "K": 32, "V": 16, "decay": None,
+                               "with_initial_state": False, "segment": 128},
+    "segments, not powers of two": {"B": 1, "T": 50, "N": 4, "H": 1, "K": 48, "V": 80,
+                                    "decay": 0.01, "segment": 16},
+    "segments, packed, grouped heads": {"B": 1, "T": 400, "N": 2, "H": 1, "HV": 2, "K": 16,
+                                        "V": 16, "num_sequences": 4, "decay": 0.02, "segment": 32},
+    "segments, weak gate": {"B": 1, "T": 230, "N": 1, "H": 1, "K": 16, "V": 16, "decay": 0.02,
+                            "segment": 64},
+    "segments, strong gate": {"B": 1, "T": 400, "N": 1, "H": 1, "K": 16, "V": 16, "decay": 3.0,
+                              "segment": 128},
 }  # fmt: skip
+# Log gate, β|k|² and whether a chunk of 64 tokens hides what lies before it: e^-128 does, e^-32
+# does not, nor does e^-128 when reflections by β|k|² = 6 stretch up to 5-fold (e^103 in all).
+HIDDEN = {
+    "strong gate hides": (-2.0, 1.0, True),
+    "weak gate does not": (-0.5, 1.0, False),
+    "strong gate, long keys": (-2.0, 6.0, False),
+}
 OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dg", "dinitial_state")
 # A chunk solves for 64 rows at once what the definition does one by one, here in 16 dimensions.
 FACTOR = 4.0
@@ -40,6 +60,10 @@ def compute(case: dict) -> dict[str, str]:
 
     from householder.ops.delta_product import reference, triton
     from householder.testing import assert_as_accurate, delta_product_inputs
+
+    case = dict(case)
+    triton.config.SEGMENT_TOKENS = case.pop("segment", 4096)
+    torch.manual_seed(0)
 
     def differentiate(dtype: torch.dtype) -> list:
         leaves = {
@@ -62,6 +86,7 @@ def compute(case: dict) -> dict[str, str]:
     order = ("q", "k", "v", "beta", "g")
     arguments = [*(inputs[n] for n in order), scale, inputs["initial_state"], cu_seqlens]
     o, state, *saved = triton.forward(*arguments, save=True)
+    torch.manual_seed(0)
     do, dstate = torch.randn_like(o), torch.randn_like(state)
     actual = [o, state, *triton.backward(do, dstate, *arguments, *saved)]
     expected, plain = differentiate(torch.float64), differentiate(torch.float32)
@@ -77,6 +102,10 @@ def compute(case: dict) -> dict[str, str]:
             assert_as_accurate(a, p, e, factor=FACTOR, name=name)
         except AssertionError as error:
             broken[name] = str(error)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    declared = triton.saved_shapes(*arguments[:4], sequences)
+    if [(tuple(x.shape), x.dtype) for x in saved] != list(declared):
+        broken["saved"] = f"{[x.shape for x in saved]} is not what is declared, {declared}"
     unsaved = triton.forward(*arguments, save=False)
     if not torch.equal(unsaved[0], o) or any(x.numel() for x in unsaved[2:]):
         broken["unsaved"] = "forward without saving differs or saves"
@@ -102,6 +131,32 @@ def compute_step(token: list, state) -> dict[str, str]:
     return {}
 
 
+def compute_hidden(g: float, strength: float) -> list[bool]:
+    """Make the first chunk of the first segment NaN; return what of the second one is finite.
+
+    That is o, and dv with a NaN in the last chunk of the last segment's `do`.
+    """
+    import torch
+
+    from householder.ops.delta_product import triton
+    from householder.testing import delta_product_inputs
+
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
+    triton.config.SEGMENT_TOKENS = 128
+    inputs = delta_product_inputs(1, 384, 1, 1, 16, 16, strength=strength, dtype=torch.float32)
+    inputs["g"].fill_(g)
+    arguments = [inputs[n] for n in ("q", "k", "v", "beta", "g")]
+    arguments = [*arguments, 0.3, inputs["initial_state"], None]
+    o, _, *saved = triton.forward(*arguments, save=True)
+    do = torch.randn_like(o)
+    do[:, -1] = torch.nan
+    dv = triton.backward(do, None, *arguments, *saved)[2]
+    arguments[2][:, 0] = torch.nan
+    o = triton.forward(*arguments, save=False)[0]
+    return [bool(x[:, 128:256].isfinite().all()) for x in (o, dv)]
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict[str, str]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -117,5 +172,44 @@ def test_kernels_are_as_accurate_as_the_definition(name, answers):
     assert answers[name] == {}
 
 
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_segment_sees_what_gates_leave_of_those_before_it(name, answers):
+    assert answers[name] == [HIDDEN[name][2]] * 2
+
+
+def test_segments_are_where_their_sequence_has_them(monkeypatch):
+    import torch
+
+    from householder.ops.delta_product.triton import config
+    from householder.ops.delta_product.triton.chunks import make_problem
+    from householder.ops.delta_product.triton.segments import make_segments
+
+    monkeypatch.setattr(config, "SEGMENT_TOKENS", 64)
+    lengths = [0, 0, 130, 64, 1, 65, 0, 128, 200, 0]
+    T, N, C = sum(lengths), 2, 32
+    q, k, v = (torch.zeros(1, T, *shape, 1, 16) for shape in ((), (N,), (N,)))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    p = make_problem(q, k, v, torch.zeros(1, T, N, 1), None, cu_seqlens)
+    s = make_segments(p)
+
+    expected, first, chunk, start = [], [0], 0, 0
+    for i, length in enumerate(lengths):
+        pieces = [min(64, length - a) for a in range(0, max(length, 1), 64)]
+        for j, piece in enumerate(pieces):
+            expected.append((i, start + 64 * j, start + 64 * j + piece, chunk + 2 * j))
+        start, chunk = start + length, chunk + -(-length // C)
+        first.append(len(expected))
+    assert s.chunks == 2
+    assert s.first.tolist() == first
+    bounds = s.bounds.tolist()
+    actual = zip(s.sequence.tolist(), bounds, bounds[1:], s.first_chunk.tolist(), strict=False)
+    assert list(actual)[: len(expected)] == expected
+    assert len(bounds) == s.number + 1
+    assert s.number >= len(expected)
+    assert bounds[len(expected) :] == [T] * (s.number + 1 - len(expected))
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: compute(case) for name, case in CASES.items()}))
+    answers = {name: compute(case) for name, case in CASES.items()}
+    answers |= {name: compute_hidden(g, strength) for name, (g, strength, _) in HIDDEN.items()}
+    print(json.dumps(answers))

@@ -65,7 +65,14 @@ def saved_shapes(
     room = HV * max_chunks(B, T, N, K, num_sequences)
     R = chunk_tokens(N, K) * N
     dtype = compute_dtype(q, k, v, beta)
-    return ((room, K, V), dtype), ((room, R, R), dtype), ((room, R, V), dtype)
+    nothing = (0,), dtype  # what only the kernels keep
+    return (
+        ((room, K, V), dtype),
+        ((room, R, R), dtype),
+        ((room, R, V), dtype),
+        nothing,
+        nothing,
+    )
 
 
 class Segment(NamedTuple):
@@ -328,7 +335,7 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the recurrence; arguments as in the public `delta_product`.
 
     Returns:
@@ -343,7 +350,7 @@ def forward(
 
     o = v.new_empty(v.shape[0], v.shape[1], 1, HV, V)
     num_sequences = None if cu_seqlens is None else layout.num_sequences
-    all_states, all_ut, all_u = (
+    all_states, all_ut, all_u, *nothing = (
         v.new_empty(shape if save else (0, *shape[1:]), dtype=dtype)
         for shape, dtype in saved_shapes(q, k, v, beta, num_sequences)
     )
@@ -381,7 +388,7 @@ def forward(
         layout.scatter(o_rows, segment, o)
 
     state = layout.unsort_states(state.unflatten(0, (layout.num_sequences, HV)))
-    return o.squeeze(2), state, all_states, all_ut, all_u
+    return o.squeeze(2), state, all_states, all_ut, all_u, *nothing
 
 
 @without_autocast
@@ -399,6 +406,7 @@ def backward(
     all_states: Tensor,
     all_ut: Tensor,
     all_u: Tensor,
+    *_: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, beta, g and initial_state, in closed form.
 

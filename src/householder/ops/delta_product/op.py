@@ -144,16 +144,18 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
     "Tensor? initial_state, Tensor? cu_seqlens"
 )
+# What the forward keeps: states, triangles, writes, and maps and growth of segments.
+_SAVED = "Tensor states, Tensor ut, Tensor u, Tensor maps, Tensor growth"
 FORWARD = register(
     "delta_product",
-    f"({_INPUTS}, bool save, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool save, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     cpu=_forward,
     cuda=_forward,
 )
 BACKWARD = register(
     "delta_product_backward",
-    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor ut, Tensor u, str form) "
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, {_SAVED}, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward,
@@ -244,17 +246,12 @@ class DeltaProduct(torch.autograd.Function):
         o, state, *saved = DeltaProduct.apply(*inputs, False, args[9])
         # Nothing was saved, for it could not be split by the batched dimension.
         saved = [x.new_empty(size, *x.shape) for x in saved]
-        return (unfold_from_heads(o, size, 2), unfold_from_heads(state, size, 1), *saved), (
-            2,
-            1,
-            0,
-            0,
-            0,
-        )
+        outputs = (unfold_from_heads(o, size, 2), unfold_from_heads(state, size, 1), *saved)
+        return outputs, (2, 1, *(0 for _ in saved))
 
 
 class DeltaProductBackward(torch.autograd.Function):
-    """The gradient, itself not differentiable: `(do, dstate, *inputs, states, ut, u, form)`."""
+    """The gradient, itself not differentiable: `(do, dstate, *inputs, *saved, form)`."""
 
     @staticmethod
     @with_signature
@@ -272,12 +269,15 @@ class DeltaProductBackward(torch.autograd.Function):
         states: Tensor,
         ut: Tensor,
         u: Tensor,
+        maps: Tensor,
+        growth: Tensor,
         form: str,
     ) -> tuple[Tensor, ...]:
         inputs = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
+        saved = (states, ut, u, maps, growth)
         if states.shape[0] == 0:
-            _, _, states, ut, u = delta_product_op(*inputs, True, form)
-        return delta_product_backward_op(do, dstate, *inputs, states, ut, u, form)
+            saved = delta_product_op(*inputs, True, form)[2:]
+        return delta_product_backward_op(do, dstate, *inputs, *saved, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -298,8 +298,8 @@ class DeltaProductBackward(torch.autograd.Function):
             for x, dim, heads in zip(args[:2], in_dims[:2], (2, 1), strict=True)
         )
         inputs = _fold_inputs(size, in_dims[2:10], args[2:10])
-        nothing = [args[4].new_empty(0) for _ in range(3)]
-        grads = DeltaProductBackward.apply(do, dstate, *inputs, *nothing, args[13])
+        nothing = [args[4].new_empty(0) for _ in args[10:-1]]
+        grads = DeltaProductBackward.apply(do, dstate, *inputs, *nothing, args[-1])
         # An absent gradient is an empty tensor and has no batched dimension.
         split = [
             (dx, None) if dx.dim() == 1 else (unfold_from_heads(dx, size, heads), heads)

@@ -36,6 +36,7 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
+    attention,
     load_tile,
     load_tile_t,
     locate_chunk,
@@ -48,6 +49,11 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
+from householder.ops.delta_product.triton.segments import (
+    make_segments,
+    of_sequences,
+    segment_ends,
+)
 
 
 @triton.jit
@@ -57,7 +63,7 @@ def walk_back_kernel(
     k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of dS from a sequence's end to its start; write each chunk's dS', D."""
     num_v: tl.constexpr = (V + BV - 1) // BV
@@ -65,7 +71,9 @@ def walk_back_kernel(
     i_sh = (tl.program_id(0) // num_v).to(tl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    batch, first, length, chunk = locate_sequence(i_s, T, cu_seqlens, first_chunk, C, PACKED)
+    batch, first, length, chunk = locate_sequence(
+        i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     chunk = tl.cast(chunk, tl.int64)
@@ -94,18 +102,18 @@ def walk_back_kernel(
         m_r = o_r < n * N
         m_c = o_c < n
         i_ch = (chunk + i) * HV + i_h
-        p_ut = ut + i_ch * (R * (R + BC))
 
         b_k = load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK)
         b_k = cast_operand(b_k, PRECISION)
         b_do = load_tile_t(p_do + start * do_t, o_c * do_t, m_c, i_v, V, BV)
         b_do = cast_operand(b_do, PRECISION)
-        b_a = load_tile(p_ut + R * R, o_r * BC, everywhere, 0, BC, BC)
-        b_ut = load_tile(p_ut, o_r * R, everywhere, 0, R, R)
+        b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
         b_q = load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK)
         b_q = cast_operand(b_q, PRECISION)
+        b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
+        b_a = cast_operand(b_a, PRECISION)
 
         b_dsh = cast_operand(b_ds, PRECISION)
         store_tile(dstates + i_ch * K * V, o_v * K, m_v, 0, b_dsh, K, BK)
@@ -128,7 +136,7 @@ def walk_back_kernel(
 
 @triton.jit
 def gradient_kernel(
-    do, q, k, v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
+    do, q, k, v, table, states, dstates, u, dq, dk, dv, dbeta, dg,
     cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h, v_b, v_h,
     HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
     v_t: tl.constexpr, v_n: tl.constexpr,
@@ -233,10 +241,15 @@ def gradient_kernel(
         b_at = dot_add(b_u, tl.trans(b_do), b_at, PRECISION)
     if GATED:
         # The same for what it gives to the output of token t.
-        attention = load_tile(ut + i_ch * (R * (R + BC)) + R * R, o_r * BC, everywhere, 0, BC, BC)
-        attention = cast_operand(attention.to(tl.float32) * b_at, PRECISION)
+        kq = tl.zeros((R, BC), tl.float32)
+        for i_k in tl.static_range(num_k):
+            k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
+            q_tile = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
+            kq = dot_add(k_tile, tl.trans(q_tile), kq, PRECISION)
+        kq *= b_at * scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
         from_here_on = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
-        crossing = dot(attention, cast_operand(from_here_on, PRECISION), PRECISION)
+        from_here_on = cast_operand(from_here_on, PRECISION)
+        crossing = dot(cast_operand(kq, PRECISION), from_here_on, PRECISION)
         b_dg += tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
     b_at *= scale
     if GATED:
@@ -347,6 +360,8 @@ def backward(
     states: Tensor,
     ut: Tensor,
     u: Tensor,
+    maps: Tensor,
+    growth: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, beta, g and initial_state, in closed form."""
     p = make_problem(q, k, v, beta, g, cu_seqlens)
@@ -359,18 +374,27 @@ def backward(
 
     dv = v.new_empty(v.shape)
     dstates = torch.empty_like(states)
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     dinitial = None
     if initial_state is not None:
         dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
+    segments = make_segments(p)
+    if segments.chunks:
+        dfinal = segment_ends(p, segments, table, ut, do, dfinal, scale, maps, growth)
+        # The walk leaves the gradient of a segment's first state where it found that of the last.
+        dinitial = None if dinitial is None else dfinal
     launch = config.walk_launch(K, V, p.precision)
     tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     if p.num_sequences:
-        walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
-            do, p.q, p.k, table, ut,
-            None if dfinal_state is None else dfinal_state.contiguous(), dinitial, dstates, dv,
-            p.cu_seqlens, p.first_chunk, scale, T, **tiles, **p.constants,
-            BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+        walk_back_kernel[(segments.number * HV * triton.cdiv(V, launch.block),)](
+            do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
+            segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
+            SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,
+            **launch.options,
         )  # fmt: skip
+
+    if dinitial is not None and initial_state is not None:
+        dinitial = of_sequences(segments, p, dinitial, last=False).to(initial_state.dtype)
 
     # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
     partial = torch.float32 if HV != H else None
@@ -381,7 +405,7 @@ def backward(
     launch = config.gradient_launch(K, V, p.precision)
     if p.num_chunks:
         gradient_kernel[(p.num_chunks * HV,)](
-            do, p.q, p.k, p.v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
+            do, p.q, p.k, p.v, table, states, dstates, u, dq, dk, dv, dbeta, dg,
             *p.packing, scale, T, **tiles, **strides("v", p.v), **p.constants,
             BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from small tables made on the device, so that nothing waits for the host.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from householder.ops._triton import (
     addressable,
+    dot,
     dot_precision,
     operand_dtype,
     power_of_two,
@@ -41,6 +43,11 @@ TOKEN_FROM_START = tl.constexpr(5)
 MIN_LOG_GATE = tl.constexpr(-128.0)
 # Log gates are split at multiples of 2⁻¹⁰: sums of 64 high parts are exact in float32.
 LOG_STEPS = tl.constexpr(1024.0)
+# exp(-88) is below the least normal float32: what has decayed so far is gone.
+NOTHING = tl.constexpr(-88.0)
+# The least part of a chunk in a sum of such logarithms. Less would cost the sum its digits
+# and change nothing.
+LEAST_PART = tl.constexpr(-256.0)
 
 
 @triton.jit
@@ -62,11 +69,23 @@ def locate_chunk(
 
 
 @triton.jit
-def locate_sequence(i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return a sequence's batch row, first token, number of tokens and first chunk."""
+def locate_sequence(
+    i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """Return a sequence's batch row, first token, number of tokens and first chunk.
+
+    With SEGMENT, a number of chunks, it is a segment of a sequence (see `segments.py`).
+    """
     if PACKED:
         start = tl.load(cu_seqlens + i_s)
         return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_chunk + i_s)
+    elif SEGMENT:
+        per_row = tl.cdiv(T, SEGMENT * C)
+        row = i_s // per_row
+        index = i_s % per_row
+        start = index * (SEGMENT * C)
+        length = tl.minimum(T - start, SEGMENT * C).to(tl.int32)
+        return row, start, length, row * tl.cdiv(T, C) + index * SEGMENT
     else:
         return i_s, 0, T, i_s * tl.cdiv(T, C)
 
@@ -127,6 +146,22 @@ def pair_decay(table, later, earlier, causal, R: tl.constexpr):
     high = tl.load(table + LOG_HIGH * R + later) - tl.load(table + LOG_HIGH * R + earlier)
     low = tl.load(table + LOG_LOW * R + later) - tl.load(table + LOG_LOW * R + earlier)
     return tl.exp(tl.where(causal, high + low, -float("inf")))
+
+
+@triton.jit
+def attention(
+    b_k, b_q, table, scale, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    GATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return Aᵀ `[R, BC]` of a chunk in float32: what tokens read of the rows up to their own."""
+    o_r = tl.arange(0, R)[:, None]
+    o_c = tl.arange(0, BC)[None, :]
+    seen = o_r // N <= o_c
+    b_a = dot(b_k, tl.trans(b_q), PRECISION) * scale
+    if GATED:
+        # A query's gates are those of its token's rows; past the chunk's end there is no query.
+        b_a *= pair_decay(table, tl.minimum(o_c, C - 1) * N, o_r, seen, R)
+    return tl.where(seen, b_a, 0.0)
 
 
 @triton.jit
@@ -197,6 +232,15 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     }
 
 
+@functools.cache
+def make_sizes(N: int, H: int, K: int, HV: int, V: int, precision: str) -> dict[str, int]:
+    """Return the kernels' constants of these sizes; not to be changed."""
+    return {
+        "N": N, "K": K, "V": V, "GROUP": HV // H,
+        "C": chunk_tokens(N), "R": CHUNK_ROWS, "BC": token_block(N, precision),
+    }  # fmt: skip
+
+
 class Problem(NamedTuple):
     """The op's inputs as the kernels read them, and what follows from their shapes."""
 
@@ -217,11 +261,7 @@ class Problem(NamedTuple):
         """Constants of every kernel."""
         N, H, K = self.k.shape[2:]
         HV, V = self.v.shape[3:]
-        C = chunk_tokens(N)
-        return {
-            "N": N, "K": K, "V": V, "GROUP": HV // H,
-            "C": C, "R": CHUNK_ROWS, "BC": token_block(N, self.precision),
-        }  # fmt: skip
+        return make_sizes(N, H, K, HV, V, self.precision)
 
     @property
     def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -282,16 +322,18 @@ def make_problem(
     )
 
 
+def empty_table(p: Problem) -> Tensor:
+    """Return room for the table of coefficients: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
+    shape = p.num_chunks, p.heads, 1 if p.g is None else 6, CHUNK_ROWS
+    return torch.empty(shape, dtype=torch.float32, device=p.v.device)
+
+
 def make_table(p: Problem) -> Tensor:
-    """Run `table_kernel` for all chunks: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
-    sizes = p.sizes
-    rows = 1 if p.g is None else 6
-    table = torch.empty(
-        p.num_chunks, p.heads, rows, CHUNK_ROWS, dtype=torch.float32, device=p.v.device
-    )
+    """Run `table_kernel` for all chunks."""
+    sizes, table = p.sizes, empty_table(p)
     BH = power_of_two(p.heads, least=1, most=16)
     if p.num_chunks:
-        table_kernel[(p.num_chunks, triton.cdiv(p.heads, BH))](
+        table_kernel[(p.num_chunks, -(-p.heads // BH))](
             p.beta, p.g, table, *p.packing, p.v.shape[1], p.heads, *p.beta.stride(),
             *((0, 0, 0) if p.g is None else p.g.stride()),
             N=sizes["N"], C=sizes["C"], R=sizes["R"], BC=sizes["BC"], BH=BH,

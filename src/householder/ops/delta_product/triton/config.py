@@ -12,6 +12,16 @@ from householder.ops._triton import power_of_two
 
 # Reflector rows of one chunk.
 CHUNK_ROWS = 64
+# The most of K that the walk's form for Hopper carries in registers.
+MOST_HOPPER_KEYS = 128
+
+
+# Tokens of one segment of a long sequence, and the programs of one sequence's walk from which on
+# there is no need to cut it.
+SEGMENT_TOKENS = 4096
+ENOUGH_PROGRAMS = 128
+# Columns of V that one program of the chain of segments takes.
+CHAIN_COLUMNS = 32
 
 
 class Launch(NamedTuple):
@@ -45,12 +55,37 @@ def max_chunks(B: int, T: int, N: int, num_sequences: int | None) -> int:
 
 
 def saved_shapes(
-    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None, precision: str
+    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of what `forward` saves: states, triangles with attention, writes."""
-    rows, tokens = CHUNK_ROWS, token_block(N, precision)
+    """Return the shapes of what `forward` saves: states, triangles, writes."""
     room = max_chunks(B, T, N, num_sequences) * HV
-    return (room, V, K), (room, rows * (rows + tokens)), (room, rows, V)
+    return (room, V, K), (room, CHUNK_ROWS * CHUNK_ROWS), (room, CHUNK_ROWS, V)
+
+
+def segment_chunks(T: int, N: int, HV: int, V: int) -> int:
+    """Return the chunks of a segment, or 0 if no sequence among T tokens is to be cut.
+
+    Whether it is does not matter to a sequence of at most one segment.
+    """
+    chunks = SEGMENT_TOKENS // chunk_tokens(N)
+    if chunks * chunk_tokens(N) >= T or HV * -(-V // 64) >= ENOUGH_PROGRAMS:
+        return 0
+    return chunks
+
+
+def segment_shapes(
+    B: int, T: int, N: int, HV: int, K: int, V: int, num_sequences: int | None
+) -> tuple[tuple[int, ...], tuple[int]]:
+    """Return the shapes of what `forward` saves for segments: maps, and growth.
+
+    A map is kept of all segments but each sequence's first and last. Growth is of chunks and,
+    behind them, a flag of every map.
+    """
+    tokens = segment_chunks(T, N, HV, V) * chunk_tokens(N)
+    if tokens == 0:
+        return (0, K, K), (0,)
+    maps = B * (T // tokens) * HV
+    return (maps, K, K), (max_chunks(B, T, N, num_sequences) * HV + maps,)
 
 
 def least_block(precision: str) -> int:
@@ -76,8 +111,9 @@ def prepare_launch(K: int, precision: str) -> Launch:
     """Parameters of the kernel of the triangles; its tile is all of K."""
     block = key_block(K, precision)
     if precision == "bf16":
-        # Four programs on a multiprocessor are worth a few spills: 0.180 ms against 0.190.
-        return Launch(block, 4, 1, 128 if K <= 128 else None)
+        # Three programs on a multiprocessor; with four of 128 registers the products wait for
+        # spills: 0.121 ms against 0.160.
+        return Launch(block, 4, 1, 168 if K <= 128 else None)
     return Launch(block, 4 if block == 32 else 8, 1)
 
 
@@ -86,6 +122,43 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
     if precision == "bf16":
         return Launch(power_of_two(V, most=64), 4 if K <= 128 else 8, 2)
     return Launch(32, 4 if K <= 64 else 8, 1)
+
+
+def hopper_prepare_launch(K: int, gated: bool) -> Launch:
+    """Parameters of Hopper's kernel of the triangles; its tile is all of K."""
+    # With gates a cap makes room for six programs on a multiprocessor instead of five.
+    return Launch(power_of_two(K), 4, 1, 80 if gated else None)
+
+
+def hopper_walk_launch(V: int) -> Launch:
+    """Parameters of Hopper's forward walk; the tile is part of V, 16 columns a warp.
+
+    One program for 128 columns: two of 64 write halves of rows, which costs more (0.49 ms against
+    0.27 with what the backward needs).
+    """
+    return Launch(128, 8, 2) if V > 64 else Launch(64, 4, 2)
+
+
+def carry_launch(K: int, V: int, precision: str) -> Launch:
+    """Parameters of the kernel of the segments' maps; the tile is part of V and K together."""
+    if precision == "bf16":
+        return Launch(64, 4 if K <= 128 else 8, 2)
+    return walk_launch(K, V, precision)
+
+
+def hopper_carry_launch() -> Launch:
+    """Parameters of the form of that kernel for Hopper; stages are places of its ring."""
+    return Launch(64, 4, 2)
+
+
+def hopper_carry_back_launch(V: int) -> Launch:
+    """Parameters of the form for Hopper of the kernel that carries gradients; part of V."""
+    return Launch(128, 8, 2) if V > 64 else Launch(64, 4, 2)
+
+
+def chain_launch(K: int) -> Launch:
+    """Parameters of the kernel that joins segments; the tile is part of K."""
+    return Launch(power_of_two(K, least=32, most=128) if K <= 128 else 64, 8, 1)
 
 
 def gradient_launch(K: int, V: int, precision: str) -> Launch:

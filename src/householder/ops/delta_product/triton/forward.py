@@ -2,14 +2,15 @@
 
 With the notation of the chunked form (see `chunk.py`), per chunk and head:
 
-    prepare:  T = (I + strict_lower(diag(β) Γ ⊙ K Kᵀ))⁻¹       A = scale · Γ ⊙ lower(Q Kᵀ)
-    walk:     Y = diag(β) (V − diag(E) K S)    U = T Y    O = scale · diag(E) Q S + A U
-              S ← E_C S + (diag(E_C / E) K)ᵀ U
+    prepare:  T = (I + strict_lower(diag(β) Γ ⊙ K Kᵀ))⁻¹
+    walk:     Y = diag(β) (V − diag(E) K S)    U = T Y    S ← E_C S + (diag(E_C / E) K)ᵀ U
+              A = scale · Γ ⊙ lower(Q Kᵀ)      O = scale · diag(E) Q S + A U
 
 The walk holds a block of V's columns of S in registers, and holds everything transposed (Sᵀ, Yᵀ,
 Uᵀ, Oᵀ): every product then takes its left factor from the registers of the one before, and the
 tokens, few where N is large, lie along the tensor cores' finer dimension. V − K S is taken in
-float32, as the difference of two close numbers.
+float32, as the difference of two close numbers. A hangs on no state and is cheaper made twice, in
+the shadow of the products that do, than written and read.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from householder.ops._triton import (
     inverse_unit_lower,
     on_its_device,
 )
-from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton import config, hopper_forward
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
     Problem,
+    attention,
+    empty_table,
     load_tile,
     load_tile_t,
     locate_chunk,
@@ -45,17 +48,26 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
+from householder.ops.delta_product.triton.segments import (
+    make_maps,
+    make_segments,
+    of_sequences,
+    segment_starts,
+)
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, table, ut, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
-    q_b, q_h, k_b, k_h, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
+    k, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
+    k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, JOIN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write T `[R, R]` and, behind it, Aᵀ `[R, BC]` of one chunk and value head."""
+    """Write T `[R, R]` of one chunk and value head.
+
+    To `growth`, if there, goes the logarithm of a bound on the norm of the chunk's reflections.
+    """
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = (tl.program_id(0) // HV).to(tl.int64)
     i_h = (tl.program_id(0) % HV).to(tl.int64)
@@ -65,34 +77,22 @@ def prepare_kernel(
     batch = tl.cast(batch, tl.int64)
     start = start.to(tl.int64)
     o_r = tl.arange(0, R)
-    o_c = tl.arange(0, BC)
-    token = o_r // N
-    m_r = o_r < n * N
-
-    p_q = q + batch * q_b + start * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
-    b_k = cast_operand(load_tile(p_k, row_offsets(R, N, k_t, k_n), m_r, 0, K, BK), PRECISION)
-    b_q = cast_operand(load_tile(p_q, o_c * q_t, o_c < n, 0, K, BK), PRECISION)
-
-    p_ut = ut + (i_chunk * HV + i_h) * (R * (R + BC))
-    everywhere = o_r >= 0
-
-    attention = dot(b_k, tl.trans(b_q), PRECISION) * scale
-    seen = token[:, None] <= o_c[None, :]
-    if GATED:
-        # A query's gates are those of its token's rows; past the chunk's end there is no query.
-        query = tl.minimum(o_c, C - 1) * N
-        attention *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
-    attention = tl.where(seen, attention, 0.0)
-    store_tile(p_ut + R * R, o_r * BC, everywhere, 0, attention, BC, BC)
-
+    b_k = cast_operand(
+        load_tile(p_k, row_offsets(R, N, k_t, k_n), o_r < n * N, 0, K, BK), PRECISION
+    )
     m = dot(b_k, tl.trans(b_k), PRECISION) * tl.load(p_table + BETA * R + o_r)[:, None]
+    if growth is not None:
+        norms = tl.abs(1.0 - tl.sum(tl.where(o_r[:, None] == o_r[None, :], m, 0.0), axis=1))
+        b_growth = tl.sum(tl.log(tl.maximum(norms, 1.0)), axis=0)
+        tl.store(growth + i_chunk * HV + i_h, b_growth)
     below = o_r[:, None] > o_r[None, :]
     if GATED:
         m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
     m = tl.where(below, m, 0.0)
-    store_tile(p_ut, o_r * R, everywhere, 0, inverse_unit_lower(m, R, JOIN), R, R)
+    p_ut = ut + (i_chunk * HV + i_h) * (R * R)
+    store_tile(p_ut, o_r * R, o_r >= 0, 0, inverse_unit_lower(m, R, PRECISION), R, R)
 
 
 @triton.jit
@@ -102,7 +102,8 @@ def walk_kernel(
     k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, SAVE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
     num_v: tl.constexpr = (V + BV - 1) // BV
@@ -110,7 +111,9 @@ def walk_kernel(
     i_sh = (tl.program_id(0) // num_v).to(tl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    batch, first, length, chunk = locate_sequence(i_s, T, cu_seqlens, first_chunk, C, PACKED)
+    batch, first, length, chunk = locate_sequence(
+        i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     chunk = tl.cast(chunk, tl.int64)
@@ -138,17 +141,16 @@ def walk_kernel(
         m_r = o_r < n * N
         m_c = o_c < n
         i_ch = (chunk + i) * HV + i_h
-        p_ut = ut + i_ch * (R * (R + BC))
 
         b_k = load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK)
         b_k = cast_operand(b_k, PRECISION)
         b_v = load_tile_t(p_v + start * v_t, o_vrows, m_r, i_v, V, BV).to(tl.float32)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
-        b_ut = load_tile(p_ut, o_r * R, everywhere, 0, R, R)
+        b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
         b_q = load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK)
         b_q = cast_operand(b_q, PRECISION)
-        b_a = load_tile(p_ut + R * R, o_r * BC, everywhere, 0, BC, BC)
+        b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
 
         b_sh = cast_operand(b_s, PRECISION)
         if SAVE:
@@ -163,7 +165,7 @@ def walk_kernel(
         b_uh = cast_operand(b_u, PRECISION)
         if SAVE:
             store_tile_t(u + i_ch * R * V, o_r * V, everywhere, i_v, b_uh, V, BV)
-        b_o = dot_add(b_uh, b_a, b_o, PRECISION)
+        b_o = dot_add(b_uh, cast_operand(b_a, PRECISION), b_o, PRECISION)
         if GATED:
             b_uh = cast_operand(b_u * tl.load(p_table + TO_END * R + o_r)[None, :], PRECISION)
             b_s *= tl.load(p_table + FROM_START * R + R - 1)
@@ -173,20 +175,49 @@ def walk_kernel(
     store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
 
 
-def prepare(p: Problem, table: Tensor, scale: float) -> Tensor:
-    """Run `prepare_kernel`: T and Aᵀ of every chunk and value head."""
-    sizes = p.sizes
-    R, BC = sizes["R"], sizes["BC"]
-    ut = torch.empty(p.num_chunks * p.heads, R * (R + BC), dtype=p.operand, device=p.q.device)
-    launch = config.prepare_launch(sizes["K"], p.precision)
+def suits_hopper(p: Problem) -> bool:
+    """Whether this chip's forms of the kernels can read these inputs: 16 bytes at a time."""
+    device = p.q.device
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and p.precision == "bf16"
+        and p.sizes["K"] <= config.MOST_HOPPER_KEYS
+        and all(map(has_wide_rows, (p.q, p.k, p.v)))
+    )
+
+
+def has_wide_rows(x: Tensor) -> bool:
+    """Whether all rows of `x` start at a multiple of 16 bytes."""
+    steps = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in steps[:-1])
+
+
+def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Make the table of coefficients and T of every chunk and value head."""
+    R = p.sizes["R"]
+    ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
+    grid = (p.num_chunks * p.heads,)
+    if suits_hopper(p):
+        table = empty_table(p)
+        launch = config.hopper_prepare_launch(p.sizes["K"], p.g is not None)
+        names = ("beta_b", "beta_t", "beta_n", "beta_h"), ("g_b", "g_t", "g_h")
+        beta = dict(zip(names[0], p.beta.stride(), strict=True))
+        g = dict(zip(names[1], (0, 0, 0) if p.g is None else p.g.stride(), strict=True))
+        if p.num_chunks:
+            hopper_forward.prepare_kernel[grid](
+                p.k, p.beta, p.g, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
+                **strides("k", p.k), **beta, **g, **p.constants, BK=launch.block, **launch.options,
+            )  # fmt: skip
+        return table, ut
+    table = make_table(p)
+    launch = config.prepare_launch(p.sizes["K"], p.precision)
     if p.num_chunks:
-        prepare_kernel[(p.num_chunks * p.heads,)](
-            p.q, p.k, table, ut, *p.packing, scale, p.q.shape[1], p.heads,
-            **strides("q", p.q), **strides("k", p.k), **p.constants,
-            JOIN={"bf16": "tf32 cut"}.get(p.precision, p.precision), BK=launch.block,
-            **launch.options,
+        prepare_kernel[grid](
+            p.k, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
+            **strides("k", p.k), **p.constants, BK=launch.block, **launch.options,
         )  # fmt: skip
-    return ut
+    return table, ut
 
 
 @on_its_device
@@ -200,32 +231,45 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the recurrence; arguments as in the public `delta_product`.
 
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
-        at the chunks' starts `[chunks·HV, V, K]`, their triangles T and attention Aᵀ
-        `[chunks·HV, R·(R + BC)]` and their writes U `[chunks·HV, R, V]`.
+        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, their
+        writes U `[chunks·HV, R, V]`, and of long sequences the segments' maps and the chunks'
+        growth (see `segments.py`).
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
-    table = make_table(p)
-    ut = prepare(p, table, scale)
+    segments = make_segments(p)
+    maps, growth = make_maps(p)
+    table, ut = prepare(p, growth if segments.chunks and g is not None else None)
+    initial = None if initial_state is None else initial_state.contiguous()
+    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
+    if segments.chunks:
+        # A walk leaves a segment's last state where it found the first.
+        initial = segment_starts(p, segments, table, ut, initial, maps, growth)
+        final = initial
 
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
-    final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
-    launch = config.walk_launch(K, V, p.precision)
+    launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
+    if suits_hopper(p):
+        launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel
+        ahead = {"STAGES": launch.num_stages}
     if p.num_sequences:
-        walk_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
-            p.q, p.k, p.v, table, ut,
-            None if initial_state is None else initial_state.contiguous(), final, o, states, u,
-            p.cu_seqlens, p.first_chunk, scale, v.shape[1],
+        walk[(segments.number * HV * -(-V // launch.block),)](
+            p.q, p.k, p.v, table, ut, initial, final, o, states, u,
+            segments.bounds, segments.first_chunk, scale, v.shape[1],
             **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), HV=HV, **p.constants,
-            SAVE=save, BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+            SEGMENT=segments.chunks, SAVE=save, BK=config.key_block(K, p.precision),
+            BV=launch.block, **ahead, **launch.options,
         )  # fmt: skip
-    return o, final, states, ut if save else torch.empty_like(ut[:0]), u
+    final = of_sequences(segments, p, final, last=True)
+    if not save:
+        ut, maps, growth = (x.new_empty(0, *x.shape[1:]) for x in (ut, maps, growth))
+    return o, final, states, ut, u, maps, growth

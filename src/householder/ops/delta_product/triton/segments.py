@@ -1,0 +1,534 @@
+"""Long sequences in segments: how the state gets from one to the next without walking through all.
+
+A walk along a sequence is a chain, and few heads make few chains. So a long sequence is cut into
+segments of a fixed length, which the walks then take for sequences of their own. Through segment i
+the state is mapped by S_{i+1} = Φ_i S_i + Δ_i, and its gradient by dS_i = Φ_iᵀ dS_{i+1} + Δ'_i:
+
+    carry:  Δ_i, by a walk from S = 0 that writes nothing else, and the columns of Φ_i, by one from
+            S = I without values; all segments at once
+    chain:  the S_i of all segments, one after the other
+    walk:   each segment from its S_i
+
+The first segment's carry starts from the initial state and needs no Φ; the last has no carry. The
+gradient goes the same way from the other end, with the Φ that the forward kept.
+
+Under forget gates little of this is work. The norm of the map through some chunks is at most
+exp(Σ g + Σ log max(1, |1 − β|k|²|)); where that is below what float32 holds, nothing that lies
+before them can be seen behind them. A carry then begins at those chunks, and Φ is zero.
+
+How a sequence is cut depends on its own length alone, never on the batch; a sequence of one segment
+is walked as if there were none.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import cast_operand, dot, dot_add
+from householder.ops.delta_product.triton import config, hopper_segments
+from householder.ops.delta_product.triton.chunks import (
+    BETA,
+    FROM_START,
+    LEAST_PART,
+    LOG_HIGH,
+    LOG_LOW,
+    NOTHING,
+    TO_END,
+    TOKEN_FROM_START,
+    Problem,
+    load_tile,
+    load_tile_t,
+    locate_sequence,
+    pair_decay,
+    row_offsets,
+    store_tile,
+    store_tile_t,
+    strides,
+)
+
+
+class Segments(NamedTuple):
+    """The segments of all sequences, for the walks: what `Problem` says of sequences.
+
+    Numbered through like sequences, those of one sequence side by side. Past the last segment of a
+    packed batch there may be some without tokens.
+    """
+
+    bounds: Tensor | None  # packed: [number + 1] int32
+    first_chunk: Tensor | None  # packed: [number]
+    sequence: Tensor | None  # packed: [number]
+    first: Tensor | None  # packed: [sequences + 1], a sequence's first segment
+    number: int
+    chunks: int  # of one segment; 0 if sequences are not cut
+
+    @property
+    def tables(self) -> tuple[Tensor | None, ...]:
+        return self.bounds, self.first_chunk, self.sequence, self.first
+
+
+def make_segments(p: Problem) -> Segments:
+    """Cut the sequences; nothing here waits for the device."""
+    B, T, N, HV, V = p.v.shape
+    chunks = config.segment_chunks(T, N, HV, V)
+    if chunks == 0 or p.num_sequences == 0:
+        return Segments(p.cu_seqlens, p.first_chunk, None, None, p.num_sequences, 0)
+    tokens = chunks * config.chunk_tokens(N)
+    if p.cu_seqlens is None or p.first_chunk is None:
+        return Segments(None, None, None, None, B * -(-T // tokens), chunks)
+    number = T // tokens + p.num_sequences
+    counts = ((p.cu_seqlens.diff() + (tokens - 1)) // tokens).clamp_(min=1)
+    first = torch.zeros_like(p.cu_seqlens)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=first[1:])
+    numbers = torch.arange(number + 1, device=p.v.device, dtype=torch.int32)
+    sequence = torch.searchsorted(first[1:], numbers, right=True, out_int32=True)
+    sequence.clamp_(max=p.num_sequences - 1)
+    index = torch.minimum(numbers - first[sequence], counts[sequence])
+    bounds = torch.minimum(p.cu_seqlens[sequence] + index * tokens, p.cu_seqlens[sequence + 1])
+    return Segments(
+        bounds, p.first_chunk[sequence] + index * chunks, sequence, first, number, chunks
+    )
+
+
+@triton.jit
+def locate_segment(
+    i_s, T, sequence, first, C: tl.constexpr, PACKED: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """Return a segment's sequence, its place in it, and how many segments that one has."""
+    if PACKED:
+        i = tl.load(sequence + i_s)
+        begin = tl.load(first + i)
+        return i, i_s - begin, tl.load(first + i + 1) - begin
+    else:
+        count = tl.cdiv(T, SEGMENT * C)
+        return i_s // count, i_s % count, count
+
+
+@triton.jit
+def chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the logarithms of the bounds on the maps through a segment's chunks, `[BLOCK]`."""
+    o_i = tl.arange(0, BLOCK)
+    m_i = o_i < num_chunks
+    i_ch = (chunk + o_i) * HV + i_h
+    p_last = table + i_ch * (6 * R) + R - 1
+    log = tl.load(p_last + LOG_HIGH * R, mask=m_i, other=0.0)
+    log += tl.load(p_last + LOG_LOW * R, mask=m_i, other=0.0)
+    log += tl.load(growth + i_ch, mask=m_i, other=0.0)
+    return tl.maximum(log, LEAST_PART)
+
+
+@triton.jit
+def carry_kernel(
+    k, v, table, ut, growth, initial, starts, maps, visible,
+    bounds, first_chunk, sequence, first_segment, T, k_b, k_h, v_b, v_h,
+    HV: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr, UT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Find Δ, kept with the next segment's start, and Φ of one segment and head.
+
+    A program has columns `[BV]` of both side by side, and has them transposed, as in the walk; Φᵀ
+    is kept like that.
+    """
+    num_blocks: tl.constexpr = (V + K + BV - 1) // BV
+    i_v = (tl.program_id(0) % num_blocks) * BV
+    i_sh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_s = i_sh // HV
+    i_h = i_sh % HV
+    i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
+    if index + 1 >= count:
+        return
+    if (index == 0) & (i_v >= V):
+        return
+    batch, first, length, chunk = locate_sequence(i_s, T, bounds, first_chunk, C, PACKED, SEGMENT)
+    batch = tl.cast(batch, tl.int64)
+    first = tl.cast(first, tl.int64)
+    chunk = tl.cast(chunk, tl.int64)
+    num_chunks = tl.cdiv(length, C)
+
+    begin = 0
+    if GATED:
+        log = chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R, BS)
+        o_i = tl.arange(0, BS)
+        from_here = tl.sum(log, axis=0) - (tl.cumsum(log, axis=0) - log)
+        last = tl.max(tl.where((o_i < num_chunks) & (from_here < NOTHING), o_i, -1), axis=0)
+        seen = tl.where(last < 0, 1.0, 0.0)  # what lies before `begin`
+        begin = tl.where((last >= 0) & (i_v >= V), num_chunks, tl.maximum(last, 0))
+
+    o_r = tl.arange(0, R)
+    o_k = tl.arange(0, BK)
+    o_v = i_v + tl.arange(0, BV)
+    everywhere = o_r >= 0
+    m_v = o_v < V
+    p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
+    p_v = v + batch * v_b + first * v_t + i_h * v_h + o_v[:, None]
+    o_krows = row_offsets(R, N, k_t, k_n)
+    o_vrows = row_offsets(R, N, v_t, v_n)[None, :]
+    o_state = o_k[None, :] * V + o_v[:, None]
+    m_state = m_v[:, None] & (o_k[None, :] < K)
+
+    b_s = tl.where(o_v[:, None] == V + o_k[None, :], 1.0, 0.0)
+    if initial is not None:
+        p_initial = initial + (tl.cast(i_seq, tl.int64) * HV + i_h) * K * V
+        m_initial = m_v[:, None] & (o_k < tl.where(index == 0, K, 0))[None, :]
+        b_s += tl.load(p_initial + o_state, mask=m_initial, other=0.0).to(tl.float32)
+    if GATED:
+        b_s *= seen
+
+    for i in range(begin, num_chunks):
+        start = tl.cast(i * C, tl.int64)
+        m_r = o_r < tl.minimum(length - i * C, C) * N
+        i_ch = (chunk + i) * HV + i_h
+        b_k = cast_operand(load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK), PRECISION)
+        m_tile = m_v[:, None] & m_r[None, :]
+        b_v = tl.load(p_v + start * v_t + o_vrows, mask=m_tile, other=0.0).to(tl.float32)
+        p_table = table + i_ch * (6 * R if GATED else R)
+        b_beta = tl.load(p_table + BETA * R + o_r)
+        b_ut = load_tile(ut + i_ch * UT, o_r * R, everywhere, 0, R, R)
+
+        recalled = dot(cast_operand(b_s, PRECISION), tl.trans(b_k), PRECISION)
+        if GATED:
+            recalled *= tl.load(p_table + FROM_START * R + o_r)[None, :]
+        b_y = (b_v - recalled) * b_beta[None, :]
+        b_u = dot(cast_operand(b_y, PRECISION), tl.trans(b_ut), PRECISION)
+        if GATED:
+            b_u *= tl.load(p_table + TO_END * R + o_r)[None, :]
+            b_s *= tl.load(p_table + FROM_START * R + R - 1)
+        b_s = dot_add(cast_operand(b_u, PRECISION), b_k, b_s, PRECISION)
+
+    if i_v < V:
+        tl.store(starts + (i_sh + HV) * K * V + o_state, b_s, mask=m_state)
+    if index > 0:
+        slot = (batch * (T // (SEGMENT * C)) + first // (SEGMENT * C)) * HV + i_h
+        m_map = (o_v >= V) & (o_v < V + K)
+        store_tile(maps + slot * K * K, (o_v - V) * K, m_map, 0, b_s, K, BK)
+        if GATED:
+            tl.store(visible + slot, seen, mask=i_v == 0)
+
+
+@triton.jit
+def carry_back_kernel(
+    do, q, k, table, ut, growth, dfinal, dends,
+    bounds, first_chunk, sequence, first_segment, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
+    HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr, UT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Find columns `[BV]` of one segment's and head's Δ', kept with the end before it."""
+    num_v: tl.constexpr = (V + BV - 1) // BV
+    i_v = (tl.program_id(0) % num_v) * BV
+    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
+    i_s = i_sh // HV
+    i_h = i_sh % HV
+    i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
+    if index == 0:
+        return
+    if index >= count:
+        return
+    batch, first, length, chunk = locate_sequence(i_s, T, bounds, first_chunk, C, PACKED, SEGMENT)
+    batch = tl.cast(batch, tl.int64)
+    first = tl.cast(first, tl.int64)
+    chunk = tl.cast(chunk, tl.int64)
+    num_chunks = tl.cdiv(length, C)
+
+    end = num_chunks
+    hidden = False  # what lies behind `end`
+    if GATED:
+        log = chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R, BS)
+        o_i = tl.arange(0, BS)
+        up_to_here = tl.cumsum(log, axis=0)
+        end = tl.where((o_i < num_chunks) & (up_to_here < NOTHING), o_i + 1, 2 * BS)
+        end = tl.min(end, axis=0)
+        hidden = end < 2 * BS
+        end = tl.minimum(end, num_chunks)
+
+    o_r = tl.arange(0, R)
+    o_c = tl.arange(0, BC)
+    o_k = tl.arange(0, BK)
+    everywhere = o_r >= 0
+    p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
+    p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
+    p_do = do + batch * do_b + first * do_t + i_h * do_h
+    o_krows = row_offsets(R, N, k_t, k_n)
+    token = o_r // N
+    seen = token[None, :] <= o_c[:, None]
+    query = tl.minimum(o_c, C - 1) * N
+
+    b_ds = tl.zeros((BV, BK), tl.float32)
+    if dfinal is not None:
+        m_k = o_k < tl.where(index + 1 == count, K, 0)
+        p_final = dfinal + (tl.cast(i_seq, tl.int64) * HV + i_h) * K * V
+        b_ds += load_tile_t(p_final, o_k * V, m_k, i_v, V, BV).to(tl.float32)
+    if GATED:
+        b_ds = tl.where(hidden, 0.0, b_ds)
+
+    for step in range(end):
+        i = end - 1 - step
+        start = tl.cast(i * C, tl.int64)
+        n = tl.minimum(length - i * C, C)
+        m_r = o_r < n * N
+        m_c = o_c < n
+        i_ch = (chunk + i) * HV + i_h
+        p_table = table + i_ch * (6 * R if GATED else R)
+        b_k = cast_operand(load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK), PRECISION)
+        b_q = cast_operand(load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK), PRECISION)
+        b_do = load_tile_t(p_do + start * do_t, o_c * do_t, m_c, i_v, V, BV)
+        b_ut = load_tile(ut + i_ch * UT, o_r * R, everywhere, 0, R, R)
+        b_beta = tl.load(p_table + BETA * R + o_r)
+
+        b_a = dot(b_q, tl.trans(b_k), PRECISION) * scale
+        if GATED:
+            b_a *= pair_decay(p_table, query[:, None], o_r[None, :], seen, R)
+        b_a = cast_operand(tl.where(seen, b_a, 0.0), PRECISION)
+        b_du = dot(cast_operand(b_ds, PRECISION), tl.trans(b_k), PRECISION)
+        b_doq = b_do.to(tl.float32) * scale
+        if GATED:
+            b_du *= tl.load(p_table + TO_END * R + o_r)[None, :]
+            b_doq *= tl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
+            b_ds *= tl.load(p_table + FROM_START * R + R - 1)
+            b_beta *= tl.load(p_table + FROM_START * R + o_r)
+        b_du = dot_add(cast_operand(b_do, PRECISION), b_a, b_du, PRECISION)
+        b_d = dot(cast_operand(b_du, PRECISION), b_ut, PRECISION)
+        b_ds = dot_add(cast_operand(b_doq, PRECISION), b_q, b_ds, PRECISION)
+        b_ds = dot_add(cast_operand(b_d * (-b_beta)[None, :], PRECISION), b_k, b_ds, PRECISION)
+
+    store_tile_t(dends + (i_sh - HV) * K * V, o_k * V, o_k < K, i_v, b_ds, V, BV)
+
+
+@triton.jit
+def load_map(p_map, rows, columns, limit, K: tl.constexpr, REVERSE: tl.constexpr):
+    """Load the factor `[rows, columns]` of a transposed state (or gradient) from the map's Φᵀ."""
+    mask = (rows < limit)[:, None] & (columns < K)[None, :]
+    if REVERSE:
+        offsets = columns[None, :] * K + rows[:, None]
+    else:
+        offsets = rows[:, None] * K + columns[None, :]
+    return tl.load(p_map + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def chain_kernel(
+    states, outer, maps, visible, bounds, first_segment, T, HV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Turn what the carries left into the states of a sequence's segments, columns `[BV]`.
+
+    `outer` is the initial state or, in reverse, the gradient of the final one.
+    """
+    num_v: tl.constexpr = (V + BV - 1) // BV
+    num_k: tl.constexpr = (K + BK - 1) // BK
+    tokens: tl.constexpr = SEGMENT * C
+    way: tl.constexpr = -1 if REVERSE else 1
+    i_v = (tl.program_id(0) % num_v) * BV
+    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
+    i_s = i_sh // HV
+    i_h = i_sh % HV
+    if PACKED:
+        first = tl.load(first_segment + i_s).to(tl.int64)
+        count = tl.load(first_segment + i_s + 1) - first
+        slot = tl.load(bounds + first).to(tl.int64) // tokens
+    else:
+        count = tl.cdiv(T, tokens)
+        first = i_s * count
+        slot = i_s * (T // tokens)
+    if REVERSE:
+        first += count - 1
+        slot += count - 1
+    o_k = tl.arange(0, BK)
+
+    # Segments are counted from the one beside `outer`, 0.
+    p_state = states + (first * HV + i_h) * K * V
+    for i_k in tl.static_range(num_k):
+        o_row = i_k * BK + o_k
+        b_s = tl.zeros((BV, BK), tl.float32)
+        if outer is not None:
+            b_s += load_tile_t(outer + i_sh * K * V, o_row * V, o_row < K, i_v, V, BV)
+        store_tile_t(p_state, o_row * V, o_row < K, i_v, b_s, V, BV)
+    # The carry of segment 0 started from `outer`, and so state 1 is complete. So are the others
+    # where no map lets anything through.
+    if count <= 2:
+        return
+    slot = (slot + way) * HV + i_h
+    p_state += way * HV * K * V
+    if GATED:
+        is_seen = 0.0
+        for i in range(0, count - 2, 64):
+            o_i = tl.cast(i + tl.arange(0, 64), tl.int64)
+            flags = tl.load(visible + slot + way * HV * o_i, mask=o_i < count - 2, other=0.0)
+            is_seen = tl.maximum(is_seen, tl.max(flags, axis=0))
+        if is_seen == 0.0:
+            return
+    p_map = maps + slot * K * K
+    if num_k == 1:
+        # The state stays in registers, and maps are loaded one segment ahead.
+        b_s = load_tile_t(p_state, o_k * V, o_k < K, i_v, V, BV)
+        b_after = load_map(p_map, o_k, o_k, K, K, REVERSE)
+        for i in range(2, count):
+            p_state += way * HV * K * V
+            p_map += way * HV * K * K
+            b_map = cast_operand(b_after, PRECISION)
+            limit = tl.where(i + 1 < count, K, 0)
+            b_after = load_map(p_map, o_k, o_k, limit, K, REVERSE)
+            b_here = load_tile_t(p_state, o_k * V, o_k < K, i_v, V, BV)
+            b_s = dot_add(cast_operand(b_s, PRECISION), b_map, b_here, PRECISION)
+            store_tile_t(p_state, o_k * V, o_k < K, i_v, b_s, V, BV)
+    else:
+        for _ in range(2, count):
+            p_before = p_state
+            p_state += way * HV * K * V
+            for row in range(0, K, BK):
+                o_row = row + o_k
+                b_s = load_tile_t(p_state, o_row * V, o_row < K, i_v, V, BV)
+                for column in range(0, K, BK):
+                    o_col = column + o_k
+                    b_before = load_tile_t(p_before, o_col * V, o_col < K, i_v, V, BV)
+                    b_map = load_map(p_map, o_col, o_row, K, K, REVERSE)
+                    b_map = cast_operand(b_map, PRECISION)
+                    b_s = dot_add(cast_operand(b_before, PRECISION), b_map, b_s, PRECISION)
+                store_tile_t(p_state, o_row * V, o_row < K, i_v, b_s, V, BV)
+            p_map += way * HV * K * K
+            # The next one reads what all threads stored.
+            tl.debug_barrier()
+
+
+def _chain(
+    p: Problem,
+    s: Segments,
+    states: Tensor,
+    outer: Tensor | None,
+    maps: Tensor,
+    visible: Tensor,
+    reverse: bool,
+) -> None:
+    sizes = p.sizes
+    K, V = sizes["K"], sizes["V"]
+    launch = config.chain_launch(K)
+    chain_kernel[(p.num_sequences * p.heads * triton.cdiv(V, config.CHAIN_COLUMNS),)](
+        states, outer, maps, visible, s.bounds, s.first, p.v.shape[1],
+        HV=p.heads, K=K, V=V, C=sizes["C"], GATED=p.g is not None, PACKED=s.first is not None,
+        # Between segments TF32 rounds far less than bfloat16 did at every chunk.
+        PRECISION="tf32" if p.precision == "bf16" else p.precision,
+        SEGMENT=s.chunks, REVERSE=reverse, BK=launch.block, BV=config.CHAIN_COLUMNS,
+        **launch.options,
+    )  # fmt: skip
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0; asking each time takes microseconds."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
+    """Whether the carries have a form for this chip that can read `tiles`, 16 bytes at a time."""
+    return (
+        is_hopper(p.v.device)
+        and p.precision == "bf16"
+        and p.sizes["K"] <= 128
+        and all(
+            x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+            for x in tiles
+        )
+    )
+
+
+def _carry_constants(p: Problem, s: Segments, ut: Tensor) -> dict[str, Any]:
+    K = p.sizes["K"]
+    return {
+        **p.constants,
+        "HV": p.heads,
+        "SEGMENT": s.chunks,
+        "BS": triton.next_power_of_2(s.chunks),
+        "UT": ut.shape[1],
+        "BK": config.key_block(K, p.precision),
+    }
+
+
+def make_maps(p: Problem) -> tuple[Tensor, Tensor]:
+    """Return room for the segments' maps Φᵀ `[slots·HV, K, K]` and for growth.
+
+    There are maps of segments between others; the slot of one is its first token divided by the
+    length of a segment. Growth is the logarithm of the bound on each chunk's reflections `[chunks,
+    HV]` and, behind it, for each slot and head whether anything is seen through the segment. Only
+    gates need it. Where no sequence is cut, both are empty.
+    """
+    B, T, N, HV, V = p.v.shape
+    packed = None if p.cu_seqlens is None else p.num_sequences
+    shapes = config.segment_shapes(B, T, N, HV, p.sizes["K"], V, packed)
+    maps, growth = (torch.empty(x, dtype=torch.float32, device=p.v.device) for x in shapes)
+    return maps, growth
+
+
+def segment_starts(
+    p: Problem,
+    s: Segments,
+    table: Tensor,
+    ut: Tensor,
+    initial: Tensor | None,
+    maps: Tensor,
+    growth: Tensor,
+) -> Tensor:
+    """Return the state at every segment's start, `[number, HV, K, V]`; fill the maps."""
+    K, V = p.sizes["K"], p.sizes["V"]
+    starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
+    visible = growth[p.num_chunks * p.heads :]
+    launch, carry, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
+    if suits_hopper(p, p.k, p.v):
+        launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
+        ahead = {"STAGES": launch.num_stages}
+    carry[(s.number * p.heads * triton.cdiv(V + K, launch.block),)](
+        p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables, p.v.shape[1],
+        **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s, ut),
+        BV=launch.block, **ahead, **launch.options,
+    )  # fmt: skip
+    _chain(p, s, starts, initial, maps, visible, reverse=False)
+    return starts
+
+
+def segment_ends(
+    p: Problem,
+    s: Segments,
+    table: Tensor,
+    ut: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    scale: float,
+    maps: Tensor,
+    growth: Tensor,
+) -> Tensor:
+    """Return the gradient of the state at every segment's end, `[number, HV, K, V]`."""
+    K, V = p.sizes["K"], p.sizes["V"]
+    dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
+    launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
+    # The form for Hopper divides by the scale.
+    if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
+        launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
+        ahead = {"STAGES": launch.num_stages}
+    carry[(s.number * p.heads * triton.cdiv(V, launch.block),)](
+        do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, p.v.shape[1],
+        **strides("do", do), **strides("q", p.q), **strides("k", p.k),
+        **_carry_constants(p, s, ut), BV=launch.block, **ahead, **launch.options,
+    )  # fmt: skip
+    _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
+    return dends
+
+
+def of_sequences(s: Segments, p: Problem, states: Tensor, last: bool) -> Tensor:
+    """Pick the states of each sequence's last or first segment, `[sequences, HV, K, V]`."""
+    if s.chunks == 0:
+        return states
+    if s.first is None:
+        whole = states.unflatten(0, (p.num_sequences, -1))
+        return whole[:, -1 if last else 0].contiguous()
+    return states.index_select(0, s.first[1:] - 1 if last else s.first[:-1])
