@@ -242,13 +242,8 @@ class DeltaProduct(torch.autograd.Function):
         o, state, *saved = DeltaProduct.apply(*inputs, False, args[9])
         # Nothing was saved, for it could not be split by the batched dimension.
         saved = [x.new_empty(size, *x.shape) for x in saved]
-        return (unfold_from_heads(o, size, 2), unfold_from_heads(state, size, 1), *saved), (
-            2,
-            1,
-            0,
-            0,
-            0,
-        )
+        outputs = (unfold_from_heads(o, size, 2), unfold_from_heads(state, size, 1), *saved)
+        return outputs, (2, 1, *(0 for _ in saved))
 
 
 class DeltaProductBackward(torch.autograd.Function):
