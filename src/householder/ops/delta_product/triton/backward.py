@@ -49,6 +49,8 @@ from householder.ops.delta_product.triton.chunks import (
     strides,
 )
 
+from householder.ops.delta_product.triton.sweep import sweep_kernel
+
 
 @triton.jit
 def walk_back_kernel(
@@ -358,33 +360,44 @@ def backward(
     do = addressable(do)
 
     dv = v.new_empty(v.shape)
-    dstates = torch.empty_like(states)
-    dinitial = None
-    if initial_state is not None:
-        dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
-    launch = config.walk_launch(K, V, p.precision)
-    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
-    if p.num_sequences:
-        walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
-            do, p.q, p.k, table, ut,
-            None if dfinal_state is None else dfinal_state.contiguous(), dinitial, dstates, dv,
-            p.cu_seqlens, p.first_chunk, scale, T, **tiles, **p.constants,
-            BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
-        )  # fmt: skip
-
     # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
     partial = torch.float32 if HV != H else None
     dq = torch.empty(B, T, HV, K, dtype=partial or q.dtype, device=device)
     dk = torch.empty(B, T, N, HV, K, dtype=partial or k.dtype, device=device)
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=device)
     dg = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=device)
-    launch = config.gradient_launch(K, V, p.precision)
-    if p.num_chunks:
-        gradient_kernel[(p.num_chunks * HV,)](
-            do, p.q, p.k, p.v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
-            *p.packing, scale, T, **tiles, **strides("v", p.v), **p.constants,
-            BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
-        )  # fmt: skip
+    dinitial = None
+    if initial_state is not None:
+        dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
+    if dfinal_state is not None:
+        dfinal_state = dfinal_state.contiguous()
+    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
+    tiles_v = strides("v", p.v)
+    launch = config.sweep_launch(K, V, p.precision)
+    if launch is not None:
+        if p.num_sequences:
+            sweep_kernel[(p.num_sequences * HV,)](
+                do, p.q, p.k, p.v, table, ut, states, u, dfinal_state, dinitial,
+                dq, dk, dv, dbeta, dg, p.cu_seqlens, p.first_chunk, scale, T,
+                **tiles, **tiles_v, UT_STRIDE=ut.shape[1], **p.constants,
+                BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+            )  # fmt: skip
+    else:
+        dstates = torch.empty_like(states)
+        launch = config.walk_launch(K, V, p.precision)
+        if p.num_sequences:
+            walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
+                do, p.q, p.k, table, ut, dfinal_state, dinitial, dstates, dv,
+                p.cu_seqlens, p.first_chunk, scale, T, **tiles, **p.constants,
+                BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+            )  # fmt: skip
+        launch = config.gradient_launch(K, V, p.precision)
+        if p.num_chunks:
+            gradient_kernel[(p.num_chunks * HV,)](
+                do, p.q, p.k, p.v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
+                *p.packing, scale, T, **tiles, **tiles_v, **p.constants,
+                BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
+            )  # fmt: skip
     if HV != H:
         dq, dk = sum_groups(dq, H, q.dtype), sum_groups(dk, H, k.dtype)
     return dq, dk, dv, dbeta, dg, dinitial

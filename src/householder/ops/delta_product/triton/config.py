@@ -88,6 +88,13 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
     return Launch(32, 4 if K <= 64 else 8, 1)
 
 
+def sweep_launch(K: int, V: int, precision: str) -> Launch | None:
+    """Parameters of the backward kernel that holds all of dS; None where it does not fit."""
+    if precision != "bf16" or max(K, V) > 128:
+        return None
+    return Launch(power_of_two(V), 4 if max(K, V) <= 64 else 8, 1)
+
+
 def gradient_launch(K: int, V: int, precision: str) -> Launch:
     """Parameters of the kernel of the per-chunk gradients; the tile is part of K."""
     if precision == "bf16":
