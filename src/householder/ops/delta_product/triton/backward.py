@@ -377,9 +377,9 @@ def backward(
     if launch is not None:
         if p.num_sequences:
             sweep_kernel[(p.num_sequences * HV,)](
-                do, p.q, p.k, p.v, table, ut, states, u, dfinal_state, dinitial,
+                do, p.q, p.k, table, ut, states, u, dfinal_state, dinitial,
                 dq, dk, dv, dbeta, dg, p.cu_seqlens, p.first_chunk, scale, T,
-                **tiles, **tiles_v, UT_STRIDE=ut.shape[1], **p.constants,
+                **tiles, UT_STRIDE=ut.shape[1], **p.constants,
                 BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
             )  # fmt: skip
     else:

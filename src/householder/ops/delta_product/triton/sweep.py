@@ -42,10 +42,9 @@ def prefetch(pointer, offsets, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sweep_kernel(
-    do, q, k, v, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
-    cu_seqlens, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h, v_b, v_h,
-    HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
-    v_t: tl.constexpr, v_n: tl.constexpr, UT_STRIDE: tl.constexpr,
+    do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
+    cu_seqlens, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
+    HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr, UT_STRIDE: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -72,7 +71,6 @@ def sweep_kernel(
     query = tl.minimum(o_c, C - 1) * N
     p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
-    p_v = v + batch * v_b + first * v_t + i_h * v_h
     p_do = do + batch * do_b + first * do_t + i_h * do_h
     first_row = batch * T + first  # of tensors that are contiguous
     p_dq = dq + (first_row * HV + i_h) * K
@@ -80,7 +78,6 @@ def sweep_kernel(
     p_dv = dv + (first_row * N * HV + i_h) * V
     p_dbeta = dbeta + first_row * N * HV + i_h
     o_krows = row_offsets(R, N, k_t, k_n)
-    o_vrows = row_offsets(R, N, v_t, v_n)
 
     b_ds = tl.zeros((BV, BK), tl.float32)
     if dfinal is not None:
@@ -141,7 +138,6 @@ def sweep_kernel(
             prefetch(p_do + start_b * do_t, o_c * do_t * some, V, BV)
             prefetch(ut + i_b * UT_STRIDE, o_r * R, R, R)
             prefetch(states + i_b * K * V, tl.minimum(o_v, V - 1) * K, K, BK)
-            prefetch(p_v + start_b * v_t, o_vrows * some, V, BV)
         b_k = cast_operand(b_k, PRECISION)
         b_do = cast_operand(b_do, PRECISION)
         b_q = cast_operand(b_q, PRECISION)
@@ -161,7 +157,6 @@ def sweep_kernel(
             b_a *= pair_decay(p_table, query[:, None], o_r[None, :], seen, R)
         b_a = cast_operand(tl.where(seen, b_a, 0.0), PRECISION)
         b_du = dot(b_dsh, tl.trans(b_k), PRECISION)
-        b_carry = b_beta
         b_qe = b_q
         if GATED:
             from_start = tl.load(p_table + FROM_START * R + o_r)
@@ -169,13 +164,14 @@ def sweep_kernel(
             kept = tl.load(p_table + FROM_START * R + R - 1)
             b_du *= to_end[None, :]
             b_ds *= kept
-            b_carry *= from_start
             b_qe = cast_operand(b_q.to(tl.float32) * token_from_start[:, None], PRECISION)
         b_du = dot_add(tl.trans(b_do), b_a, b_du, PRECISION)
-        b_d = dot(cast_operand(b_du, PRECISION), b_t, PRECISION)
+        b_d = dot(cast_operand(b_du, PRECISION), b_t, PRECISION) * (-b_beta)[None, :]
         b_dh = cast_operand(b_d, PRECISION)
         b_ds = dot_add(tl.trans(b_do), b_qe, b_ds, PRECISION)
-        b_ds = dot_add(cast_operand(b_d * (-b_carry)[None, :], PRECISION), b_k, b_ds, PRECISION)
+        if GATED:
+            b_d *= from_start[None, :]
+        b_ds = dot_add(cast_operand(b_d, PRECISION), b_k, b_ds, PRECISION)
 
         if AHEAD:
             i = tl.maximum(i - 1, 0)
@@ -194,29 +190,28 @@ def sweep_kernel(
             b_s = load_tile(states + i_ch * K * V, o_v * K, m_v, 0, K, BK)
 
         # Values.
-        b_v = load_tile(p_v + start * v_t, o_vrows, m_r, 0, V, BV)
-        d_rows = tl.trans(b_dh).to(tl.float32)
-        b_dbeta = tl.sum(d_rows * b_v.to(tl.float32), axis=1)
         p_row = start * N * HV
-        b_dv = d_rows * (b_beta * scale)[:, None]
+        b_dv = tl.trans(b_dh).to(tl.float32) * -scale
         store_tile(p_dv + p_row * V, o_r * HV * V, m_r, 0, b_dv, V, BV)
 
         # Pairs of rows, and of rows with queries.
-        b_pt = dot(b_u, b_dh, PRECISION)
+        b_m = dot(b_u, b_dh, PRECISION)
         b_at = dot(b_u, tl.trans(b_do), PRECISION)
+        # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
+        b_dbeta = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_m, 0.0), axis=1)
+        b_dbeta = b_dbeta * (-scale) / (b_beta * b_beta)
+        tl.store(p_dbeta + p_row + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
         seen = token[:, None] <= o_c[None, :]
         if GATED:
-            b_pt *= pair_decay(p_table, o_r[None, :], o_r[:, None], above, R)
+            b_m *= pair_decay(p_table, o_r[None, :], o_r[:, None], above, R)
             attention = tl.trans(b_a).to(tl.float32) * b_at
             b_at *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
-        b_pt = tl.where(above, b_pt, 0.0)
+        b_m = tl.where(above, b_m, 0.0)
         b_at = cast_operand(tl.where(seen, b_at, 0.0), PRECISION)
-        b_pth = cast_operand(b_pt, PRECISION)
-        b_pt *= -b_beta[None, :]
-        b_ptb = cast_operand(b_pt, PRECISION)
+        b_mh = cast_operand(b_m, PRECISION)
         if GATED:
             # What rows give to the reads and outputs at or after each token, from before it.
-            crossing = dot(b_k, tl.trans(b_k), PRECISION) * b_pt
+            crossing = dot(b_k, tl.trans(b_k), PRECISION) * b_m
             here_on = tl.where(token[:, None] >= o_c[None, :], 1.0, 0.0)
             crossing = dot(
                 cast_operand(crossing, PRECISION), cast_operand(here_on, PRECISION), PRECISION
@@ -240,24 +235,21 @@ def sweep_kernel(
         b_dq = dot_add(tl.trans(b_k), b_at, b_dq, PRECISION) * scale
         store_tile_t(p_dq + start * HV * K, o_c * HV * K, m_c, 0, b_dq, K, BK)
 
-        # Keys: what rows write for later ones, and what they read.
-        b_dk = dot_add(tl.trans(b_k), tl.trans(b_ptb), b_dk, PRECISION)
-        b_dk = dot_add(tl.trans(b_q), tl.trans(b_at), b_dk, PRECISION)
-        b_rd = dot(tl.trans(b_s), b_dh, PRECISION)
-        k_columns = load_tile_t(p_k + start * k_t, o_krows, m_r, 0, K, BK).to(tl.float32)
+        # Keys: what rows read, and what they write for queries and later rows.
         if GATED:
-            b_rd *= from_start[None, :]
-            b_read = b_beta * tl.sum(b_rd * k_columns, axis=0)
+            b_rd = dot(tl.trans(b_s), b_dh, PRECISION) * from_start[None, :]
+            b_read = tl.sum(b_rd * tl.trans(b_k).to(tl.float32), axis=0)
             at_or_after = token[None, :] >= o_c[:, None]
-            b_dg += tl.sum(tl.where(at_or_after, -b_read[None, :], b_written[None, :]), axis=1)
+            b_dg += tl.sum(tl.where(at_or_after, b_read[None, :], b_written[None, :]), axis=1)
             p_dg = dg + (first_row + start) * HV + i_h
             tl.store(p_dg + o_c * HV, (b_dg * scale).to(dg.dtype.element_ty), mask=m_c)
-        b_rd = dot_add(tl.trans(b_k), b_pth, b_rd, PRECISION)
-        b_dbeta -= tl.sum(b_rd * k_columns, axis=0)
-        b_dk -= b_rd * b_beta[None, :]
+            b_dk += b_rd
+        else:
+            b_dk = dot_add(tl.trans(b_s), b_dh, b_dk, PRECISION)
+        b_dk = dot_add(tl.trans(b_k), b_mh, b_dk, PRECISION)
+        b_dk = dot_add(tl.trans(b_k), tl.trans(b_mh), b_dk, PRECISION)
+        b_dk = dot_add(tl.trans(b_q), tl.trans(b_at), b_dk, PRECISION)
         store_tile_t(p_dk + p_row * K, o_r * HV * K, m_r, 0, b_dk * scale, K, BK)
-        b_dbeta *= scale
-        tl.store(p_dbeta + p_row + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
 
     if dinitial is not None:
         store_tile_t(dinitial + i_sh * K * V, o_k * V, o_k < K, 0, b_ds * scale, V, BV)
