@@ -67,6 +67,7 @@ def sweep_kernel(
     everywhere = o_r >= 0
     m_v = o_v < V
     above = o_r[:, None] < o_r[None, :]
+    seen = token[:, None] <= o_c[None, :]
     # A query's gates are those of its token's rows; past the chunk's end there is no query.
     query = tl.minimum(o_c, C - 1) * N
     p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
@@ -151,10 +152,9 @@ def sweep_kernel(
             b_written = tl.sum(b_dk * tl.trans(b_k).to(tl.float32), axis=0)
 
         # The chain from dS' to dS.
-        seen = o_c[:, None] >= token[None, :]
-        b_a = dot(b_q, tl.trans(b_k), PRECISION)
+        b_a = dot(b_k, tl.trans(b_q), PRECISION)
         if GATED:
-            b_a *= pair_decay(p_table, query[:, None], o_r[None, :], seen, R)
+            b_a *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
         b_a = cast_operand(tl.where(seen, b_a, 0.0), PRECISION)
         b_du = dot(b_dsh, tl.trans(b_k), PRECISION)
         b_qe = b_q
@@ -165,7 +165,7 @@ def sweep_kernel(
             b_du *= to_end[None, :]
             b_ds *= kept
             b_qe = cast_operand(b_q.to(tl.float32) * token_from_start[:, None], PRECISION)
-        b_du = dot_add(tl.trans(b_do), b_a, b_du, PRECISION)
+        b_du = dot_add(tl.trans(b_do), tl.trans(b_a), b_du, PRECISION)
         b_d = dot(cast_operand(b_du, PRECISION), b_t, PRECISION) * (-b_beta)[None, :]
         b_dh = cast_operand(b_d, PRECISION)
         b_ds = dot_add(tl.trans(b_do), b_qe, b_ds, PRECISION)
@@ -201,10 +201,9 @@ def sweep_kernel(
         b_dbeta = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_m, 0.0), axis=1)
         b_dbeta = b_dbeta * (-scale) / (b_beta * b_beta)
         tl.store(p_dbeta + p_row + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
-        seen = token[:, None] <= o_c[None, :]
         if GATED:
             b_m *= pair_decay(p_table, o_r[None, :], o_r[:, None], above, R)
-            attention = tl.trans(b_a).to(tl.float32) * b_at
+            attention = b_a.to(tl.float32) * b_at
             b_at *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
         b_m = tl.where(above, b_m, 0.0)
         b_at = cast_operand(tl.where(seen, b_at, 0.0), PRECISION)
