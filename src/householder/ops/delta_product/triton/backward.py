@@ -49,6 +49,7 @@ from householder.ops.delta_product.triton.chunks import (
     strides,
 )
 
+from householder.ops.delta_product.triton.hopper import hopper_sweep_kernel
 from householder.ops.delta_product.triton.sweep import sweep_kernel
 
 
@@ -325,6 +326,19 @@ def gradient_kernel(
     tl.store(p_dbeta + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for Hopper's tensor cores run on `device`."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return `x`, copied only if it has rows that copies of 16 bytes cannot reach."""
+    steps = zip(x.stride()[:-1], x.shape[:-1], strict=True)
+    if x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in steps if size > 1):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
     """Sum gradients `[…, HV, K]` over the value heads of each key head, in a fixed order."""
     groups = x.unflatten(-2, (H, -1)).unbind(-2)
@@ -373,8 +387,18 @@ def backward(
         dfinal_state = dfinal_state.contiguous()
     tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     tiles_v = strides("v", p.v)
-    launch = config.sweep_launch(K, V, p.precision)
-    if launch is not None:
+    launch = config.hopper_launch(K, V, p.precision, g is not None)
+    if launch is not None and is_hopper(device):
+        p, do = p._replace(q=aligned(p.q), k=aligned(p.k)), aligned(do)
+        if p.num_sequences:
+            hopper_sweep_kernel[(p.num_sequences * HV,)](
+                do, p.q, p.k, table, ut, states, u, dfinal_state, dinitial, dq, dk, dv, dbeta, dg,
+                p.cu_seqlens, p.first_chunk, scale, T,
+                **strides("do", do), **strides("q", p.q), **strides("k", p.k), HV=HV,
+                UT_STRIDE=ut.shape[1], BK=launch.block, WARPS=launch.num_warps,
+                **{n: x for n, x in p.constants.items() if n != "PRECISION"}, **launch.options,
+            )  # fmt: skip
+    elif (launch := config.sweep_launch(K, V, p.precision)) is not None:
         if p.num_sequences:
             sweep_kernel[(p.num_sequences * HV,)](
                 do, p.q, p.k, table, ut, states, u, dfinal_state, dinitial,

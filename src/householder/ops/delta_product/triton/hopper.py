@@ -1,0 +1,282 @@
+"""`delta_product` backward in one kernel for Hopper: the sweep of `sweep.py`, scheduled by hand.
+
+Products run while the next tiles are copied and the last results are packed and stored. All
+accumulators have the rows of one tensor-core instruction along K or V, a warp group to each 64 of
+them, so that dS, dU and D go from one product into the next without leaving the registers.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Names that changed after Triton 3.6.
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def row_offsets(o_r, N: gl.constexpr, stride_t, stride_n):
+    if N == 1:
+        return o_r * stride_t
+    else:
+        return (o_r // N) * stride_t + (o_r % N) * stride_n
+
+
+@gluon.jit
+def reinterpret(smem, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Take shared memory for a tile of another shape."""
+    if REINTERPRET:
+        return smem.reinterpret(gl.bfloat16, [ROWS, COLUMNS], LAYOUT)
+    else:
+        return smem._reinterpret(gl.bfloat16, [ROWS, COLUMNS], LAYOUT)
+
+
+@gluon.jit
+def copy_rows(
+    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Start copying rows of D elements to a tile; zero beyond the first `valid` rows."""
+    o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
+    offsets = row_offsets(o_r, N, stride_t, stride_n)[:, None] + o_d[None, :]
+    copy_async(smem, pointer + offsets, mask=mask)
+
+
+@gluon.jit
+def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store rows of a tile in `LAYOUT`."""
+    o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
+    offsets = o_r[:, None] * stride + o_d[None, :]
+    gl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def hopper_sweep_kernel(
+    do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
+    cu_seqlens, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
+    HV: gl.constexpr, do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr,
+    UT_STRIDE: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
+    BK: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Carry dS of one sequence and value head to its start; write the gradients of all chunks.
+
+    dS and all that follows from it are without the factor `scale`, which outputs get at the end.
+    """
+    GROUPS: gl.constexpr = WARPS // 4
+    tall_r: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
+    tall_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BC, 16])
+    tall_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    pair_r: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, R // GROUPS, 16])
+    pair_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
+    wide: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0]
+    )
+    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    bf16: gl.constexpr = gl.bfloat16
+    sh_rk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, BK], bf16)
+    sh_kk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BK], bf16)
+    sh_ck: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], bf16)
+    sh_rr: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, R], bf16)
+    sh_rc: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, BC], bf16)
+
+    i_sh = gl.program_id(0).to(gl.int64)
+    i_s = i_sh // HV
+    i_h = i_sh % HV
+    if PACKED:
+        batch = 0
+        first = gl.load(cu_seqlens + i_s).to(gl.int64)
+        length = gl.load(cu_seqlens + i_s + 1) - gl.load(cu_seqlens + i_s)
+        chunk = gl.load(first_chunk + i_s).to(gl.int64)
+    else:
+        batch = i_s
+        first = i_s * 0
+        length = T
+        chunk = i_s * ((T + C - 1) // C)
+
+    p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
+    p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
+    p_do = do + batch * do_b + first * do_t + i_h * do_h
+    first_row = batch * T + first  # of tensors that are contiguous
+    p_dq = dq + (first_row * HV + i_h) * K
+    p_dk = dk + (first_row * N * HV + i_h) * K
+    p_dv = dv + (first_row * N * HV + i_h) * V
+    p_dbeta = dbeta + first_row * N * HV + i_h
+
+    k_tiles = gl.allocate_shared_memory(bf16, [2, R, BK], sh_rk)
+    q_tiles = gl.allocate_shared_memory(bf16, [2, BC, BK], sh_ck)
+    do_tiles = gl.allocate_shared_memory(bf16, [2, BC, BK], sh_ck)
+    u_tile = gl.allocate_shared_memory(bf16, [R, BK], sh_rk)
+    t_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
+    s_tile = gl.allocate_shared_memory(bf16, [BK, BK], sh_kk)
+    stage = gl.allocate_shared_memory(bf16, [BK // R, R, BK], sh_rk)
+    ds_tile = reinterpret(stage, BK, BK, sh_kk)
+    d_tile = gl.allocate_shared_memory(bf16, [R, BK], sh_rk)
+    a_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
+    at_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
+    m_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
+    # dS' has been read for the last time when dQ and dK are laid out for their way to memory.
+    dq_tile = reinterpret(stage, BC, BK, sh_ck)
+    dk_tile = d_tile
+    if BK > R:
+        dk_tile = stage.index(1)
+
+    row_of_pair = gl.arange(0, R, layout=gl.SliceLayout(1, pair_r))
+    column_of_pair = gl.arange(0, R, layout=gl.SliceLayout(0, pair_r))
+    row_of_query = gl.arange(0, R, layout=gl.SliceLayout(1, pair_c)) // N
+    column_of_query = gl.arange(0, BC, layout=gl.SliceLayout(0, pair_c))
+    column = gl.arange(0, R, layout=gl.SliceLayout(0, tall_r))
+
+    b_ds = gl.zeros([BK, BK], gl.float32, layout=tall_k)
+    o_v = gl.arange(0, BK, layout=gl.SliceLayout(1, tall_k))[:, None]
+    o_k = gl.arange(0, BK, layout=gl.SliceLayout(0, tall_k))[None, :]
+    in_state = (o_v < V) & (o_k < K)
+    if dfinal is not None:
+        b_ds = gl.load(dfinal + i_sh * K * V + o_k * V + o_v, mask=in_state, other=0.0)
+        b_ds = b_ds.to(gl.float32) * (1.0 / scale)
+
+    num_chunks = (length + C - 1) // C
+    i = num_chunks - 1
+    n = gl.minimum(length - i * C, C) * (num_chunks > 0).to(gl.int32)
+    start = gl.maximum(i, 0).to(gl.int64) * C
+    i_ch = (chunk + gl.maximum(i, 0)) * HV + i_h
+    copy_rows(k_tiles.index(0), p_k + start * k_t, n * N, N, k_t, k_n, K, wide)
+    copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
+    copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
+    copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
+    copy_rows(t_tile, ut + i_ch * UT_STRIDE, n * R, 1, R, 0, R, narrow)
+    async_copy.commit_group()
+    for step in tl.range(num_chunks, disable_licm=True):
+        i = num_chunks - 1 - step
+        n = gl.minimum(length - i * C, C)
+        start = i.to(gl.int64) * C
+        i_ch = (chunk + i) * HV + i_h
+        k_tile = k_tiles.index(step % 2)
+        q_tile = q_tiles.index(step % 2)
+        do_tile = do_tiles.index(step % 2)
+        do_t_tile = do_tile.permute((1, 0))
+        p_table = table + i_ch * (6 * R if GATED else R)
+        b_beta = gl.load(p_table + column)
+        b_beta_row = gl.load(p_table + row_of_pair)
+
+        b_dsh = b_ds.to(bf16)
+        ds_operand = gl.convert_layout(b_dsh, gl.DotOperandLayout(0, tall_r, 2))
+        async_copy.wait_group(0)
+        fence_async_shared()
+        barrier()
+        ds_tile.store(b_dsh)
+
+        # dU = dS' Kᵀ + dOᵀ A, with A's transpose made on the way; dS gets what the queries give.
+        b_a = gl.zeros([R, BC], gl.float32, layout=pair_c)
+        b_a = warpgroup_mma(k_tile, q_tile.permute((1, 0)), b_a, use_acc=False, is_async=True)
+        b_du = gl.zeros([BK, R], gl.float32, layout=tall_r)
+        b_du = warpgroup_mma(
+            ds_operand, k_tile.permute((1, 0)), b_du, use_acc=False, is_async=True
+        )
+        b_ds = warpgroup_mma(do_t_tile, q_tile, b_ds, is_async=True)
+
+        # The next chunk's tiles, and this one's state, are on their way meanwhile.
+        copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide)
+        async_copy.commit_group()
+        before = gl.maximum(i - 1, 0)
+        n_before = gl.minimum(i, 1) * C
+        start_before = before.to(gl.int64) * C
+        i_before = (chunk + before) * HV + i_h
+        p = p_k + start_before * k_t
+        copy_rows(k_tiles.index(1 - step % 2), p, n_before * N, N, k_t, k_n, K, wide)
+        p = p_q + start_before * q_t
+        copy_rows(q_tiles.index(1 - step % 2), p, n_before, 1, q_t, 0, K, wide)
+        p = p_do + start_before * do_t
+        copy_rows(do_tiles.index(1 - step % 2), p, n_before, 1, do_t, 0, V, wide)
+        async_copy.commit_group()
+
+        b_a = warpgroup_mma_wait(2, [b_a])
+        seen = row_of_query[:, None] <= column_of_query[None, :]
+        a_tile.store(gl.where(seen, b_a, 0.0).to(bf16))
+        fence_async_shared()
+        barrier()
+        b_du = warpgroup_mma(do_t_tile, a_tile.permute((1, 0)), b_du, is_async=True)
+        b_dk = gl.zeros([BK, R], gl.float32, layout=tall_r)
+        b_dk = warpgroup_mma(
+            ds_tile.permute((1, 0)), u_tile.permute((1, 0)), b_dk, use_acc=False, is_async=True
+        )
+        b_at = gl.zeros([R, BC], gl.float32, layout=pair_c)
+        b_at = warpgroup_mma(u_tile, do_t_tile, b_at, use_acc=False, is_async=True)
+        b_du, b_ds, ds_operand = warpgroup_mma_wait(2, [b_du, b_ds, ds_operand])
+
+        # −β D, from registers into dS and through shared memory into all else.
+        du_operand = gl.convert_layout(b_du.to(bf16), gl.DotOperandLayout(0, tall_r, 2))
+        b_d = gl.zeros([BK, R], gl.float32, layout=tall_r)
+        b_d = warpgroup_mma(du_operand, t_tile, b_d, use_acc=False, is_async=True)
+        b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
+        at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
+        b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
+        b_dh = (b_d * -b_beta[None, :]).to(bf16)
+        d_tile.permute((1, 0)).store(b_dh)
+        async_copy.wait_group(1)
+        fence_async_shared()
+        barrier()
+        b_m = gl.zeros([R, R], gl.float32, layout=pair_r)
+        b_m = warpgroup_mma(
+            u_tile, d_tile.permute((1, 0)), b_m, use_acc=False, is_async=True
+        )
+        d_operand = gl.convert_layout(b_dh, gl.DotOperandLayout(0, tall_k, 2))
+        b_ds = warpgroup_mma(d_operand, k_tile, b_ds, is_async=True)
+        s_t_tile = s_tile.permute((1, 0))
+        b_dk = warpgroup_mma(s_t_tile, d_tile.permute((1, 0)), b_dk, is_async=True)
+        b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
+        b_dq = warpgroup_mma(s_t_tile, do_t_tile, b_dq, use_acc=False, is_async=True)
+        b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
+
+        p_row = start * (N * HV)
+        b_dv = d_tile.load(wide).to(gl.float32) * -scale
+        store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide)
+
+        # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
+        b_m = warpgroup_mma_wait(4, [b_m])
+        b_dbeta = b_m * (-scale / (b_beta_row * b_beta_row))[:, None]
+        on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
+        pointers = p_dbeta + p_row + row_of_pair[:, None] * HV + column_of_pair[None, :] * 0
+        mask = on_diagonal & (row_of_pair < n * N)[:, None]
+        gl.store(pointers, b_dbeta.to(dbeta.dtype.element_ty), mask=mask)
+        above = row_of_pair[:, None] < column_of_pair[None, :]
+        m_tile.store(gl.where(above, b_m, 0.0).to(bf16))
+        fence_async_shared()
+        barrier()
+        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
+        copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
+        async_copy.commit_group()
+        k_t_tile = k_tile.permute((1, 0))
+        b_dk = warpgroup_mma(k_t_tile, m_tile, b_dk, is_async=True)
+        b_dk = warpgroup_mma(k_t_tile, m_tile.permute((1, 0)), b_dk, is_async=True)
+        b_dk = warpgroup_mma(
+            q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk, is_async=True
+        )
+        b_dq, b_ds, d_operand = warpgroup_mma_wait(3, [b_dq, b_ds, d_operand])
+        dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
+        b_dk = warpgroup_mma_wait(0, [b_dk])
+        if BK == R:
+            barrier()
+        dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
+        barrier()
+        store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
+        store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
+
+    async_copy.wait_group(0)
+    if dinitial is not None:
+        b_ds = (b_ds * scale).to(dinitial.dtype.element_ty)
+        gl.store(dinitial + i_sh * K * V + o_k * V + o_v, b_ds, mask=in_state)
