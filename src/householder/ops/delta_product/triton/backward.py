@@ -387,7 +387,7 @@ def backward(
         dfinal_state = dfinal_state.contiguous()
     tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     tiles_v = strides("v", p.v)
-    launch = config.hopper_launch(K, V, p.precision, g is not None)
+    launch = config.hopper_launch(K, V, p.precision)
     if launch is not None and is_hopper(device):
         p, do = p._replace(q=aligned(p.q), k=aligned(p.k)), aligned(do)
         if p.num_sequences:

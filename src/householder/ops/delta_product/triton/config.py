@@ -95,10 +95,10 @@ def sweep_launch(K: int, V: int, precision: str) -> Launch | None:
     return Launch(power_of_two(V), 4 if max(K, V) <= 64 else 8, 1)
 
 
-def hopper_launch(K: int, V: int, precision: str, gated: bool) -> Launch | None:
+def hopper_launch(K: int, V: int, precision: str) -> Launch | None:
     """Parameters of the backward kernel for Hopper, whose tile is all of K and of V."""
     block = power_of_two(K, least=64)
-    if precision != "bf16" or block > 128 or block != power_of_two(V, least=64) or gated:
+    if precision != "bf16" or block > 128 or block != power_of_two(V, least=64):
         return None
     return Launch(block, block // 16, 1)
 

@@ -17,6 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from householder.ops.delta_product.triton import chunks
+
+# Rows of the table of coefficients.
+LOG_HIGH = gl.constexpr(chunks.LOG_HIGH.value)
+LOG_LOW = gl.constexpr(chunks.LOG_LOW.value)
+FROM_START = gl.constexpr(chunks.FROM_START.value)
+TO_END = gl.constexpr(chunks.TO_END.value)
+TOKEN_FROM_START = gl.constexpr(chunks.TOKEN_FROM_START.value)
+
 # Names that changed after Triton 3.6.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -60,6 +69,14 @@ def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr)
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = o_r[:, None] * stride + o_d[None, :]
     gl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def pair_decay(table, later, earlier, R: gl.constexpr):
+    """Return Γ between two rows of a chunk; not above one, whichever is the later."""
+    high = gl.load(table + LOG_HIGH * R + later) - gl.load(table + LOG_HIGH * R + earlier)
+    low = gl.load(table + LOG_LOW * R + later) - gl.load(table + LOG_LOW * R + earlier)
+    return gl.exp(gl.minimum(high + low, 0.0))
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -137,9 +154,19 @@ def hopper_sweep_kernel(
 
     row_of_pair = gl.arange(0, R, layout=gl.SliceLayout(1, pair_r))
     column_of_pair = gl.arange(0, R, layout=gl.SliceLayout(0, pair_r))
-    row_of_query = gl.arange(0, R, layout=gl.SliceLayout(1, pair_c)) // N
+    row_of_pair_c = gl.arange(0, R, layout=gl.SliceLayout(1, pair_c))
+    row_of_query = row_of_pair_c // N
     column_of_query = gl.arange(0, BC, layout=gl.SliceLayout(0, pair_c))
     column = gl.arange(0, R, layout=gl.SliceLayout(0, tall_r))
+    # A query's gates are those of its token's rows; past the chunk's end there is no query.
+    query = gl.minimum(column_of_query, C - 1) * N
+    if GATED:
+        # Pairs for the gates' gradient stand where A and T have been read for the last time.
+        rows_tile = a_tile
+        if BC < R:
+            rows_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
+        queries_tile = reinterpret(t_tile, R, BC, sh_rc)
+        here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
 
     b_ds = gl.zeros([BK, BK], gl.float32, layout=tall_k)
     o_v = gl.arange(0, BK, layout=gl.SliceLayout(1, tall_k))[:, None]
@@ -158,6 +185,7 @@ def hopper_sweep_kernel(
     copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
     copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
     copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
+    async_copy.commit_group()
     copy_rows(t_tile, ut + i_ch * UT_STRIDE, n * R, 1, R, 0, R, narrow)
     async_copy.commit_group()
     for step in tl.range(num_chunks, disable_licm=True):
@@ -175,7 +203,16 @@ def hopper_sweep_kernel(
 
         b_dsh = b_ds.to(bf16)
         ds_operand = gl.convert_layout(b_dsh, gl.DotOperandLayout(0, tall_r, 2))
-        async_copy.wait_group(0)
+        if GATED:
+            b_decay = gl.load(p_table + FROM_START * R + R - 1)
+            from_start = gl.load(p_table + FROM_START * R + column)
+            to_end = gl.load(p_table + TO_END * R + column)
+            c_operand: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, tall_k, 2))
+            o_c = gl.arange(0, BC, layout=c_operand)
+            query_from_start = gl.load(p_table + TOKEN_FROM_START * R + o_c)
+            # Waiting for no product pins the scaling here, before the first one is started.
+            b_ds = warpgroup_mma_wait(0, [b_ds * b_decay])
+        async_copy.wait_group(1 if GATED else 0)
         fence_async_shared()
         barrier()
         ds_tile.store(b_dsh)
@@ -187,7 +224,13 @@ def hopper_sweep_kernel(
         b_du = warpgroup_mma(
             ds_operand, k_tile.permute((1, 0)), b_du, use_acc=False, is_async=True
         )
-        b_ds = warpgroup_mma(do_t_tile, q_tile, b_ds, is_async=True)
+        if GATED:
+            do_operand = do_t_tile.load(gl.DotOperandLayout(0, tall_k, 2)).to(gl.float32)
+            do_operand = (do_operand * query_from_start[None, :]).to(bf16)
+            b_ds = warpgroup_mma(do_operand, q_tile, b_ds, is_async=True)
+        else:
+            do_operand = ds_operand
+            b_ds = warpgroup_mma(do_t_tile, q_tile, b_ds, is_async=True)
 
         # The next chunk's tiles, and this one's state, are on their way meanwhile.
         copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide)
@@ -206,7 +249,15 @@ def hopper_sweep_kernel(
 
         b_a = warpgroup_mma_wait(2, [b_a])
         seen = row_of_query[:, None] <= column_of_query[None, :]
-        a_tile.store(gl.where(seen, b_a, 0.0).to(bf16))
+        if GATED:
+            b_gamma = pair_decay(p_table, query[None, :], row_of_pair_c[:, None], R)
+            b_a *= b_gamma
+        b_a = gl.where(seen, b_a, 0.0).to(bf16)
+        a_tile.store(b_a)
+        if GATED:
+            b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
+            b_du *= to_end[None, :]
+            async_copy.wait_group(2)
         fence_async_shared()
         barrier()
         b_du = warpgroup_mma(do_t_tile, a_tile.permute((1, 0)), b_du, is_async=True)
@@ -216,16 +267,23 @@ def hopper_sweep_kernel(
         )
         b_at = gl.zeros([R, BC], gl.float32, layout=pair_c)
         b_at = warpgroup_mma(u_tile, do_t_tile, b_at, use_acc=False, is_async=True)
-        b_du, b_ds, ds_operand = warpgroup_mma_wait(2, [b_du, b_ds, ds_operand])
+        b_du, b_ds, ds_operand, do_operand = warpgroup_mma_wait(
+            2, [b_du, b_ds, ds_operand, do_operand]
+        )
 
         # −β D, from registers into dS and through shared memory into all else.
         du_operand = gl.convert_layout(b_du.to(bf16), gl.DotOperandLayout(0, tall_r, 2))
         b_d = gl.zeros([BK, R], gl.float32, layout=tall_r)
         b_d = warpgroup_mma(du_operand, t_tile, b_d, use_acc=False, is_async=True)
         b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
+        if GATED:
+            b_dk *= to_end[None, :]
+            attention = (b_a.to(gl.float32) * b_at).to(bf16)
+            b_at *= b_gamma
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
         b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
-        b_dh = (b_d * -b_beta[None, :]).to(bf16)
+        b_d *= -b_beta[None, :]
+        b_dh = b_d.to(bf16)
         d_tile.permute((1, 0)).store(b_dh)
         async_copy.wait_group(1)
         fence_async_shared()
@@ -234,13 +292,27 @@ def hopper_sweep_kernel(
         b_m = warpgroup_mma(
             u_tile, d_tile.permute((1, 0)), b_m, use_acc=False, is_async=True
         )
+        if GATED:
+            queries_tile.store(attention)
+            b_kk = gl.zeros([R, R], gl.float32, layout=pair_r)
+            b_kk = warpgroup_mma(
+                k_tile, k_tile.permute((1, 0)), b_kk, use_acc=False, is_async=True
+            )
+            b_dh = (b_d * from_start[None, :]).to(bf16)
         d_operand = gl.convert_layout(b_dh, gl.DotOperandLayout(0, tall_k, 2))
         b_ds = warpgroup_mma(d_operand, k_tile, b_ds, is_async=True)
         s_t_tile = s_tile.permute((1, 0))
-        b_dk = warpgroup_mma(s_t_tile, d_tile.permute((1, 0)), b_dk, is_async=True)
+        if GATED:
+            b_read = gl.zeros([BK, R], gl.float32, layout=tall_r)
+            b_read = warpgroup_mma(
+                s_t_tile, d_tile.permute((1, 0)), b_read, use_acc=False, is_async=True
+            )
+        else:
+            b_dk = warpgroup_mma(s_t_tile, d_tile.permute((1, 0)), b_dk, is_async=True)
         b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
         b_dq = warpgroup_mma(s_t_tile, do_t_tile, b_dq, use_acc=False, is_async=True)
-        b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
+        if not GATED:
+            b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
 
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
@@ -254,11 +326,56 @@ def hopper_sweep_kernel(
         mask = on_diagonal & (row_of_pair < n * N)[:, None]
         gl.store(pointers, b_dbeta.to(dbeta.dtype.element_ty), mask=mask)
         above = row_of_pair[:, None] < column_of_pair[None, :]
-        m_tile.store(gl.where(above, b_m, 0.0).to(bf16))
+        if GATED:
+            b_m *= pair_decay(p_table, column_of_pair[None, :], row_of_pair[:, None], R)
+        b_m = gl.where(above, b_m, 0.0)
+        m_tile.store(b_m.to(bf16))
+        if GATED:
+            b_kk = warpgroup_mma_wait(3, [b_kk])
+            rows_tile.store((b_kk * b_m).to(bf16))
         fence_async_shared()
         barrier()
+        if GATED:
+            # What rows give to the reads and outputs at or after each token, from before it: sums
+            # over the later ones by products with ones. A token's sum stands in all its rows.
+            o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
+            o_r = gl.arange(0, R, layout=gl.SliceLayout(0, here_r)) // N
+            here_on = gl.where(o_r[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
+            b_crossing = gl.zeros([R, R], gl.float32, layout=pair_r)
+            b_crossing = warpgroup_mma(
+                here_on, rows_tile.permute((1, 0)), b_crossing, use_acc=False, is_async=True
+            )
+            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
+            queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
+            b_crossing = warpgroup_mma(
+                queries_on, queries_tile.permute((1, 0)), b_crossing, is_async=True
+            )
+            # What S gives to the next chunk, to rows and to outputs; what rows give to the former.
+            b_kept = gl.zeros([BK, R], gl.float32, layout=tall_r)
+            for half in gl.static_range(BK // R):
+                s_half = s_tile.slice(half * R, R, dim=1).load(tall_r).to(gl.float32)
+                ds_half = ds_tile.slice(half * R, R, dim=1).load(tall_r).to(gl.float32)
+                b_kept += s_half * ds_half
+            b_kept *= b_decay
+            b_ds, b_read, b_dq, d_operand = warpgroup_mma_wait(
+                2, [b_ds, b_read, b_dq, d_operand]
+            )
+            b_read *= from_start[None, :]
+            k_columns = k_tile.permute((1, 0)).load(tall_r).to(gl.float32)
+            written = gl.sum(b_dk * k_columns + b_kept, axis=0)
+            read = gl.sum(b_read * k_columns + b_kept, axis=0)
+            b_dk += b_read
+            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, tall_c))
+            b_dq *= gl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
+            q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
+            asked = gl.sum(b_dq * q_columns, axis=0)
+            b_crossing, here_on, queries_on = warpgroup_mma_wait(
+                0, [b_crossing, here_on, queries_on]
+            )
+            b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
         copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
-        copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
+        if not GATED:
+            copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
         async_copy.commit_group()
         k_t_tile = k_tile.permute((1, 0))
         b_dk = warpgroup_mma(k_t_tile, m_tile, b_dk, is_async=True)
@@ -266,6 +383,20 @@ def hopper_sweep_kernel(
         b_dk = warpgroup_mma(
             q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk, is_async=True
         )
+        if GATED:
+            read = gl.convert_layout(read, gl.SliceLayout(0, pair_r))
+            written = gl.convert_layout(written, gl.SliceLayout(0, pair_r))
+            asked = gl.convert_layout(asked, gl.SliceLayout(0, pair_c))
+            token = row_of_pair[:, None] // N
+            earlier = column_of_pair[None, :] // N < token
+            b_crossing = gl.where(earlier, b_crossing + written[None, :], read[None, :])
+            b_dg = gl.sum(b_crossing, axis=1)
+            at_or_after = column_of_query[None, :] >= row_of_query[:, None]
+            asked = gl.sum(gl.where(at_or_after, asked[None, :], 0.0), axis=1)
+            b_dg += gl.convert_layout(asked, gl.SliceLayout(1, pair_r))
+            p_dg = dg + (first_row + start) * HV + i_h + row_of_pair // N * HV
+            mask = (row_of_pair % N == 0) & (row_of_pair < n * N)
+            gl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=mask)
         b_dq, b_ds, d_operand = warpgroup_mma_wait(3, [b_dq, b_ds, d_operand])
         dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
         b_dk = warpgroup_mma_wait(0, [b_dk])
@@ -273,6 +404,9 @@ def hopper_sweep_kernel(
             barrier()
         dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
         barrier()
+        if GATED:
+            copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
+            async_copy.commit_group()
         store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
         store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
 

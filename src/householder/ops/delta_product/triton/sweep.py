@@ -48,7 +48,7 @@ def sweep_kernel(
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    AHEAD: tl.constexpr = 15, EARLY: tl.constexpr = True, PREFETCH: tl.constexpr = False,
+    AHEAD: tl.constexpr = 0, EARLY: tl.constexpr = False, PREFETCH: tl.constexpr = False,
 ):  # fmt: skip
     """Carry dS of one sequence and value head to its start; write the gradients of all chunks."""
     i_sh = tl.program_id(0).to(tl.int64)
