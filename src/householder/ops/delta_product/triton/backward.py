@@ -9,9 +9,11 @@ diag(β) (V − …) before the factor β:
 Everything else follows chunk by chunk, with P = Γ ⊙ strict_lower(D Uᵀ) and the gradient of A,
 dA = scale · Γ ⊙ lower(dO Uᵀ):
 
-    dV = diag(β) D      read = −diag(E) D Sᵀ − P K      dβ = rowsum(D ⊙ V) + rowsum(read ⊙ K)
-    write = diag(E_C / E) U dS'ᵀ − Pᵀ diag(β) K + dAᵀ Q      dK = diag(β) read + write
-    dQ = scale · diag(E) dO Sᵀ + dA K
+    dV = diag(β) D      dβ = rowsum(D ⊙ U) / β      dQ = scale · diag(E) dO Sᵀ + dA K
+    dK = diag(E_C / E) U dS'ᵀ + dAᵀ Q − diag(β E) D Sᵀ − diag(β) P K − Pᵀ diag(β) K
+
+U_r = β_r · (the residual that row r writes), and D is the gradient of U_r: hence dβ. So that the
+residual is known where β is zero, a zero counts as 2⁻⁴⁰ throughout.
 
 A log gate scales all that crosses its token, and dg is the sum of these parts of the loss: what
 reads S at or after the token, what an earlier row of the chunk gives to a read at or after it, and
@@ -57,7 +59,7 @@ from householder.ops.delta_product.triton.sweep import sweep_kernel
 def walk_back_kernel(
     do, q, k, table, ut, dfinal, dinitial, dstates, d, cu_seqlens, first_chunk, scale, T,
     do_b, do_h, q_b, q_h, k_b, k_h, HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr,
-    k_t: tl.constexpr, k_n: tl.constexpr,
+    k_t: tl.constexpr, k_n: tl.constexpr, UT_STRIDE: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -78,6 +80,9 @@ def walk_back_kernel(
     o_k = tl.arange(0, BK)
     o_v = i_v + tl.arange(0, BV)
     everywhere = o_r >= 0
+    seen = (o_r // N)[:, None] <= o_c[None, :]
+    # A query's gates are those of its token's rows; past the chunk's end there is no query.
+    query = tl.minimum(o_c, C - 1) * N
     m_v = o_v < V
     p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
@@ -97,13 +102,12 @@ def walk_back_kernel(
         m_r = o_r < n * N
         m_c = o_c < n
         i_ch = (chunk + i) * HV + i_h
-        p_ut = ut + i_ch * (R * (R + BC))
+        p_ut = ut + i_ch * UT_STRIDE
 
         b_k = load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK)
         b_k = cast_operand(b_k, PRECISION)
         b_do = load_tile_t(p_do + start * do_t, o_c * do_t, m_c, i_v, V, BV)
         b_do = cast_operand(b_do, PRECISION)
-        b_a = load_tile(p_ut + R * R, o_r * BC, everywhere, 0, BC, BC)
         b_ut = load_tile(p_ut, o_r * R, everywhere, 0, R, R)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
@@ -112,6 +116,10 @@ def walk_back_kernel(
 
         b_dsh = cast_operand(b_ds, PRECISION)
         store_tile(dstates + i_ch * K * V, o_v * K, m_v, 0, b_dsh, K, BK)
+        b_a = dot(b_k, tl.trans(b_q), PRECISION) * scale
+        if GATED:
+            b_a *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+        b_a = cast_operand(tl.where(seen, b_a, 0.0), PRECISION)
         b_du = dot(b_dsh, tl.trans(b_k), PRECISION)
         b_doq = b_do.to(tl.float32) * scale
         if GATED:
@@ -131,10 +139,9 @@ def walk_back_kernel(
 
 @triton.jit
 def gradient_kernel(
-    do, q, k, v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
-    cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h, v_b, v_h,
+    do, q, k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
+    cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
     HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
-    v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -161,13 +168,11 @@ def gradient_kernel(
 
     p_q = q + batch * q_b + start * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
-    p_v = v + batch * v_b + start * v_t + i_h * v_h
     p_do = do + batch * do_b + start * do_t + i_h * do_h
     p_dq = dq + (first_row * HV + i_h) * K
     p_dk = dk + (first_row * N * HV + i_h) * K
     p_dv = dv + (first_row * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
-    o_vrows = row_offsets(R, N, v_t, v_n)
     p_table = table + i_ch * (6 * R if GATED else R)
     b_beta = tl.load(p_table + BETA * R + o_r)
 
@@ -178,16 +183,12 @@ def gradient_kernel(
     query = tl.minimum(o_c, C - 1) * N
 
     # Where all of V is one block, D, U and dO are loaded once and stay; dV replaces D at once.
-    b_dbeta = tl.zeros((R,), tl.float32)
     b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, 0, V, BV), PRECISION)
-    if num_v == 1:
-        b_v = load_tile(p_v, o_vrows, m_r, 0, V, BV)
     b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, 0, V, BV)
     b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, 0, V, BV), PRECISION)
     if num_v == 1:
-        d_rows = b_d.to(tl.float32)
-        b_dbeta += tl.sum(d_rows * b_v.to(tl.float32), axis=1)
-        store_tile(p_dv, o_r * HV * V, m_r, 0, d_rows * b_beta[:, None], V, BV)
+        b_dv = b_d.to(tl.float32) * b_beta[:, None]
+        store_tile(p_dv, o_r * HV * V, m_r, 0, b_dv, V, BV)
 
     # The first tiles of what follows are on their way while the products of pairs are made. Each
     # of these is finished and packed before the next begins, to hold few registers.
@@ -200,9 +201,14 @@ def gradient_kernel(
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
         b_p = dot_add(b_d, tl.trans(b_u), b_p, PRECISION)
+    # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
+    b_dbeta = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_p, 0.0), axis=1) / b_beta
+    p_dbeta = dbeta + first_row * N * HV + i_h
+    tl.store(p_dbeta + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
+    b_p *= -b_beta[:, None]
     if GATED:
         b_p *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
-    b_p = tl.where(below, -b_p, 0.0)
+    b_p = tl.where(below, b_p, 0.0)
     b_dg = tl.zeros((BC,), tl.float32)
     if GATED:
         # What row s gives to the read of row r, summed over r from a token on and s before it.
@@ -210,7 +216,7 @@ def gradient_kernel(
         for i_k in tl.static_range(num_k):
             k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
             kk = dot_add(k_tile, tl.trans(k_tile), kk, PRECISION)
-        kk = cast_operand(kk * b_p * b_beta[:, None], PRECISION)
+        kk = cast_operand(kk * b_p, PRECISION)
         from_here_on = tl.where(o_r[:, None] <= o_r[None, :], 1.0, 0.0)
         kk = dot(cast_operand(from_here_on, PRECISION), kk, PRECISION)
         crossing = tl.sum(tl.where(token[None, :] < token[:, None], kk, 0.0), axis=1)
@@ -236,14 +242,18 @@ def gradient_kernel(
         b_at = dot_add(b_u, tl.trans(b_do), b_at, PRECISION)
     if GATED:
         # The same for what it gives to the output of token t.
-        attention = load_tile(ut + i_ch * (R * (R + BC)) + R * R, o_r * BC, everywhere, 0, BC, BC)
-        attention = cast_operand(attention.to(tl.float32) * b_at, PRECISION)
+        attention = tl.zeros((R, BC), tl.float32)
+        for i_k in tl.static_range(num_k):
+            k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
+            q_tile = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
+            attention = dot_add(k_tile, tl.trans(q_tile), attention, PRECISION)
+        b_at *= scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+        attention = cast_operand(attention * b_at, PRECISION)
         from_here_on = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
         crossing = dot(attention, cast_operand(from_here_on, PRECISION), PRECISION)
         b_dg += tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
-    b_at *= scale
-    if GATED:
-        b_at *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+    else:
+        b_at *= scale
     b_at = cast_operand(tl.where(seen, b_at, 0.0), PRECISION)
 
     b_kept = tl.zeros((BV,), tl.float32)  # what S gives to the next chunk
@@ -274,18 +284,15 @@ def gradient_kernel(
             b_dk = dot_add(b_d, b_s, b_dk, PRECISION)
             b_dq = dot_add(tl.trans(b_s), tl.trans(b_do), b_dq, PRECISION)
         b_dq *= scale
+        b_dk *= -b_beta[:, None]
         if GATED:
             b_dk *= tl.load(p_table + FROM_START * R + o_r)[:, None]
-            b_read -= b_beta * tl.sum(b_dk * k_rows, axis=1)
+            b_read += tl.sum(b_dk * k_rows, axis=1)
             b_dq *= tl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
             q_columns = load_tile_t(p_q, o_c * q_t, m_c, i_k * BK, K, BK).to(tl.float32)
             b_asked += tl.sum(q_columns * b_dq, axis=0)
         b_dq = dot_add(tl.trans(b_kh), b_at, b_dq, PRECISION)
         store_tile_t(p_dq, o_c * HV * K, m_c, i_k * BK, b_dq, K, BK)
-        b_dk = dot_add(b_p, b_kh, -b_dk, PRECISION)
-        read_k = tl.sum(b_dk * k_rows, axis=1)
-        b_dbeta += read_k
-        b_dk *= b_beta[:, None]
 
         # What the rows write: into the next chunk's state, into later rows, into outputs.
         write = b_dk
@@ -301,7 +308,7 @@ def gradient_kernel(
             write *= tl.load(p_table + TO_END * R + o_r)[:, None]
             b_written += tl.sum(write * k_rows, axis=1)
             write += b_dk
-        b_dk = write
+        b_dk = dot_add(b_p, b_kh, write, PRECISION)
         b_dk = dot_add(b_pt, b_kh, b_dk, PRECISION)
         b_dk = dot_add(b_at, b_q, b_dk, PRECISION)
         store_tile(p_dk, o_r * HV * K, m_r, i_k * BK, b_dk, K, BK)
@@ -319,11 +326,7 @@ def gradient_kernel(
         tl.debug_barrier()
         for i in tl.static_range(num_v):
             d_rows = load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV).to(tl.float32)
-            b_v = load_tile(p_v, o_vrows, m_r, i * BV, V, BV)
-            b_dbeta += tl.sum(d_rows * b_v.to(tl.float32), axis=1)
             store_tile(p_dv, o_r * HV * V, m_r, i * BV, d_rows * b_beta[:, None], V, BV)
-    p_dbeta = dbeta + first_row * N * HV + i_h
-    tl.store(p_dbeta + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -386,7 +389,6 @@ def backward(
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
     tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
-    tiles_v = strides("v", p.v)
     launch = config.hopper_launch(K, V, p.precision)
     if launch is not None and is_hopper(device):
         p, do = p._replace(q=aligned(p.q), k=aligned(p.k)), aligned(do)
@@ -412,14 +414,14 @@ def backward(
         if p.num_sequences:
             walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
                 do, p.q, p.k, table, ut, dfinal_state, dinitial, dstates, dv,
-                p.cu_seqlens, p.first_chunk, scale, T, **tiles, **p.constants,
+                p.cu_seqlens, p.first_chunk, scale, T, **tiles, UT_STRIDE=ut.shape[1], **p.constants,
                 BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
             )  # fmt: skip
         launch = config.gradient_launch(K, V, p.precision)
         if p.num_chunks:
             gradient_kernel[(p.num_chunks * HV,)](
-                do, p.q, p.k, p.v, table, ut, states, dstates, u, dq, dk, dv, dbeta, dg,
-                *p.packing, scale, T, **tiles, **tiles_v, **p.constants,
+                do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
+                *p.packing, scale, T, **tiles, **p.constants,
                 BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
             )  # fmt: skip
     if HV != H:

@@ -97,8 +97,8 @@ def sweep_launch(K: int, V: int, precision: str) -> Launch | None:
 
 def hopper_launch(K: int, V: int, precision: str) -> Launch | None:
     """Parameters of the backward kernel for Hopper, whose tile is all of K and of V."""
-    block = power_of_two(K, least=64)
-    if precision != "bf16" or block > 128 or block != power_of_two(V, least=64):
+    block = power_of_two(max(K, V), least=64)
+    if precision != "bf16" or block > 128:
         return None
     return Launch(block, block // 16, 1)
 
