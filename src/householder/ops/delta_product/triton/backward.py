@@ -26,6 +26,9 @@ is a product of its own.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -51,8 +54,6 @@ from householder.ops.delta_product.triton.chunks import (
     strides,
 )
 
-from householder.ops.delta_product.triton.hopper import hopper_sweep_kernel
-from householder.ops.delta_product.triton.sweep import sweep_kernel
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def gradient_kernel(
     b_s = load_tile(states + i_ch * K * V, o_v * K, o_v < V, 0, K, BK)
     b_k = load_tile(p_k, o_krows, m_r, 0, K, BK)
     b_p = tl.zeros((R, R), tl.float32)
-    for i in tl.static_range(num_v):
+    for i in range(num_v):
         if num_v > 1:
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -213,7 +214,7 @@ def gradient_kernel(
     if GATED:
         # What row s gives to the read of row r, summed over r from a token on and s before it.
         kk = tl.zeros((R, R), tl.float32)
-        for i_k in tl.static_range(num_k):
+        for i_k in range(num_k):
             k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
             kk = dot_add(k_tile, tl.trans(k_tile), kk, PRECISION)
         kk = cast_operand(kk * b_p, PRECISION)
@@ -224,7 +225,7 @@ def gradient_kernel(
     b_p = cast_operand(b_p, PRECISION)
 
     b_pt = tl.zeros((R, R), tl.float32)
-    for i in tl.static_range(num_v):
+    for i in range(num_v):
         if num_v > 1:
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -235,7 +236,7 @@ def gradient_kernel(
     b_pt = cast_operand(tl.where(above, -b_pt, 0.0), PRECISION)
 
     b_at = tl.zeros((R, BC), tl.float32)
-    for i in tl.static_range(num_v):
+    for i in range(num_v):
         if num_v > 1:
             b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -243,7 +244,7 @@ def gradient_kernel(
     if GATED:
         # The same for what it gives to the output of token t.
         attention = tl.zeros((R, BC), tl.float32)
-        for i_k in tl.static_range(num_k):
+        for i_k in range(num_k):
             k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
             q_tile = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
             attention = dot_add(k_tile, tl.trans(q_tile), attention, PRECISION)
@@ -260,8 +261,8 @@ def gradient_kernel(
     b_written = tl.zeros((R,), tl.float32)  # what rows give to it
     b_read = tl.zeros((R,), tl.float32)  # what S gives to rows
     b_asked = tl.zeros((BC,), tl.float32)  # what S gives to outputs
-    for i_k in tl.static_range(num_k):
-        if i_k > 0:
+    for i_k in range(num_k):
+        if num_k > 1:
             b_s = load_tile(states + i_ch * K * V, o_v * K, o_v < V, i_k * BK, K, BK)
             b_k = load_tile(p_k, o_krows, m_r, i_k * BK, K, BK)
         b_ds = load_tile(dstates + i_ch * K * V, o_v * K, o_v < V, i_k * BK, K, BK)
@@ -272,7 +273,7 @@ def gradient_kernel(
         # Queries, and what the rows read: both from the state S.
         b_dk = tl.zeros((R, BK), tl.float32)
         b_dq = tl.zeros((BK, BC), tl.float32)
-        for i in tl.static_range(num_v):
+        for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
                 b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
@@ -298,7 +299,7 @@ def gradient_kernel(
         write = b_dk
         if GATED:
             write = tl.zeros((R, BK), tl.float32)
-        for i in tl.static_range(num_v):
+        for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
                 b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -324,14 +325,25 @@ def gradient_kernel(
     if num_v > 1:
         # D has been read for the last time by every thread: what is there becomes dV.
         tl.debug_barrier()
-        for i in tl.static_range(num_v):
+        for i in range(num_v):
             d_rows = load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV).to(tl.float32)
             store_tile(p_dv, o_r * HV * V, m_r, i * BV, d_rows * b_beta[:, None], V, BV)
 
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels for Hopper's tensor cores run on `device`."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+@functools.cache
+def hopper_kernel(device: torch.device) -> Any:
+    """Return the kernel for Hopper's tensor cores, or None where it cannot run.
+
+    It is written in Gluon, whose names change between versions of Triton: only with those it has
+    been compiled with is it used.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9):
+        return None
+    from householder.ops.delta_product.triton.hopper import hopper_sweep_kernel
+
+    return hopper_sweep_kernel
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -390,23 +402,16 @@ def backward(
         dfinal_state = dfinal_state.contiguous()
     tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     launch = config.hopper_launch(K, V, p.precision)
-    if launch is not None and is_hopper(device):
+    kernel = None if launch is None else hopper_kernel(device)
+    if launch is not None and kernel is not None:
         p, do = p._replace(q=aligned(p.q), k=aligned(p.k)), aligned(do)
         if p.num_sequences:
-            hopper_sweep_kernel[(p.num_sequences * HV,)](
+            kernel[(p.num_sequences * HV,)](
                 do, p.q, p.k, table, ut, states, u, dfinal_state, dinitial, dq, dk, dv, dbeta, dg,
                 p.cu_seqlens, p.first_chunk, scale, T,
                 **strides("do", do), **strides("q", p.q), **strides("k", p.k), HV=HV,
                 UT_STRIDE=ut.shape[1], BK=launch.block, WARPS=launch.num_warps,
                 **{n: x for n, x in p.constants.items() if n != "PRECISION"}, **launch.options,
-            )  # fmt: skip
-    elif (launch := config.sweep_launch(K, V, p.precision)) is not None:
-        if p.num_sequences:
-            sweep_kernel[(p.num_sequences * HV,)](
-                do, p.q, p.k, table, ut, states, u, dfinal_state, dinitial,
-                dq, dk, dv, dbeta, dg, p.cu_seqlens, p.first_chunk, scale, T,
-                **tiles, UT_STRIDE=ut.shape[1], **p.constants,
-                BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
             )  # fmt: skip
     else:
         dstates = torch.empty_like(states)

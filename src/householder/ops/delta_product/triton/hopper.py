@@ -62,6 +62,13 @@ def copy_rows(
 
 
 @gluon.jit
+def copy_vector(smem, pointer, WARPS: gl.constexpr):
+    """Start copying a vector of coefficients."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    copy_async(smem, pointer + gl.arange(0, smem.shape[0], layout=layout))
+
+
+@gluon.jit
 def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
     """Store rows of a tile in `LAYOUT`."""
     o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
@@ -105,6 +112,7 @@ def hopper_sweep_kernel(
     )
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     bf16: gl.constexpr = gl.bfloat16
+    SLICE: gl.constexpr = 32
     sh_rk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, BK], bf16)
     sh_kk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BK], bf16)
     sh_ck: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], bf16)
@@ -146,6 +154,8 @@ def hopper_sweep_kernel(
     a_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
     at_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
     m_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    beta_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
     # dS' has been read for the last time when dQ and dK are laid out for their way to memory.
     dq_tile = reinterpret(stage, BC, BK, sh_ck)
     dk_tile = d_tile
@@ -157,7 +167,6 @@ def hopper_sweep_kernel(
     row_of_pair_c = gl.arange(0, R, layout=gl.SliceLayout(1, pair_c))
     row_of_query = row_of_pair_c // N
     column_of_query = gl.arange(0, BC, layout=gl.SliceLayout(0, pair_c))
-    column = gl.arange(0, R, layout=gl.SliceLayout(0, tall_r))
     # A query's gates are those of its token's rows; past the chunk's end there is no query.
     query = gl.minimum(column_of_query, C - 1) * N
     if GATED:
@@ -166,6 +175,9 @@ def hopper_sweep_kernel(
         if BC < R:
             rows_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
         queries_tile = reinterpret(t_tile, R, BC, sh_rc)
+        from_start_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
+        to_end_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
+        by_column: gl.constexpr = gl.SliceLayout(0, tall_r)
         here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
 
     b_ds = gl.zeros([BK, BK], gl.float32, layout=tall_k)
@@ -187,6 +199,12 @@ def hopper_sweep_kernel(
     copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
     async_copy.commit_group()
     copy_rows(t_tile, ut + i_ch * UT_STRIDE, n * R, 1, R, 0, R, narrow)
+    if num_chunks > 0:
+        p_table = table + i_ch * (6 * R if GATED else R)
+        copy_vector(beta_tile, p_table, WARPS)
+        if GATED:
+            copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
+            copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
     async_copy.commit_group()
     for step in tl.range(num_chunks, disable_licm=True):
         i = num_chunks - 1 - step
@@ -198,15 +216,12 @@ def hopper_sweep_kernel(
         do_tile = do_tiles.index(step % 2)
         do_t_tile = do_tile.permute((1, 0))
         p_table = table + i_ch * (6 * R if GATED else R)
-        b_beta = gl.load(p_table + column)
         b_beta_row = gl.load(p_table + row_of_pair)
 
         b_dsh = b_ds.to(bf16)
         ds_operand = gl.convert_layout(b_dsh, gl.DotOperandLayout(0, tall_r, 2))
         if GATED:
             b_decay = gl.load(p_table + FROM_START * R + R - 1)
-            from_start = gl.load(p_table + FROM_START * R + column)
-            to_end = gl.load(p_table + TO_END * R + column)
             c_operand: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, tall_k, 2))
             o_c = gl.arange(0, BC, layout=c_operand)
             query_from_start = gl.load(p_table + TOKEN_FROM_START * R + o_c)
@@ -256,8 +271,10 @@ def hopper_sweep_kernel(
         a_tile.store(b_a)
         if GATED:
             b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
-            b_du *= to_end[None, :]
+            # Where T comes late, the coefficients come with it.
             async_copy.wait_group(2)
+            barrier()
+            b_du *= to_end_tile.load(by_column)[None, :]
         fence_async_shared()
         barrier()
         b_du = warpgroup_mma(do_t_tile, a_tile.permute((1, 0)), b_du, is_async=True)
@@ -277,12 +294,12 @@ def hopper_sweep_kernel(
         b_d = warpgroup_mma(du_operand, t_tile, b_d, use_acc=False, is_async=True)
         b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
         if GATED:
-            b_dk *= to_end[None, :]
+            b_dk *= to_end_tile.load(by_column)[None, :]
             attention = (b_a.to(gl.float32) * b_at).to(bf16)
             b_at *= b_gamma
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
         b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
-        b_d *= -b_beta[None, :]
+        b_d *= -beta_tile.load(gl.SliceLayout(0, tall_r))[None, :]
         b_dh = b_d.to(bf16)
         d_tile.permute((1, 0)).store(b_dh)
         async_copy.wait_group(1)
@@ -298,7 +315,7 @@ def hopper_sweep_kernel(
             b_kk = warpgroup_mma(
                 k_tile, k_tile.permute((1, 0)), b_kk, use_acc=False, is_async=True
             )
-            b_dh = (b_d * from_start[None, :]).to(bf16)
+            b_dh = (b_d * from_start_tile.load(by_column)[None, :]).to(bf16)
         d_operand = gl.convert_layout(b_dh, gl.DotOperandLayout(0, tall_k, 2))
         b_ds = warpgroup_mma(d_operand, k_tile, b_ds, is_async=True)
         s_t_tile = s_tile.permute((1, 0))
@@ -309,17 +326,27 @@ def hopper_sweep_kernel(
             )
         else:
             b_dk = warpgroup_mma(s_t_tile, d_tile.permute((1, 0)), b_dk, is_async=True)
-        b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
-        b_dq = warpgroup_mma(s_t_tile, do_t_tile, b_dq, use_acc=False, is_async=True)
-        if not GATED:
+            b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
+            b_dq = warpgroup_mma(s_t_tile, do_t_tile, b_dq, use_acc=False, is_async=True)
             b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
 
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide)
+        if GATED:
+            # What rows and S give to the next chunk's state.
+            k_columns = k_tile.permute((1, 0)).load(tall_r).to(gl.float32)
+            written = gl.sum(b_dk * k_columns, axis=0)
+            written = gl.convert_layout(written, gl.SliceLayout(0, pair_r))
+            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
+            for part in gl.static_range(BK // SLICE):
+                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
+                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
+                b_kept += s_part * ds_part
+            kept = b_decay * gl.sum(gl.sum(b_kept, axis=1), axis=0)
 
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
-        b_m = warpgroup_mma_wait(4, [b_m])
+        b_m = warpgroup_mma_wait(3 if GATED else 4, [b_m])
         b_dbeta = b_m * (-scale / (b_beta_row * b_beta_row))[:, None]
         on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
         pointers = p_dbeta + p_row + row_of_pair[:, None] * HV + column_of_pair[None, :] * 0
@@ -331,8 +358,14 @@ def hopper_sweep_kernel(
         b_m = gl.where(above, b_m, 0.0)
         m_tile.store(b_m.to(bf16))
         if GATED:
-            b_kk = warpgroup_mma_wait(3, [b_kk])
+            b_kk = warpgroup_mma_wait(2, [b_kk])
             rows_tile.store((b_kk * b_m).to(bf16))
+            b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
+            b_read *= from_start_tile.load(by_column)[None, :]
+            k_columns = k_tile.permute((1, 0)).load(tall_r).to(gl.float32)
+            read = gl.sum(b_read * k_columns, axis=0)
+            read = gl.convert_layout(read, gl.SliceLayout(0, pair_r))
+            b_dk += b_read
         fence_async_shared()
         barrier()
         if GATED:
@@ -350,32 +383,14 @@ def hopper_sweep_kernel(
             b_crossing = warpgroup_mma(
                 queries_on, queries_tile.permute((1, 0)), b_crossing, is_async=True
             )
-            # What S gives to the next chunk, to rows and to outputs; what rows give to the former.
-            b_kept = gl.zeros([BK, R], gl.float32, layout=tall_r)
-            for half in gl.static_range(BK // R):
-                s_half = s_tile.slice(half * R, R, dim=1).load(tall_r).to(gl.float32)
-                ds_half = ds_tile.slice(half * R, R, dim=1).load(tall_r).to(gl.float32)
-                b_kept += s_half * ds_half
-            b_kept *= b_decay
-            b_ds, b_read, b_dq, d_operand = warpgroup_mma_wait(
-                2, [b_ds, b_read, b_dq, d_operand]
+            b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
+            b_dq = warpgroup_mma(
+                s_tile.permute((1, 0)), do_t_tile, b_dq, use_acc=False, is_async=True
             )
-            b_read *= from_start[None, :]
-            k_columns = k_tile.permute((1, 0)).load(tall_r).to(gl.float32)
-            written = gl.sum(b_dk * k_columns + b_kept, axis=0)
-            read = gl.sum(b_read * k_columns + b_kept, axis=0)
-            b_dk += b_read
-            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, tall_c))
-            b_dq *= gl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
-            q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
-            asked = gl.sum(b_dq * q_columns, axis=0)
-            b_crossing, here_on, queries_on = warpgroup_mma_wait(
-                0, [b_crossing, here_on, queries_on]
-            )
-            b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
         copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
         if not GATED:
             copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
+            copy_vector(beta_tile, table + i_before * R, WARPS)
         async_copy.commit_group()
         k_t_tile = k_tile.permute((1, 0))
         b_dk = warpgroup_mma(k_t_tile, m_tile, b_dk, is_async=True)
@@ -384,28 +399,43 @@ def hopper_sweep_kernel(
             q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk, is_async=True
         )
         if GATED:
-            read = gl.convert_layout(read, gl.SliceLayout(0, pair_r))
-            written = gl.convert_layout(written, gl.SliceLayout(0, pair_r))
+            b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
+                3, [b_crossing, b_dq, here_on, queries_on]
+            )
+            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, tall_c))
+            b_dq *= gl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
+            q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
+            asked = gl.sum(b_dq * q_columns, axis=0)
             asked = gl.convert_layout(asked, gl.SliceLayout(0, pair_c))
+            b_dq = warpgroup_mma(k_t_tile, at_tile, b_dq, is_async=True)
             token = row_of_pair[:, None] // N
             earlier = column_of_pair[None, :] // N < token
             b_crossing = gl.where(earlier, b_crossing + written[None, :], read[None, :])
-            b_dg = gl.sum(b_crossing, axis=1)
+            b_dg = gl.sum(b_crossing, axis=1) + kept
             at_or_after = column_of_query[None, :] >= row_of_query[:, None]
             asked = gl.sum(gl.where(at_or_after, asked[None, :], 0.0), axis=1)
             b_dg += gl.convert_layout(asked, gl.SliceLayout(1, pair_r))
             p_dg = dg + (first_row + start) * HV + i_h + row_of_pair // N * HV
             mask = (row_of_pair % N == 0) & (row_of_pair < n * N)
             gl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=mask)
-        b_dq, b_ds, d_operand = warpgroup_mma_wait(3, [b_dq, b_ds, d_operand])
-        dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
-        b_dk = warpgroup_mma_wait(0, [b_dk])
-        if BK == R:
-            barrier()
-        dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
+            b_dk = warpgroup_mma_wait(1, [b_dk])
+            dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
+            b_dq = warpgroup_mma_wait(0, [b_dq])
+            dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
+        else:
+            b_dq, b_ds, d_operand = warpgroup_mma_wait(3, [b_dq, b_ds, d_operand])
+            dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
+            b_dk = warpgroup_mma_wait(0, [b_dk])
+            if BK == R:
+                barrier()
+            dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
         barrier()
         if GATED:
             copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
+            p_table = table + i_before * (6 * R)
+            copy_vector(beta_tile, p_table, WARPS)
+            copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
+            copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
             async_copy.commit_group()
         store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
         store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
