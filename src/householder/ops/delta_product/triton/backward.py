@@ -1,5 +1,7 @@
 """`delta_product` backward: one kernel walks each sequence from its end, one takes the chunks.
 
+On Hopper, for bfloat16 and K and V up to 128, one kernel does both: see `hopper_sweep.py`.
+
 The walk carries dS, the gradient of the state, and finds D, the gradient of each chunk's residual
 diag(β) (V − …) before the factor β:
 
@@ -27,7 +29,7 @@ is a product of its own.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -41,6 +43,7 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
+    Problem,
     load_tile,
     load_tile_t,
     locate_chunk,
@@ -53,7 +56,6 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile_t,
     strides,
 )
-
 
 
 @triton.jit
@@ -331,8 +333,8 @@ def gradient_kernel(
 
 
 @functools.cache
-def hopper_kernel(device: torch.device) -> Any:
-    """Return the kernel for Hopper's tensor cores, or None where it cannot run.
+def find_hopper_sweep(device: torch.device) -> Callable[..., None] | None:
+    """Return the launcher of the kernel for Hopper's tensor cores, or None where it cannot run.
 
     It is written in Gluon, whose names change between versions of Triton: only with those it has
     been compiled with is it used.
@@ -341,17 +343,9 @@ def hopper_kernel(device: torch.device) -> Any:
         return None
     if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9):
         return None
-    from householder.ops.delta_product.triton.hopper import hopper_sweep_kernel
+    from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
 
-    return hopper_sweep_kernel
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Return `x`, copied only if it has rows that copies of 16 bytes cannot reach."""
-    steps = zip(x.stride()[:-1], x.shape[:-1], strict=True)
-    if x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in steps if size > 1):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return hopper_sweep
 
 
 def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
@@ -361,6 +355,42 @@ def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
     for part in groups[1:]:
         total = total + part
     return total.to(dtype)
+
+
+def sweep(
+    p: Problem,
+    do: Tensor,
+    table: Tensor,
+    scale: float,
+    ut: Tensor,
+    states: Tensor,
+    u: Tensor,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbeta: Tensor,
+    dg: Tensor | None,
+) -> None:
+    """Run both kernels: the gradients are written where the last arguments are."""
+    K, V, T, HV = p.sizes["K"], p.sizes["V"], p.v.shape[1], p.heads
+    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
+    dstates = torch.empty_like(states)
+    launch = config.walk_launch(K, V, p.precision)
+    if p.num_sequences:
+        walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
+            do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
+            p.cu_seqlens, p.first_chunk, scale, T, UT_STRIDE=ut.shape[1], **tiles, **p.constants,
+            BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
+        )  # fmt: skip
+    launch = config.gradient_launch(K, V, p.precision)
+    if p.num_chunks:
+        gradient_kernel[(p.num_chunks * HV,)](
+            do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
+            *p.packing, scale, T, **tiles, **p.constants,
+            BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
+        )  # fmt: skip
 
 
 @on_its_device
@@ -400,35 +430,14 @@ def backward(
         dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
-    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     launch = config.hopper_launch(K, V, p.precision)
-    kernel = None if launch is None else hopper_kernel(device)
-    if launch is not None and kernel is not None:
-        p, do = p._replace(q=aligned(p.q), k=aligned(p.k)), aligned(do)
-        if p.num_sequences:
-            kernel[(p.num_sequences * HV,)](
-                do, p.q, p.k, table, ut, states, u, dfinal_state, dinitial, dq, dk, dv, dbeta, dg,
-                p.cu_seqlens, p.first_chunk, scale, T,
-                **strides("do", do), **strides("q", p.q), **strides("k", p.k), HV=HV,
-                UT_STRIDE=ut.shape[1], BK=launch.block, WARPS=launch.num_warps,
-                **{n: x for n, x in p.constants.items() if n != "PRECISION"}, **launch.options,
-            )  # fmt: skip
+    hopper_sweep = find_hopper_sweep(device)
+    gradients = (dq, dk, dv, dbeta, dg)
+    # The kernel for Hopper carries dS / scale.
+    if launch is not None and hopper_sweep is not None and scale != 0:
+        hopper_sweep(p, launch, do, table, scale, ut, states, u, dfinal_state, dinitial, *gradients)
     else:
-        dstates = torch.empty_like(states)
-        launch = config.walk_launch(K, V, p.precision)
-        if p.num_sequences:
-            walk_back_kernel[(p.num_sequences * HV * triton.cdiv(V, launch.block),)](
-                do, p.q, p.k, table, ut, dfinal_state, dinitial, dstates, dv,
-                p.cu_seqlens, p.first_chunk, scale, T, **tiles, UT_STRIDE=ut.shape[1], **p.constants,
-                BK=config.key_block(K, p.precision), BV=launch.block, **launch.options,
-            )  # fmt: skip
-        launch = config.gradient_launch(K, V, p.precision)
-        if p.num_chunks:
-            gradient_kernel[(p.num_chunks * HV,)](
-                do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
-                *p.packing, scale, T, **tiles, **p.constants,
-                BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
-            )  # fmt: skip
+        sweep(p, do, table, scale, ut, states, u, dfinal_state, dinitial, *gradients)
     if HV != H:
         dq, dk = sum_groups(dq, H, q.dtype), sum_groups(dk, H, k.dtype)
     return dq, dk, dv, dbeta, dg, dinitial

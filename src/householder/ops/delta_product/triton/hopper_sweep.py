@@ -7,7 +7,9 @@ them, so that dS, dU and D go from one product into the next without leaving the
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops.delta_product.triton import chunks
+from householder.ops.delta_product.triton import chunks, config
 
 # Rows of the table of coefficients.
 LOG_HIGH = gl.constexpr(chunks.LOG_HIGH.value)
@@ -33,7 +35,28 @@ REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
+def multiply(a, b, LAYOUT: gl.constexpr):
+    """Start the product of two tiles."""
+    zero = gl.full([a.shape[0], b.shape[1]], 0.0, gl.float32, layout=LAYOUT)
+    return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply_add(a, b, acc):
+    """Start adding the product of two tiles to `acc`."""
+    return warpgroup_mma(a, b, acc, is_async=True)
+
+
+@gluon.jit
+def publish():
+    """Make what threads stored and copied visible to the products of all of them."""
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
 def row_offsets(o_r, N: gl.constexpr, stride_t, stride_n):
+    """Return the offsets of reflector rows, N to a token."""
     if N == 1:
         return o_r * stride_t
     else:
@@ -66,6 +89,15 @@ def copy_vector(smem, pointer, WARPS: gl.constexpr):
     """Start copying a vector of coefficients."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     copy_async(smem, pointer + gl.arange(0, smem.shape[0], layout=layout))
+
+
+@gluon.jit
+def load_vector(smem, pointer, R: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load coefficients from their tile, or from `pointer` if there is none."""
+    if smem is None:
+        return gl.load(pointer + gl.arange(0, R, layout=LAYOUT))
+    else:
+        return smem.load(LAYOUT)
 
 
 @gluon.jit
@@ -107,9 +139,7 @@ def hopper_sweep_kernel(
     tall_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     pair_r: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, R // GROUPS, 16])
     pair_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
-    wide: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0]
-    )
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     bf16: gl.constexpr = gl.bfloat16
     SLICE: gl.constexpr = 32
@@ -154,8 +184,18 @@ def hopper_sweep_kernel(
     a_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
     at_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
     m_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
+    # Two programs of 64 columns share a multiprocessor; beside gates no room is left for these.
+    STAGED: gl.constexpr = BK > R or not GATED
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    beta_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
+    by_column: gl.constexpr = gl.SliceLayout(0, tall_r)
+    beta_tile = None
+    from_start_tile = None
+    to_end_tile = None
+    if STAGED:
+        beta_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
+        if GATED:
+            from_start_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
+            to_end_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
     # dS' has been read for the last time when dQ and dK are laid out for their way to memory.
     dq_tile = reinterpret(stage, BC, BK, sh_ck)
     dk_tile = d_tile
@@ -175,9 +215,6 @@ def hopper_sweep_kernel(
         if BC < R:
             rows_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
         queries_tile = reinterpret(t_tile, R, BC, sh_rc)
-        from_start_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
-        to_end_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
-        by_column: gl.constexpr = gl.SliceLayout(0, tall_r)
         here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
 
     b_ds = gl.zeros([BK, BK], gl.float32, layout=tall_k)
@@ -201,8 +238,9 @@ def hopper_sweep_kernel(
     copy_rows(t_tile, ut + i_ch * UT_STRIDE, n * R, 1, R, 0, R, narrow)
     if num_chunks > 0:
         p_table = table + i_ch * (6 * R if GATED else R)
-        copy_vector(beta_tile, p_table, WARPS)
-        if GATED:
+        if STAGED:
+            copy_vector(beta_tile, p_table, WARPS)
+        if STAGED and GATED:
             copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
             copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
     async_copy.commit_group()
@@ -214,6 +252,7 @@ def hopper_sweep_kernel(
         k_tile = k_tiles.index(step % 2)
         q_tile = q_tiles.index(step % 2)
         do_tile = do_tiles.index(step % 2)
+        k_t_tile = k_tile.permute((1, 0))
         do_t_tile = do_tile.permute((1, 0))
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta_row = gl.load(p_table + row_of_pair)
@@ -228,24 +267,19 @@ def hopper_sweep_kernel(
             # Waiting for no product pins the scaling here, before the first one is started.
             b_ds = warpgroup_mma_wait(0, [b_ds * b_decay])
         async_copy.wait_group(1 if GATED else 0)
-        fence_async_shared()
-        barrier()
+        publish()
         ds_tile.store(b_dsh)
 
         # dU = dS' Kᵀ + dOᵀ A, with A's transpose made on the way; dS gets what the queries give.
-        b_a = gl.zeros([R, BC], gl.float32, layout=pair_c)
-        b_a = warpgroup_mma(k_tile, q_tile.permute((1, 0)), b_a, use_acc=False, is_async=True)
-        b_du = gl.zeros([BK, R], gl.float32, layout=tall_r)
-        b_du = warpgroup_mma(
-            ds_operand, k_tile.permute((1, 0)), b_du, use_acc=False, is_async=True
-        )
+        b_a = multiply(k_tile, q_tile.permute((1, 0)), pair_c)
+        b_du = multiply(ds_operand, k_t_tile, tall_r)
         if GATED:
             do_operand = do_t_tile.load(gl.DotOperandLayout(0, tall_k, 2)).to(gl.float32)
             do_operand = (do_operand * query_from_start[None, :]).to(bf16)
-            b_ds = warpgroup_mma(do_operand, q_tile, b_ds, is_async=True)
+            b_ds = multiply_add(do_operand, q_tile, b_ds)
         else:
             do_operand = ds_operand
-            b_ds = warpgroup_mma(do_t_tile, q_tile, b_ds, is_async=True)
+            b_ds = multiply_add(do_t_tile, q_tile, b_ds)
 
         # The next chunk's tiles, and this one's state, are on their way meanwhile.
         copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide)
@@ -273,69 +307,56 @@ def hopper_sweep_kernel(
             b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
             # Where T comes late, the coefficients come with it.
             async_copy.wait_group(2)
-            barrier()
-            b_du *= to_end_tile.load(by_column)[None, :]
-        fence_async_shared()
-        barrier()
-        b_du = warpgroup_mma(do_t_tile, a_tile.permute((1, 0)), b_du, is_async=True)
-        b_dk = gl.zeros([BK, R], gl.float32, layout=tall_r)
-        b_dk = warpgroup_mma(
-            ds_tile.permute((1, 0)), u_tile.permute((1, 0)), b_dk, use_acc=False, is_async=True
-        )
-        b_at = gl.zeros([R, BC], gl.float32, layout=pair_c)
-        b_at = warpgroup_mma(u_tile, do_t_tile, b_at, use_acc=False, is_async=True)
+            if STAGED:
+                barrier()
+            to_end = load_vector(to_end_tile, p_table + TO_END * R, R, by_column)
+            b_du *= to_end[None, :]
+        publish()
+        b_du = multiply_add(do_t_tile, a_tile.permute((1, 0)), b_du)
+        b_dk = multiply(ds_tile.permute((1, 0)), u_tile.permute((1, 0)), tall_r)
+        b_at = multiply(u_tile, do_t_tile, pair_c)
         b_du, b_ds, ds_operand, do_operand = warpgroup_mma_wait(
             2, [b_du, b_ds, ds_operand, do_operand]
         )
 
         # −β D, from registers into dS and through shared memory into all else.
         du_operand = gl.convert_layout(b_du.to(bf16), gl.DotOperandLayout(0, tall_r, 2))
-        b_d = gl.zeros([BK, R], gl.float32, layout=tall_r)
-        b_d = warpgroup_mma(du_operand, t_tile, b_d, use_acc=False, is_async=True)
+        b_d = multiply(du_operand, t_tile, tall_r)
         b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
         if GATED:
-            b_dk *= to_end_tile.load(by_column)[None, :]
+            to_end = load_vector(to_end_tile, p_table + TO_END * R, R, by_column)
+            b_dk *= to_end[None, :]
             attention = (b_a.to(gl.float32) * b_at).to(bf16)
             b_at *= b_gamma
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
         b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
-        b_d *= -beta_tile.load(gl.SliceLayout(0, tall_r))[None, :]
+        b_d *= -load_vector(beta_tile, p_table, R, by_column)[None, :]
         b_dh = b_d.to(bf16)
         d_tile.permute((1, 0)).store(b_dh)
         async_copy.wait_group(1)
-        fence_async_shared()
-        barrier()
-        b_m = gl.zeros([R, R], gl.float32, layout=pair_r)
-        b_m = warpgroup_mma(
-            u_tile, d_tile.permute((1, 0)), b_m, use_acc=False, is_async=True
-        )
+        publish()
+        b_m = multiply(u_tile, d_tile.permute((1, 0)), pair_r)
         if GATED:
             queries_tile.store(attention)
-            b_kk = gl.zeros([R, R], gl.float32, layout=pair_r)
-            b_kk = warpgroup_mma(
-                k_tile, k_tile.permute((1, 0)), b_kk, use_acc=False, is_async=True
-            )
-            b_dh = (b_d * from_start_tile.load(by_column)[None, :]).to(bf16)
+            b_kk = multiply(k_tile, k_t_tile, pair_r)
+            from_start = load_vector(from_start_tile, p_table + FROM_START * R, R, by_column)
+            b_dh = (b_d * from_start[None, :]).to(bf16)
         d_operand = gl.convert_layout(b_dh, gl.DotOperandLayout(0, tall_k, 2))
-        b_ds = warpgroup_mma(d_operand, k_tile, b_ds, is_async=True)
+        b_ds = multiply_add(d_operand, k_tile, b_ds)
         s_t_tile = s_tile.permute((1, 0))
         if GATED:
-            b_read = gl.zeros([BK, R], gl.float32, layout=tall_r)
-            b_read = warpgroup_mma(
-                s_t_tile, d_tile.permute((1, 0)), b_read, use_acc=False, is_async=True
-            )
+            b_read = multiply(s_t_tile, d_tile.permute((1, 0)), tall_r)
         else:
-            b_dk = warpgroup_mma(s_t_tile, d_tile.permute((1, 0)), b_dk, is_async=True)
-            b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
-            b_dq = warpgroup_mma(s_t_tile, do_t_tile, b_dq, use_acc=False, is_async=True)
-            b_dq = warpgroup_mma(k_tile.permute((1, 0)), at_tile, b_dq, is_async=True)
+            b_dk = multiply_add(s_t_tile, d_tile.permute((1, 0)), b_dk)
+            b_dq = multiply(s_t_tile, do_t_tile, tall_c)
+            b_dq = multiply_add(k_t_tile, at_tile, b_dq)
 
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide)
         if GATED:
             # What rows and S give to the next chunk's state.
-            k_columns = k_tile.permute((1, 0)).load(tall_r).to(gl.float32)
+            k_columns = k_t_tile.load(tall_r).to(gl.float32)
             written = gl.sum(b_dk * k_columns, axis=0)
             written = gl.convert_layout(written, gl.SliceLayout(0, pair_r))
             b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
@@ -361,43 +382,32 @@ def hopper_sweep_kernel(
             b_kk = warpgroup_mma_wait(2, [b_kk])
             rows_tile.store((b_kk * b_m).to(bf16))
             b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
-            b_read *= from_start_tile.load(by_column)[None, :]
-            k_columns = k_tile.permute((1, 0)).load(tall_r).to(gl.float32)
+            from_start = load_vector(from_start_tile, p_table + FROM_START * R, R, by_column)
+            b_read *= from_start[None, :]
+            k_columns = k_t_tile.load(tall_r).to(gl.float32)
             read = gl.sum(b_read * k_columns, axis=0)
             read = gl.convert_layout(read, gl.SliceLayout(0, pair_r))
             b_dk += b_read
-        fence_async_shared()
-        barrier()
+        publish()
         if GATED:
             # What rows give to the reads and outputs at or after each token, from before it: sums
             # over the later ones by products with ones. A token's sum stands in all its rows.
             o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
             o_r = gl.arange(0, R, layout=gl.SliceLayout(0, here_r)) // N
             here_on = gl.where(o_r[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
-            b_crossing = gl.zeros([R, R], gl.float32, layout=pair_r)
-            b_crossing = warpgroup_mma(
-                here_on, rows_tile.permute((1, 0)), b_crossing, use_acc=False, is_async=True
-            )
+            b_crossing = multiply(here_on, rows_tile.permute((1, 0)), pair_r)
             o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
             queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
-            b_crossing = warpgroup_mma(
-                queries_on, queries_tile.permute((1, 0)), b_crossing, is_async=True
-            )
-            b_dq = gl.zeros([BK, BC], gl.float32, layout=tall_c)
-            b_dq = warpgroup_mma(
-                s_tile.permute((1, 0)), do_t_tile, b_dq, use_acc=False, is_async=True
-            )
+            b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
+            b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
         copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
         if not GATED:
             copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
             copy_vector(beta_tile, table + i_before * R, WARPS)
         async_copy.commit_group()
-        k_t_tile = k_tile.permute((1, 0))
-        b_dk = warpgroup_mma(k_t_tile, m_tile, b_dk, is_async=True)
-        b_dk = warpgroup_mma(k_t_tile, m_tile.permute((1, 0)), b_dk, is_async=True)
-        b_dk = warpgroup_mma(
-            q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk, is_async=True
-        )
+        b_dk = multiply_add(k_t_tile, m_tile, b_dk)
+        b_dk = multiply_add(k_t_tile, m_tile.permute((1, 0)), b_dk)
+        b_dk = multiply_add(q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk)
         if GATED:
             b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
                 3, [b_crossing, b_dq, here_on, queries_on]
@@ -407,7 +417,7 @@ def hopper_sweep_kernel(
             q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
             asked = gl.sum(b_dq * q_columns, axis=0)
             asked = gl.convert_layout(asked, gl.SliceLayout(0, pair_c))
-            b_dq = warpgroup_mma(k_t_tile, at_tile, b_dq, is_async=True)
+            b_dq = multiply_add(k_t_tile, at_tile, b_dq)
             token = row_of_pair[:, None] // N
             earlier = column_of_pair[None, :] // N < token
             b_crossing = gl.where(earlier, b_crossing + written[None, :], read[None, :])
@@ -432,10 +442,11 @@ def hopper_sweep_kernel(
         barrier()
         if GATED:
             copy_rows(t_tile, ut + i_before * UT_STRIDE, n_before * R, 1, R, 0, R, narrow)
-            p_table = table + i_before * (6 * R)
-            copy_vector(beta_tile, p_table, WARPS)
-            copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
-            copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
+            if STAGED:
+                p_table = table + i_before * (6 * R)
+                copy_vector(beta_tile, p_table, WARPS)
+                copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
+                copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
             async_copy.commit_group()
         store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
         store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
@@ -444,3 +455,42 @@ def hopper_sweep_kernel(
     if dinitial is not None:
         b_ds = (b_ds * scale).to(dinitial.dtype.element_ty)
         gl.store(dinitial + i_sh * K * V + o_k * V + o_v, b_ds, mask=in_state)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return `x`, copied only if it has rows that copies of 16 bytes cannot reach."""
+    steps = zip(x.stride()[:-1], x.shape[:-1], strict=True)
+    if x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in steps if size > 1):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def hopper_sweep(
+    p: chunks.Problem,
+    launch: config.Launch,
+    do: Tensor,
+    table: Tensor,
+    scale: float,
+    ut: Tensor,
+    states: Tensor,
+    u: Tensor,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbeta: Tensor,
+    dg: Tensor | None,
+) -> None:
+    """Run the kernel: the gradients are written where the last arguments are."""
+    if not p.num_sequences:
+        return
+    do, q, k = aligned(do), aligned(p.q), aligned(p.k)
+    constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
+    hopper_sweep_kernel[(p.num_sequences * p.heads,)](
+        do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
+        p.cu_seqlens, p.first_chunk, scale, p.v.shape[1],
+        **chunks.strides("do", do), **chunks.strides("q", q), **chunks.strides("k", k),
+        HV=p.heads, UT_STRIDE=ut.shape[1], BK=launch.block, WARPS=launch.num_warps,
+        **constants, **launch.options,
+    )  # fmt: skip
