@@ -430,7 +430,7 @@ def backward(
         dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous()
-    launch = config.hopper_launch(K, V, p.precision)
+    launch = config.hopper_sweep_launch(K, V, p.precision)
     hopper_sweep = find_hopper_sweep(device)
     gradients = (dq, dk, dv, dbeta, dg)
     # The kernel for Hopper carries dS / scale.

@@ -88,7 +88,7 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
     return Launch(32, 4 if K <= 64 else 8, 1)
 
 
-def hopper_launch(K: int, V: int, precision: str) -> Launch | None:
+def hopper_sweep_launch(K: int, V: int, precision: str) -> Launch | None:
     """Parameters of the backward kernel for Hopper, whose tile is all of K and of V."""
     block = power_of_two(max(K, V), least=64)
     if precision != "bf16" or block > 128:
