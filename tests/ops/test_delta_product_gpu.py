@@ -29,6 +29,8 @@ SHAPES = {
     "seven reflections": (1, 200, 7, 1, 1, 16, 16, None, None),
     "eight reflections": (1, 200, 8, 1, 2, 32, 16, 0.1, None),
     "narrow": (2, 300, 1, 2, 2, 64, 64, 0.1, None),
+    "narrow, no gate": (2, 300, 1, 2, 2, 64, 64, None, None),
+    "keys wider than values": (1, 300, 2, 1, 1, 128, 64, 0.1, None),
     "narrow keys": (1, 300, 1, 1, 1, 32, 48, 0.1, None),
     "wide": (1, 200, 1, 1, 1, 256, 256, 0.1, None),
     "wide keys": (1, 200, 2, 1, 1, 192, 48, None, None),
@@ -46,10 +48,12 @@ SHAPES = {
 
 def arrange(shape, dtype, device="cuda"):
     B, T, N, H, HV, K, V, decay, num_sequences = shape
-    return delta_product_inputs(
+    inputs = delta_product_inputs(
         B, T, N, H, K, V, HV=HV, decay=decay, num_sequences=num_sequences, dtype=dtype,
         device=device,
     )  # fmt: skip
+    inputs["beta"][:, ::7] = 0.0  # tokens without effect have gradients all the same
+    return inputs
 
 
 def run(module, inputs, dtype=None, save=True):
@@ -119,6 +123,18 @@ def test_rows_need_not_start_at_multiples_of_16_bytes(kernels):
         shifted[n] = room.view(inputs[n].shape).copy_(inputs[n])
     for label, a, b in zip(OUTPUTS, run(kernels, shifted), run(kernels, inputs), strict=True):
         assert relative_error(a, b.double()) < LIMITS[torch.bfloat16], label
+
+
+@pytest.mark.parametrize("name", ["delta rule", "gated delta rule", "narrow keys"])
+def test_gradients_without_the_kernel_for_hopper(name, kernels, monkeypatch):
+    from householder.ops.delta_product.triton import config
+
+    monkeypatch.setattr(config, "hopper_sweep_launch", lambda *_: None)
+    inputs = arrange(SHAPES[name], torch.bfloat16)
+    expected = run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, run(kernels, inputs), expected, strict=True):
+        if e is not None:
+            assert relative_error(a, e) < LIMITS[torch.bfloat16], label
 
 
 def test_a_sequence_does_not_depend_on_its_batch(kernels):

@@ -1,5 +1,7 @@
 """`delta_product` backward: one kernel walks each sequence from its end, one takes the chunks.
 
+On Hopper, for bfloat16 and K and V up to 128, one kernel does both: see `hopper_sweep.py`.
+
 The walk carries dS, the gradient of the state, and finds D, the gradient of each chunk's residual
 diag(β) (V − …) before the factor β:
 
@@ -9,9 +11,11 @@ diag(β) (V − …) before the factor β:
 Everything else follows chunk by chunk, with P = Γ ⊙ strict_lower(D Uᵀ) and the gradient of A,
 dA = scale · Γ ⊙ lower(dO Uᵀ):
 
-    dV = diag(β) D      read = −diag(E) D Sᵀ − P K      dβ = rowsum(D ⊙ V) + rowsum(read ⊙ K)
-    write = diag(E_C / E) U dS'ᵀ − Pᵀ diag(β) K + dAᵀ Q      dK = diag(β) read + write
-    dQ = scale · diag(E) dO Sᵀ + dA K
+    dV = diag(β) D      dβ = rowsum(D ⊙ U) / β      dQ = scale · diag(E) dO Sᵀ + dA K
+    dK = diag(E_C / E) U dS'ᵀ + dAᵀ Q − diag(β E) D Sᵀ − diag(β) P K − Pᵀ diag(β) K
+
+U_r = β_r · (the residual that row r writes), and D is the gradient of U_r: hence dβ. So that the
+residual is known where β is zero, a zero counts as 2⁻⁴⁰ throughout.
 
 A log gate scales all that crosses its token, and dg is the sum of these parts of the loss: what
 reads S at or after the token, what an earlier row of the chunk gives to a read at or after it, and
@@ -23,6 +27,9 @@ is a product of its own.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -36,6 +43,7 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
+    Problem,
     attention,
     load_tile,
     load_tile_t,
@@ -50,6 +58,7 @@ from householder.ops.delta_product.triton.chunks import (
     strides,
 )
 from householder.ops.delta_product.triton.segments import (
+    Segments,
     make_segments,
     of_sequences,
     segment_ends,
@@ -112,11 +121,11 @@ def walk_back_kernel(
         b_beta = tl.load(p_table + BETA * R + o_r)
         b_q = load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK)
         b_q = cast_operand(b_q, PRECISION)
-        b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
-        b_a = cast_operand(b_a, PRECISION)
 
         b_dsh = cast_operand(b_ds, PRECISION)
         store_tile(dstates + i_ch * K * V, o_v * K, m_v, 0, b_dsh, K, BK)
+        b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
+        b_a = cast_operand(b_a, PRECISION)
         b_du = dot(b_dsh, tl.trans(b_k), PRECISION)
         b_doq = b_do.to(tl.float32) * scale
         if GATED:
@@ -136,10 +145,9 @@ def walk_back_kernel(
 
 @triton.jit
 def gradient_kernel(
-    do, q, k, v, table, states, dstates, u, dq, dk, dv, dbeta, dg,
-    cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h, v_b, v_h,
+    do, q, k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
+    cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
     HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
-    v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -166,13 +174,11 @@ def gradient_kernel(
 
     p_q = q + batch * q_b + start * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
-    p_v = v + batch * v_b + start * v_t + i_h * v_h
     p_do = do + batch * do_b + start * do_t + i_h * do_h
     p_dq = dq + (first_row * HV + i_h) * K
     p_dk = dk + (first_row * N * HV + i_h) * K
     p_dv = dv + (first_row * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
-    o_vrows = row_offsets(R, N, v_t, v_n)
     p_table = table + i_ch * (6 * R if GATED else R)
     b_beta = tl.load(p_table + BETA * R + o_r)
 
@@ -183,16 +189,12 @@ def gradient_kernel(
     query = tl.minimum(o_c, C - 1) * N
 
     # Where all of V is one block, D, U and dO are loaded once and stay; dV replaces D at once.
-    b_dbeta = tl.zeros((R,), tl.float32)
     b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, 0, V, BV), PRECISION)
-    if num_v == 1:
-        b_v = load_tile(p_v, o_vrows, m_r, 0, V, BV)
     b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, 0, V, BV)
     b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, 0, V, BV), PRECISION)
     if num_v == 1:
-        d_rows = b_d.to(tl.float32)
-        b_dbeta += tl.sum(d_rows * b_v.to(tl.float32), axis=1)
-        store_tile(p_dv, o_r * HV * V, m_r, 0, d_rows * b_beta[:, None], V, BV)
+        b_dv = b_d.to(tl.float32) * b_beta[:, None]
+        store_tile(p_dv, o_r * HV * V, m_r, 0, b_dv, V, BV)
 
     # The first tiles of what follows are on their way while the products of pairs are made. Each
     # of these is finished and packed before the next begins, to hold few registers.
@@ -200,22 +202,27 @@ def gradient_kernel(
     b_s = load_tile(states + i_ch * K * V, o_v * K, o_v < V, 0, K, BK)
     b_k = load_tile(p_k, o_krows, m_r, 0, K, BK)
     b_p = tl.zeros((R, R), tl.float32)
-    for i in tl.static_range(num_v):
+    for i in range(num_v):
         if num_v > 1:
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
         b_p = dot_add(b_d, tl.trans(b_u), b_p, PRECISION)
+    # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
+    b_dbeta = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_p, 0.0), axis=1) / b_beta
+    p_dbeta = dbeta + first_row * N * HV + i_h
+    tl.store(p_dbeta + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
+    b_p *= -b_beta[:, None]
     if GATED:
         b_p *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
-    b_p = tl.where(below, -b_p, 0.0)
+    b_p = tl.where(below, b_p, 0.0)
     b_dg = tl.zeros((BC,), tl.float32)
     if GATED:
         # What row s gives to the read of row r, summed over r from a token on and s before it.
         kk = tl.zeros((R, R), tl.float32)
-        for i_k in tl.static_range(num_k):
+        for i_k in range(num_k):
             k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
             kk = dot_add(k_tile, tl.trans(k_tile), kk, PRECISION)
-        kk = cast_operand(kk * b_p * b_beta[:, None], PRECISION)
+        kk = cast_operand(kk * b_p, PRECISION)
         from_here_on = tl.where(o_r[:, None] <= o_r[None, :], 1.0, 0.0)
         kk = dot(cast_operand(from_here_on, PRECISION), kk, PRECISION)
         crossing = tl.sum(tl.where(token[None, :] < token[:, None], kk, 0.0), axis=1)
@@ -223,7 +230,7 @@ def gradient_kernel(
     b_p = cast_operand(b_p, PRECISION)
 
     b_pt = tl.zeros((R, R), tl.float32)
-    for i in tl.static_range(num_v):
+    for i in range(num_v):
         if num_v > 1:
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -234,7 +241,7 @@ def gradient_kernel(
     b_pt = cast_operand(tl.where(above, -b_pt, 0.0), PRECISION)
 
     b_at = tl.zeros((R, BC), tl.float32)
-    for i in tl.static_range(num_v):
+    for i in range(num_v):
         if num_v > 1:
             b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, i * BV, V, BV), PRECISION)
             b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -242,26 +249,25 @@ def gradient_kernel(
     if GATED:
         # The same for what it gives to the output of token t.
         kq = tl.zeros((R, BC), tl.float32)
-        for i_k in tl.static_range(num_k):
+        for i_k in range(num_k):
             k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
             q_tile = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
             kq = dot_add(k_tile, tl.trans(q_tile), kq, PRECISION)
-        kq *= b_at * scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+        b_at *= scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+        kq = cast_operand(kq * b_at, PRECISION)
         from_here_on = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
-        from_here_on = cast_operand(from_here_on, PRECISION)
-        crossing = dot(cast_operand(kq, PRECISION), from_here_on, PRECISION)
+        crossing = dot(kq, cast_operand(from_here_on, PRECISION), PRECISION)
         b_dg += tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
-    b_at *= scale
-    if GATED:
-        b_at *= pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
+    else:
+        b_at *= scale
     b_at = cast_operand(tl.where(seen, b_at, 0.0), PRECISION)
 
     b_kept = tl.zeros((BV,), tl.float32)  # what S gives to the next chunk
     b_written = tl.zeros((R,), tl.float32)  # what rows give to it
     b_read = tl.zeros((R,), tl.float32)  # what S gives to rows
     b_asked = tl.zeros((BC,), tl.float32)  # what S gives to outputs
-    for i_k in tl.static_range(num_k):
-        if i_k > 0:
+    for i_k in range(num_k):
+        if num_k > 1:
             b_s = load_tile(states + i_ch * K * V, o_v * K, o_v < V, i_k * BK, K, BK)
             b_k = load_tile(p_k, o_krows, m_r, i_k * BK, K, BK)
         b_ds = load_tile(dstates + i_ch * K * V, o_v * K, o_v < V, i_k * BK, K, BK)
@@ -272,7 +278,7 @@ def gradient_kernel(
         # Queries, and what the rows read: both from the state S.
         b_dk = tl.zeros((R, BK), tl.float32)
         b_dq = tl.zeros((BK, BC), tl.float32)
-        for i in tl.static_range(num_v):
+        for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
                 b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
@@ -284,24 +290,21 @@ def gradient_kernel(
             b_dk = dot_add(b_d, b_s, b_dk, PRECISION)
             b_dq = dot_add(tl.trans(b_s), tl.trans(b_do), b_dq, PRECISION)
         b_dq *= scale
+        b_dk *= -b_beta[:, None]
         if GATED:
             b_dk *= tl.load(p_table + FROM_START * R + o_r)[:, None]
-            b_read -= b_beta * tl.sum(b_dk * k_rows, axis=1)
+            b_read += tl.sum(b_dk * k_rows, axis=1)
             b_dq *= tl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
             q_columns = load_tile_t(p_q, o_c * q_t, m_c, i_k * BK, K, BK).to(tl.float32)
             b_asked += tl.sum(q_columns * b_dq, axis=0)
         b_dq = dot_add(tl.trans(b_kh), b_at, b_dq, PRECISION)
         store_tile_t(p_dq, o_c * HV * K, m_c, i_k * BK, b_dq, K, BK)
-        b_dk = dot_add(b_p, b_kh, -b_dk, PRECISION)
-        read_k = tl.sum(b_dk * k_rows, axis=1)
-        b_dbeta += read_k
-        b_dk *= b_beta[:, None]
 
         # What the rows write: into the next chunk's state, into later rows, into outputs.
         write = b_dk
         if GATED:
             write = tl.zeros((R, BK), tl.float32)
-        for i in tl.static_range(num_v):
+        for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
                 b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
@@ -311,7 +314,7 @@ def gradient_kernel(
             write *= tl.load(p_table + TO_END * R + o_r)[:, None]
             b_written += tl.sum(write * k_rows, axis=1)
             write += b_dk
-        b_dk = write
+        b_dk = dot_add(b_p, b_kh, write, PRECISION)
         b_dk = dot_add(b_pt, b_kh, b_dk, PRECISION)
         b_dk = dot_add(b_at, b_q, b_dk, PRECISION)
         store_tile(p_dk, o_r * HV * K, m_r, i_k * BK, b_dk, K, BK)
@@ -327,13 +330,25 @@ def gradient_kernel(
     if num_v > 1:
         # D has been read for the last time by every thread: what is there becomes dV.
         tl.debug_barrier()
-        for i in tl.static_range(num_v):
+        for i in range(num_v):
             d_rows = load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV).to(tl.float32)
-            b_v = load_tile(p_v, o_vrows, m_r, i * BV, V, BV)
-            b_dbeta += tl.sum(d_rows * b_v.to(tl.float32), axis=1)
             store_tile(p_dv, o_r * HV * V, m_r, i * BV, d_rows * b_beta[:, None], V, BV)
-    p_dbeta = dbeta + first_row * N * HV + i_h
-    tl.store(p_dbeta + o_r * HV, b_dbeta.to(dbeta.dtype.element_ty), mask=m_r)
+
+
+@functools.cache
+def find_hopper_sweep(device: torch.device) -> Callable[..., None] | None:
+    """Return the launcher of the kernel for Hopper's tensor cores, or None where it cannot run.
+
+    It is written in Gluon, whose names change between versions of Triton: only with those it has
+    been compiled with is it used.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9):
+        return None
+    from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
+
+    return hopper_sweep
 
 
 def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
@@ -343,6 +358,44 @@ def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
     for part in groups[1:]:
         total = total + part
     return total.to(dtype)
+
+
+def sweep(
+    p: Problem,
+    segments: Segments,
+    do: Tensor,
+    table: Tensor,
+    scale: float,
+    ut: Tensor,
+    states: Tensor,
+    u: Tensor,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbeta: Tensor,
+    dg: Tensor | None,
+) -> None:
+    """Run both kernels: the gradients are written where the last arguments are."""
+    K, V, T, HV = p.sizes["K"], p.sizes["V"], p.v.shape[1], p.heads
+    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
+    dstates = torch.empty_like(states)
+    launch = config.walk_launch(K, V, p.precision)
+    if p.num_sequences:
+        walk_back_kernel[(segments.number * HV * triton.cdiv(V, launch.block),)](
+            do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
+            segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
+            SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,
+            **launch.options,
+        )  # fmt: skip
+    launch = config.gradient_launch(K, V, p.precision)
+    if p.num_chunks:
+        gradient_kernel[(p.num_chunks * HV,)](
+            do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
+            *p.packing, scale, T, **tiles, **p.constants,
+            BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
+        )  # fmt: skip
 
 
 @on_its_device
@@ -373,7 +426,12 @@ def backward(
     do = addressable(do)
 
     dv = v.new_empty(v.shape)
-    dstates = torch.empty_like(states)
+    # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
+    partial = torch.float32 if HV != H else None
+    dq = torch.empty(B, T, HV, K, dtype=partial or q.dtype, device=device)
+    dk = torch.empty(B, T, N, HV, K, dtype=partial or k.dtype, device=device)
+    dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=device)
+    dg = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=device)
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     dinitial = None
     if initial_state is not None:
@@ -381,34 +439,20 @@ def backward(
     segments = make_segments(p)
     if segments.chunks:
         dfinal = segment_ends(p, segments, table, ut, do, dfinal, scale, maps, growth)
-        # The walk leaves the gradient of a segment's first state where it found that of the last.
+        # A segment's first state gets its gradient where that of its last was found.
         dinitial = None if dinitial is None else dfinal
-    launch = config.walk_launch(K, V, p.precision)
-    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
-    if p.num_sequences:
-        walk_back_kernel[(segments.number * HV * triton.cdiv(V, launch.block),)](
-            do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
-            segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
-            SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,
-            **launch.options,
-        )  # fmt: skip
-
+    launch = config.hopper_sweep_launch(K, V, p.precision)
+    hopper_sweep = find_hopper_sweep(device)
+    gradients = (dq, dk, dv, dbeta, dg)
+    # The kernel for Hopper carries dS / scale.
+    if launch is not None and hopper_sweep is not None and scale != 0:
+        hopper_sweep(
+            p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients
+        )
+    else:
+        sweep(p, segments, do, table, scale, ut, states, u, dfinal, dinitial, *gradients)
     if dinitial is not None and initial_state is not None:
         dinitial = of_sequences(segments, p, dinitial, last=False).to(initial_state.dtype)
-
-    # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
-    partial = torch.float32 if HV != H else None
-    dq = torch.empty(B, T, HV, K, dtype=partial or q.dtype, device=device)
-    dk = torch.empty(B, T, N, HV, K, dtype=partial or k.dtype, device=device)
-    dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=device)
-    dg = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=device)
-    launch = config.gradient_launch(K, V, p.precision)
-    if p.num_chunks:
-        gradient_kernel[(p.num_chunks * HV,)](
-            do, p.q, p.k, p.v, table, states, dstates, u, dq, dk, dv, dbeta, dg,
-            *p.packing, scale, T, **tiles, **strides("v", p.v), **p.constants,
-            BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
-        )  # fmt: skip
     if HV != H:
         dq, dk = sum_groups(dq, H, q.dtype), sum_groups(dk, H, k.dtype)
     return dq, dk, dv, dbeta, dg, dinitial

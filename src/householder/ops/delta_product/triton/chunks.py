@@ -39,6 +39,8 @@ LOG_LOW = tl.constexpr(2)
 FROM_START = tl.constexpr(3)
 TO_END = tl.constexpr(4)
 TOKEN_FROM_START = tl.constexpr(5)
+# U / β is the residual that a reflector writes, as long as β is not zero.
+LEAST_BETA = tl.constexpr(2.0**-40)
 # exp(-128) is zero in float32, so a stronger gate acts the same.
 MIN_LOG_GATE = tl.constexpr(-128.0)
 # Log gates are split at multiples of 2⁻¹⁰: sums of 64 high parts are exact in float32.
@@ -200,7 +202,9 @@ def table_kernel(
 
     p_beta = beta + batch * beta_b + start * beta_t + o_h * beta_h
     b_beta = tl.load(p_beta + token * beta_t + (o_r % N) * beta_n, mask=m_r, other=0.0)
-    tl.store(p_table + BETA * R, b_beta.to(tl.float32), mask=o_h < HV)
+    b_beta = b_beta.to(tl.float32)
+    b_beta = tl.where(tl.abs(b_beta) < LEAST_BETA, LEAST_BETA, b_beta)
+    tl.store(p_table + BETA * R, b_beta, mask=o_h < HV)
     if GATED:
         p_g = g + batch * g_b + start * g_t + o_h * g_h
         b_g = tl.load(p_g + token * g_t, mask=m_r & (o_r % N == 0), other=0.0).to(tl.float32)

@@ -161,11 +161,22 @@ def chain_launch(K: int) -> Launch:
     return Launch(power_of_two(K, least=32, most=128) if K <= 128 else 64, 8, 1)
 
 
+def hopper_sweep_launch(K: int, V: int, precision: str) -> Launch | None:
+    """Parameters of the backward kernel for Hopper, whose tile is all of K and of V."""
+    block = power_of_two(max(K, V), least=64)
+    if precision != "bf16" or block > 128:
+        return None
+    return Launch(block, block // 16, 1)
+
+
 def gradient_launch(K: int, V: int, precision: str) -> Launch:
-    """Parameters of the kernel of the per-chunk gradients; the tile is part of K."""
+    """Parameters of the kernel of the per-chunk gradients; the tile is part of K.
+
+    Triton 3.6 compiles wrong gradients of keys, on Hopper, for some tiles of 32 columns.
+    """
     if precision == "bf16":
-        return Launch(power_of_two(K, most=64), 4 if V <= 128 else 8, 1)
-    return Launch(32, 8, 1)
+        return Launch(64, 4 if V <= 128 else 8, 1)
+    return Launch(64, 8, 1)
 
 
 def gradient_block_v(V: int, precision: str) -> int:
