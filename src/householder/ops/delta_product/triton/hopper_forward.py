@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
+    LEAST_BETA,
     LOG_HIGH,
     LOG_LOW,
     LOG_STEPS,
@@ -452,6 +453,7 @@ def prepare_kernel(
         p_beta = beta + batch * beta_b + start * beta_t + i_h * beta_h
         o_beta = (o_r // N) * beta_t + (o_r % N) * beta_n
         b_beta = gl.load(p_beta + o_beta, mask=o_r < n * N, other=0.0).to(gl.float32)
+        b_beta = gl.where(gl.abs(b_beta) < LEAST_BETA, LEAST_BETA, b_beta)
         gl.store(p_table + BETA * R + o_r, b_beta)
         row = gl.arange(0, R, layout=down)
         col = gl.arange(0, R, layout=across)
