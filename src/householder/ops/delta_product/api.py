@@ -74,8 +74,8 @@ def delta_product(
         dt_bias: added to `g` `[HV]`, or None for zero; only with `gate_activation`.
         impl: `"chunk"` (blocked into matrix products, on any device), `"reference"` (a loop over
             tokens), `"triton"` (GPU kernels, for float32, bfloat16 and float16, K and V multiples
-            of 16 up to 256, N ≤ 8), or `"auto"`, which is `"chunk"`: the kernels are young and
-            are used only where they are asked for.
+            of 16 up to 256, N ≤ 8), or `"auto"`, which is `"triton"` on a CUDA device for what
+            the kernels take, and `"chunk"` otherwise.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state, shaped as `initial_state`, or None.
@@ -124,9 +124,9 @@ def delta_product(
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
     activations = check_activations("delta_product", *options, g, A_log, dt_bias, v.shape[3])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    if impl == "triton":
-        _require_triton("delta_product", q, k, v)
-    form = "triton" if impl == "triton" else "chunk"
+    others = {"beta": beta, "g": g, "initial_state": initial_state}
+    use_triton = _runs_triton("delta_product", impl, q, k, v, **others)
+    form = "triton" if use_triton else "chunk"
     q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, *activations, form)
     if impl == "reference":
         o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
@@ -176,7 +176,8 @@ def delta_product_step(
         A_log: logarithms of the gates' rates `[HV]`.
         dt_bias: added to `g` `[HV]`.
         impl: `"reference"` (N rank-one updates), `"triton"` (one GPU kernel, without gradients: use
-            it under `torch.no_grad`), or `"auto"`, which is `"reference"`.
+            it under `torch.no_grad`), or `"auto"`, which is `"triton"` on a CUDA device with
+            gradients off for what the kernel takes, and `"reference"` otherwise.
 
     Returns:
         o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
@@ -223,26 +224,32 @@ def delta_product_step(
     activations = check_activations(op, *options, g, A_log, dt_bias, HV)
     scale = K**-0.5 if scale is None else float(scale)
     state = state.to(compute_dtype(q, k, v, beta, state))
-    if impl == "triton":
-        if torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        if impl == "triton":
             raise NotImplementedError(
                 f'{op}: impl="triton" has no gradients, and gradients are on; '
                 'use torch.no_grad() or impl="reference"'
             )
-        _require_triton(op, q, k, v, state)
+        impl = "reference"
+    if _runs_triton(op, impl, q, k, v, beta=beta, g=g, state=state):
         return delta_product_step_op(q, k, v, beta, g, scale, state, A_log, dt_bias, *activations)
     q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, *activations)
     o, state = reference.step(q, k, v, beta, g, scale, state)
     return o.to(v.dtype), state
 
 
-def _require_triton(op: str, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> None:
-    """Raise with the reason if the kernels cannot take these inputs."""
-    reason = why_not_triton(q, k, v, state)
-    if reason is not None:
+def _runs_triton(
+    op: str, impl: str, q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None
+) -> bool:
+    """Return whether `impl` means the Triton form; raise if that cannot take these inputs."""
+    if impl not in ("auto", "triton") or (impl == "auto" and v.device.type != "cuda"):
+        return False
+    reason = why_not_triton(q, k, v, **others)
+    if reason is not None and impl == "triton":
         raise NotImplementedError(
             f'{op}: impl="triton" cannot run: {reason}; impl="auto" chooses a form that can'
         )
+    return reason is None
 
 
 def _check_sequence_inputs(

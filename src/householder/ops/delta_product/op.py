@@ -41,7 +41,7 @@ HAS_TRITON = _is_installed("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in tests
 
 
-def why_not_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> str | None:
+def why_not_triton(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> str | None:
     """Return why the Triton form cannot take these inputs, or None if it can.
 
     A pure function of device, dtypes and sizes, and of whether triton is installed.
@@ -51,7 +51,7 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None)
         return f"it needs tensors on a CUDA device, got {v.device}"
     if not HAS_TRITON:
         return "the package triton is not installed"
-    for name, x in (("q", q), ("k", k), ("v", v), ("state", state)):
+    for name, x in {"q": q, "k": k, "v": v, **others}.items():
         if x is not None and x.dtype not in TRITON_DTYPES:
             return f"it takes float32, bfloat16 and float16, got `{name}` in {x.dtype}"
     for name, size in (("K", K), ("V", V)):
