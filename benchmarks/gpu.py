@@ -6,8 +6,10 @@
 
 bfloat16 inputs. Both sides are called through their public functions, gradients through autograd to
 every input. Before a case is timed, outputs and gradients of one sequence are compared with the
-chunked form in float64. Times are device times: the median of repeats with the L2 cache cleared in
-between. Peak memory is what one forward + backward takes beyond its inputs.
+chunked form in float64. Times are medians of repeats with the L2 cache cleared in between, of the
+call replayed from a CUDA graph (`forward_ms`, `both_ms`: the device's share) and of the call as it
+is (`called_…`: at small sizes the host's share). Peak memory is what one forward + backward takes
+beyond its inputs.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ INPUTS = ("q", "k", "v", "beta", "g")
 TOLERANCE = 1.5e-2
 MAX_CHECKED = 8192  # tokens of the sequence that is compared with float64
 REPEATS_MS = 150  # how long each figure is measured
+
+TIMES = ("forward_ms", "both_ms", "called_forward_ms", "called_both_ms")
 
 # The ceilings of one NVIDIA H200 that the floors are computed with.
 FLOPS_PER_MS = 790e9
@@ -182,14 +186,18 @@ def measure(case: GpuCase) -> list[dict[str, object]]:
             continue
         peak = peak_memory(lambda run=run: differentiate(run, inputs, do))
         with torch.no_grad():
-            forward = bench(lambda run=run: run(inputs))
-        both = bench(lambda run=run: differentiate(run, inputs, do))
+            called = bench(lambda run=run: run(inputs))
+            forward = bench_captured(lambda run=run: run(inputs))
+        both_called = bench(lambda run=run: differentiate(run, inputs, do))
+        both = bench_captured(lambda run=run: differentiate(run, fresh(inputs), do))
         rows.append(
             {
                 "case": case.name,
                 "variant": variant,
                 "forward_ms": forward,
                 "both_ms": both,
+                "called_forward_ms": called,
+                "called_both_ms": both_called,
                 "peak_mib": round(peak),
                 "floor_forward_ms": round(case.floor_ms(False), 4),
                 "floor_both_ms": round(case.floor_ms(True), 4),
@@ -202,6 +210,20 @@ def measure(case: GpuCase) -> list[dict[str, object]]:
 def bench(run: Callable[[], object]) -> float:
     """Return the median device time of one call in ms."""
     return round(triton.testing.do_bench(run, warmup=50, rep=REPEATS_MS, return_mode="median"), 4)
+
+
+def bench_captured(run: Callable[[], object]) -> float:
+    """Return the median time of one call replayed from a CUDA graph: the device's share alone."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return bench(graph.replay)
+
+
+def fresh(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Return the same tensors as leaves of their own, which no other stream has used."""
+    return {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
 
 
 def peak_memory(run: Callable[[], object]) -> float:
@@ -269,7 +291,7 @@ def main() -> None:
 def report(path: Path, rows: list[dict[str, object]], environment: dict[str, object]) -> None:
     """Print rows and append them to the CSV file."""
     columns = (
-        "date", "case", "variant", "forward_ms", "both_ms", "peak_mib",
+        "date", "case", "variant", *TIMES, "peak_mib",
         "floor_forward_ms", "floor_both_ms", "error",
         "device", "torch", "triton", "fla", "commit",
     )  # fmt: skip
@@ -280,9 +302,9 @@ def report(path: Path, rows: list[dict[str, object]], environment: dict[str, obj
             writer.writeheader()
         for row in rows:
             writer.writerow(row | environment)
-            times = " / ".join(f"{row[n]:.4g}" for n in ("forward_ms", "both_ms") if n in row)
+            times = " / ".join(f"{row[n]:.4g}" for n in TIMES if n in row)
             print(
-                f"{row['case']:44} {row['variant']:12} {times:>16} ms"
+                f"{row['case']:42} {row['variant']:12} {times:>34} ms"
                 f"  {row.get('peak_mib', '')!s:>6} MiB  error {row['error']}",
                 flush=True,
             )

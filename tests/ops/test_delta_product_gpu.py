@@ -14,7 +14,7 @@ ORDER = ("q", "k", "v", "beta", "g")
 OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dg", "dinitial_state")
 # Relative errors of one product with operands of that dtype stay below these; long products of
 # reflections (β near 2, no gate) come near them. For float32 the rounding of 64-term sums.
-LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 3e-6}
+LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2.5e-3, torch.float32: 3e-6}
 
 # B, T, N, H, HV, K, V, mean decay, packed sequences: all that the tables of config.py tell apart.
 SHAPES = {

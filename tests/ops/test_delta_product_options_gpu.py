@@ -90,14 +90,24 @@ def exact(x):
     )
 
 
+def cancellation(label, x, expected):
+    """Return how far the terms of a gradient that sums over all tokens cancel: by this factor."""
+    if label not in ("dA_log", "ddt_bias"):
+        return 1.0
+    a = (x["g"] + x["dt_bias"]).double()
+    terms = expected["dg"] if label == "ddt_bias" else expected["dg"] * F.softplus(a) / a.sigmoid()
+    return (terms.abs().sum((0, 1)).norm() / expected[label].norm()).item()
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_outputs_and_gradients_agree_with_float64(name):
     shape, dtype, gated = CALLS[name]
     x = projections(SHAPES[shape], dtype, gated)
-    actual, again = differentiate(fused(), x), differentiate(fused(), x)
-    for label, e in exact(x).items():
+    actual, again, expected = differentiate(fused(), x), differentiate(fused(), x), exact(x)
+    for label, e in expected.items():
         assert actual[label].dtype == (x.get(label[1:], actual[label])).dtype, label
-        assert relative_error(actual[label], e) < LIMITS[dtype], label
+        limit = LIMITS[dtype] * cancellation(label, x, expected)
+        assert relative_error(actual[label], e) < limit, label
         assert torch.equal(actual[label], again[label]), f"{label} changes from run to run"
 
 
