@@ -76,7 +76,7 @@ def delta_product_gpu() -> None:
     panels[0].set_title("delta_product, bfloat16, H200", loc="left")
     panels[1].set_ylim(bottom=0)
     panels[1].set_xlabel("reflections a token N (4 sequences of 4,096, 16 heads of 128)")
-    panels[1].legend(frameon=False)
+    panels[1].legend(frameon=False, fontsize=8)
     figure.savefig(IMAGES / "delta-product-gpu.png", dpi=150)
 
 

@@ -178,6 +178,14 @@ def test_a_segment_sees_what_gates_leave_of_those_before_it(name, answers):
     assert answers[name] == [HIDDEN[name][2]] * 2
 
 
+@pytest.mark.parametrize("N", range(1, 9))
+def test_a_sequence_of_a_segments_length_is_not_cut(N):
+    from householder.ops.delta_product.triton import config
+
+    assert config.segment_chunks(config.SEGMENT_TOKENS, N, 1, 64) == 0
+    assert config.segment_chunks(2 * config.SEGMENT_TOKENS, N, 1, 64) > 0
+
+
 def test_segments_are_where_their_sequence_has_them(monkeypatch):
     import torch
 

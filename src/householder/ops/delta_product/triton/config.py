@@ -67,7 +67,8 @@ def segment_chunks(T: int, N: int, HV: int, V: int) -> int:
 
     Whether it is does not matter to a sequence of at most one segment.
     """
-    chunks = SEGMENT_TOKENS // chunk_tokens(N)
+    # Rounded up: a sequence of exactly SEGMENT_TOKENS is one segment, whatever N is.
+    chunks = -(-SEGMENT_TOKENS // chunk_tokens(N))
     if chunks * chunk_tokens(N) >= T or HV * -(-V // 64) >= ENOUGH_PROGRAMS:
         return 0
     return chunks
