@@ -42,6 +42,16 @@ def addressable(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def has_wide_rows(x: Tensor) -> bool:
+    """Return whether all rows of `x` start at multiples of 16 bytes, the widest copy there is."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(
+        stride * size % 16 == 0
+        for stride, length in zip(x.stride()[:-1], x.shape[:-1], strict=True)
+        if length > 1
+    )
+
+
 def dot_precision(*tensors: Tensor) -> str:
     """Return the `input_precision` of products of these tensors, at most as coarse as their dtype.
 

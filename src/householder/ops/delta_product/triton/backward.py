@@ -28,9 +28,6 @@ is a product of its own.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -335,22 +332,6 @@ def gradient_kernel(
             store_tile(p_dv, o_r * HV * V, m_r, i * BV, d_rows * b_beta[:, None], V, BV)
 
 
-@functools.cache
-def find_hopper_sweep(device: torch.device) -> Callable[..., None] | None:
-    """Return the launcher of the kernel for Hopper's tensor cores, or None where it cannot run.
-
-    It is written in Gluon, whose names change between versions of Triton: only with those it has
-    been compiled with is it used.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9):
-        return None
-    from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
-
-    return hopper_sweep
-
-
 def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
     """Sum gradients `[…, HV, K]` over the value heads of each key head, in a fixed order."""
     groups = x.unflatten(-2, (H, -1)).unbind(-2)
@@ -442,10 +423,11 @@ def backward(
         # A segment's first state gets its gradient where that of its last was found.
         dinitial = None if dinitial is None else dfinal
     launch = config.hopper_sweep_launch(K, V, p.precision)
-    hopper_sweep = find_hopper_sweep(device)
     gradients = (dq, dk, dv, dbeta, dg)
     # The kernel for Hopper carries dS / scale.
-    if launch is not None and hopper_sweep is not None and scale != 0:
+    if launch is not None and config.is_hopper(device) and scale != 0:
+        from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
+
         hopper_sweep(
             p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients
         )

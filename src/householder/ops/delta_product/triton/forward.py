@@ -24,10 +24,11 @@ from householder.ops._triton import (
     cast_operand,
     dot,
     dot_add,
+    has_wide_rows,
     inverse_unit_lower,
     on_its_device,
 )
-from householder.ops.delta_product.triton import config, hopper_forward
+from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -176,21 +177,13 @@ def walk_kernel(
 
 
 def suits_hopper(p: Problem) -> bool:
-    """Whether this chip's forms of the kernels can read these inputs: 16 bytes at a time."""
-    device = p.q.device
+    """Return whether the forms for Hopper take these inputs: they read 16 bytes at a time."""
     return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
+        config.is_hopper(p.q.device)
         and p.precision == "bf16"
         and p.sizes["K"] <= config.MOST_HOPPER_KEYS
         and all(map(has_wide_rows, (p.q, p.k, p.v)))
     )
-
-
-def has_wide_rows(x: Tensor) -> bool:
-    """Whether all rows of `x` start at a multiple of 16 bytes."""
-    steps = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in steps[:-1])
 
 
 def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,6 +192,8 @@ def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
     grid = (p.num_chunks * p.heads,)
     if suits_hopper(p):
+        from householder.ops.delta_product.triton import hopper_forward
+
         table = empty_table(p)
         launch = config.hopper_prepare_launch(p.sizes["K"], p.g is not None)
         names = ("beta_b", "beta_t", "beta_n", "beta_h"), ("g_b", "g_t", "g_h")
@@ -259,6 +254,8 @@ def forward(
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
     launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
     if suits_hopper(p):
+        from householder.ops.delta_product.triton import hopper_forward
+
         launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel
         ahead = {"STAGES": launch.num_stages}
     if p.num_sequences:

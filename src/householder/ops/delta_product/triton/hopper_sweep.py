@@ -19,7 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from householder.ops._triton import has_wide_rows
 from householder.ops.delta_product.triton import chunks, config
+from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier
 from householder.ops.delta_product.triton.segments import Segments
 
 # Rows of the table of coefficients.
@@ -29,9 +31,7 @@ FROM_START = gl.constexpr(chunks.FROM_START.value)
 TO_END = gl.constexpr(chunks.TO_END.value)
 TOKEN_FROM_START = gl.constexpr(chunks.TOKEN_FROM_START.value)
 
-# Names that changed after Triton 3.6.
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+# A name that changed after Triton 3.6.
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
@@ -82,14 +82,14 @@ def copy_rows(
     o_d = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = row_offsets(o_r, N, stride_t, stride_n)[:, None] + o_d[None, :]
-    copy_async(smem, pointer + offsets, mask=mask)
+    async_load(smem, pointer + offsets, mask=mask)
 
 
 @gluon.jit
 def copy_vector(smem, pointer, WARPS: gl.constexpr):
     """Start copying a vector of coefficients."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    copy_async(smem, pointer + gl.arange(0, smem.shape[0], layout=layout))
+    async_load(smem, pointer + gl.arange(0, smem.shape[0], layout=layout))
 
 
 @gluon.jit
@@ -462,14 +462,6 @@ def hopper_sweep_kernel(
         gl.store(dinitial + i_sh * K * V + o_k * V + o_v, b_ds, mask=in_state)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """Return `x`, copied only if it has rows that copies of 16 bytes cannot reach."""
-    steps = zip(x.stride()[:-1], x.shape[:-1], strict=True)
-    if x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride, size in steps if size > 1):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def hopper_sweep(
     p: chunks.Problem,
     segments: Segments,
@@ -491,7 +483,11 @@ def hopper_sweep(
     """Run the kernel: the gradients are written where the last arguments are."""
     if not p.num_sequences:
         return
-    do, q, k = aligned(do), aligned(p.q), aligned(p.k)
+    # Copies take 16 bytes at a time.
+    do, q, k = (
+        x if has_wide_rows(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in (do, p.q, p.k)
+    )
     constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
     hopper_sweep_kernel[(segments.number * p.heads,)](
         do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,

@@ -22,7 +22,6 @@ is walked as if there were none.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import cast_operand, dot, dot_add
-from householder.ops.delta_product.triton import config, hopper_segments
+from householder.ops._triton import cast_operand, dot, dot_add, has_wide_rows
+from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -424,22 +423,13 @@ def _chain(
     )  # fmt: skip
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device has compute capability 9.0; asking each time takes microseconds."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
-    """Whether the carries have a form for this chip that can read `tiles`, 16 bytes at a time."""
+    """Return whether the carries' forms for Hopper take these inputs, 16 bytes at a time."""
     return (
-        is_hopper(p.v.device)
+        config.is_hopper(p.v.device)
         and p.precision == "bf16"
-        and p.sizes["K"] <= 128
-        and all(
-            x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-            for x in tiles
-        )
+        and p.sizes["K"] <= config.MOST_HOPPER_KEYS
+        and all(map(has_wide_rows, tiles))
     )
 
 
@@ -485,6 +475,8 @@ def segment_starts(
     visible = growth[p.num_chunks * p.heads :]
     launch, carry, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
     if suits_hopper(p, p.k, p.v):
+        from householder.ops.delta_product.triton import hopper_segments
+
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
         ahead = {"STAGES": launch.num_stages}
     carry[(s.number * p.heads * triton.cdiv(V + K, launch.block),)](
@@ -513,6 +505,8 @@ def segment_ends(
     launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
     # The form for Hopper divides by the scale.
     if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
+        from householder.ops.delta_product.triton import hopper_segments
+
         launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
         ahead = {"STAGES": launch.num_stages}
     carry[(s.number * p.heads * triton.cdiv(V, launch.block),)](
