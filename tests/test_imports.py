@@ -38,7 +38,8 @@ BELOW = {
 }
 # Inside an op's folder: the forms know nothing of one another.
 BELOW_IN_OP = {
-    "__init__": {"api"},
+    "__init__": {"api", "cache"},
+    "cache": {"api", "cache", "chunk"},
     "api": {"op", "reference", "chunk", "triton"},
     "op": {"reference", "chunk", "triton"},
     "reference": {"reference"},

@@ -93,7 +93,7 @@ def path_attention(
           https://arxiv.org/abs/2503.02130
     """
     check_impl("path_attention", impl, IMPLS)
-    _check_inputs(q, k, v, w, beta, g, sinks, window, cu_seqlens)
+    check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
     if impl == "reference":
@@ -102,7 +102,8 @@ def path_attention(
     return o.to(v.dtype)
 
 
-def _check_inputs(
+def check_inputs(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,7 +114,7 @@ def _check_inputs(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    op = "path_attention"
+    """Raise unless the arguments of the op, or of one like it, fit together."""
     tensors = {"q": q, "k": k, "v": v, "w": w, "beta": beta, "g": g, "sinks": sinks}
     for name, x in tensors.items():
         if x is not None or name not in ("g", "sinks"):
@@ -141,13 +142,13 @@ def _check_inputs(
         _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ))
     if sinks is not None:
         _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,))
-    check_window(op, window)
+    _check_window(op, window)
     if cu_seqlens is not None:
         _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
         _checks.check_cu_seqlens(op, cu_seqlens, B, T)
 
 
-def check_window(where: str, window: object) -> None:
+def _check_window(where: str, window: object) -> None:
     """Raise unless `window` is None or a whole number of tokens, at least 1."""
     if window is None:
         return
