@@ -145,6 +145,8 @@ def test_rollback_of_too_many_is_refused(num_tokens):
     assert cache.lengths == [150, 150]
     cache.rollback(10)
     assert cache.lengths == [140, 140]
+    with pytest.raises(ValueError, match="larger max_rollback"):
+        cache.rollback(1)
 
 
 def test_everything_can_be_taken_back():

@@ -34,8 +34,8 @@ class PathCache:
 
     Args:
         batch_size: B. The sequences may have different lengths.
-        max_rollback: how many of the last tokens `rollback` can take back in any case. As many
-            tokens more are kept with their reflectors.
+        max_rollback: how many of the last tokens `rollback` can take back. As many more tokens are
+            kept with their reflectors.
 
     Raises:
         TypeError: an argument is no int.
@@ -73,6 +73,7 @@ class PathCache:
         self.max_rollback = max_rollback
         self._old = [0] * batch_size
         self._recent = [0] * batch_size
+        self._rollback = [0] * batch_size  # what may be taken back now; never more than is recent
         self._store: Store | None = None
 
     @property
@@ -140,21 +141,22 @@ class PathCache:
         """Forget the last tokens, as if they had never been appended.
 
         Args:
-            num_tokens: how many, for all sequences or for each; at most the tokens not yet in
-                blocks. These are at least `max_rollback` after every `append`, or all there are.
+            num_tokens: how many, for all sequences or for each. Every appended token allows one
+                more, up to `max_rollback`, and every one taken back one less.
 
         Raises:
             ValueError: that many cannot be taken back.
         """
         counts = [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
         if len(counts) != self.batch_size or any(
-            not 0 <= n <= recent for n, recent in zip(counts, self._recent, strict=False)
+            not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=False)
         ):
             raise ValueError(
-                f"PathCache.rollback: `num_tokens` must be from 0 to {self._recent} per sequence, "
-                f"got {num_tokens}; give the cache a larger max_rollback"
+                f"PathCache.rollback: `num_tokens` must be from 0 to {self._rollback} for each "
+                f"sequence, got {num_tokens}; give the cache a larger max_rollback"
             )
         self._recent = [recent - n for recent, n in zip(self._recent, counts, strict=True)]
+        self._rollback = [most - n for most, n in zip(self._rollback, counts, strict=True)]
         if self._store is not None and any(counts):
             for group in self._groups([0] * self.batch_size):
                 self._store.turn_recent(group)
@@ -221,6 +223,9 @@ class PathCache:
                 store.turn_recent(Group(rows, old, recent, 0))
             count = rows.stop - rows.start
             self._old[rows], self._recent[rows] = [old] * count, [recent] * count
+        self._rollback = [
+            min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
+        ]
         if sum(new) > len(new):
             # A prompt's tokens were recent for a moment, and need not leave their room behind.
             store.resize_recent(max(*self._recent, self.max_rollback + BLOCK))
