@@ -158,6 +158,10 @@ class PaTHAttention(SoftmaxAttention):
         conv = None if self.w_conv1d is None else self.w_conv1d.init_state(batch_size)
         return PaTHState(PathCache(batch_size, max_rollback=self.max_rollback), conv)
 
+    def extra_repr(self) -> str:
+        """Return the sizes and options that `print` shows."""
+        return f"{super().extra_repr()}, max_rollback={self.max_rollback}"
+
     def transitions(
         self, x: Tensor, conv: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

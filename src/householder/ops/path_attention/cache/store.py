@@ -20,7 +20,7 @@ from householder.ops.path_attention.chunk.tree import (
 from householder.ops.wy import compute_dtype
 
 BLOCK = 64  # tokens of the smallest block
-# Of one tile of logits, as in `chunk.tree`.
+# Elements and columns of one tile of logits of several tokens against blocks.
 TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
 

@@ -201,11 +201,11 @@ def rectangle_backward(
         rows, columns = slice(tile.rows.start * G, tile.rows.stop * G), tile.columns
         attention = rectangle(pair, tile, x, q_right, k_left, decay)
         attention.sub_(lse_right[:, rows]).exp_()
-        dv_left[:, columns] += attention.mT @ do_right[:, rows]
+        dv_left[:, columns].baddbmm_(attention.mT, do_right[:, rows])
         dlogits = do_right[:, rows] @ v_left[:, columns].mT
         dlogits.sub_(delta_right[:, rows]).mul_(attention)
-        dq_right[:, rows] += dlogits @ k_left[:, columns]
-        dk_left[:, columns] += dlogits.mT @ q_right[:, rows]
+        dq_right[:, rows].baddbmm_(dlogits, k_left[:, columns])
+        dk_left[:, columns].baddbmm_(dlogits.mT, q_right[:, rows])
         if dg_rows is not None and dg_columns is not None:
             dg_rows[:, rows] += dlogits.sum(-1, keepdim=True)
             dg_columns[:, :, columns] += dlogits.unflatten(1, (-1, G)).sum(1)

@@ -14,7 +14,7 @@ from householder.ops.wy import compute_dtype
 
 # Elements of one [tokens, K] tensor of the heads worked on together: on a CPU about ten such
 # tensors share the caches; a GPU wants long batches.
-PORTION_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+PORTION_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 class Sequence(NamedTuple):

@@ -16,8 +16,8 @@ from householder.ops.wy import inverse_unit_lower
 MAX_CHUNK = 32
 MIN_CHUNK = 8
 # Elements of one tile of logits, which on a CPU is to stay in the caches; a GPU wants long batches.
-TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-MAX_TILE_COLUMNS = 1024
+TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+MAX_TILE_COLUMNS = 512
 MIN_TILE_ROWS = 16
 
 
