@@ -315,3 +315,24 @@ def test_every_option_is_documented():
         documentation = inspect.getdoc(kind)
         for name in inspect.signature(kind).parameters:
             assert f"{name}: " in documentation
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("case", ["path, all options", "rotary", "forgetting"])
+def test_compiles_without_graph_breaks(case):
+    layer, x = make(case), make_input(2, 40)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    agree(compiled(x), layer(x))
+    weight = layer.q_proj.weight
+    traced = torch.autograd.grad(compiled(x).sin().sum(), weight)
+    agree(traced, torch.autograd.grad(layer(x).sin().sum(), weight))
+
+
+@every_layer
+def test_a_copy_has_the_same_parameters(case):
+    layer, copy = make(case), make(case)
+    copy.reset_parameters()
+    assert not torch.equal(copy.q_proj.weight, layer.q_proj.weight)
+    copy.load_state_dict(layer.state_dict())
+    x = make_input(1, 5)
+    assert torch.equal(copy(x), layer(x))
