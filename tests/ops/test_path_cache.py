@@ -147,6 +147,11 @@ def test_rollback_of_too_many_is_refused(num_tokens):
     assert cache.lengths == [140, 140]
     with pytest.raises(ValueError, match="larger max_rollback"):
         cache.rollback(1)
+    cache.append(*part(inputs, 140, 142))
+    with pytest.raises(ValueError, match="larger max_rollback"):
+        cache.rollback(3)
+    cache.rollback(2)
+    assert cache.lengths == [140, 140]
 
 
 def test_everything_can_be_taken_back():
