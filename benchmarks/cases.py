@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from householder import HouseholderProduct, delta_product
-from householder.testing import delta_product_inputs
+from householder import HouseholderProduct, delta_product, path_attention
+from householder.testing import delta_product_inputs, path_attention_inputs
 
 Results = dict[str, Tensor]
 Variants = dict[str, Callable[[], Results]]
@@ -134,6 +134,39 @@ def long_sequence(T: int, N: int = 1) -> Variants:
     return {"householder": householder}
 
 
+def attention(B: int, T: int, H: int, D: int) -> Variants:
+    """Softmax attention, forward and backward, float32.
+
+    The reflectors are drawn with β = 0, where PaTH is attention without positions: the results can
+    be compared with PyTorch's, and the time does not depend on β. PyTorch's form has no w and β to
+    differentiate.
+    """
+    inputs = path_attention_inputs(B, T, H, D, D, strength=0.0, decay=None, dtype=torch.float32)
+    leaves = {n: x.requires_grad_() for n, x in inputs.items() if x is not None}
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(B, T, H, D, generator=generator)
+
+    def finish(o: Tensor, leaves: dict[str, Tensor]) -> Results:
+        grads = torch.autograd.grad(o, list(leaves.values()), do.to(o.dtype))
+        shared = zip(("q", "k", "v"), grads, strict=False)
+        return {"o": o.detach()} | {f"d{n}": d for n, d in shared}
+
+    def householder() -> Results:
+        return finish(path_attention(**leaves), leaves)
+
+    def reference() -> Results:
+        wide = {n: x.detach().double().requires_grad_() for n, x in leaves.items()}
+        return finish(path_attention(**wide), wide)
+
+    def sdpa() -> Results:
+        qkv = {n: leaves[n] for n in ("q", "k", "v")}
+        heads_first = (x.transpose(1, 2) for x in qkv.values())
+        o = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
+        return finish(o.transpose(1, 2), qkv)
+
+    return {"reference": reference, "householder": householder, "torch SDPA, no positions": sdpa}
+
+
 CASES = [
     *(
         Case(f"apply-{D}x{N}", apply_product, {"D": D, "N": N}, group="apply")
@@ -149,6 +182,15 @@ CASES = [
         )
         for B, T, H, D in ((1, 2048, 8, 64), (4, 512, 8, 64), (1, 2048, 8, 128))
         for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Case(
+            f"path-attention-{B}x{T}x{H}x{D}",
+            attention,
+            {"B": B, "T": T, "H": H, "D": D},
+            group="path-attention",
+        )
+        for B, T, H, D in ((1, 2048, 8, 64), (1, 2048, 8, 128), (4, 512, 8, 64))
     ),
     *(
         Case(f"length-{T}-n{N}", long_sequence, {"T": T, "N": N}, group="length", repeats=5)

@@ -38,7 +38,8 @@ BELOW = {
 }
 # Inside an op's folder: the forms know nothing of one another.
 BELOW_IN_OP = {
-    "__init__": {"api"},
+    "__init__": {"api", "cache"},
+    "cache": {"api", "cache", "chunk"},
     "api": {"op", "activations", "reference", "chunk", "triton"},
     # Of delta_product: what a layer does in front of the recurrence, with kernels of its own.
     "activations": {"triton"},

@@ -1,7 +1,13 @@
 """Products of Householder transformations as fast, trainable building blocks of neural networks."""
 
 from householder.maps import Composition, HouseholderProduct, LinearMap
-from householder.ops import delta_product, delta_product_step, householder_product
+from householder.ops import (
+    PathCache,
+    delta_product,
+    delta_product_step,
+    householder_product,
+    path_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -9,7 +15,9 @@ __all__ = [
     "Composition",
     "HouseholderProduct",
     "LinearMap",
+    "PathCache",
     "delta_product",
     "delta_product_step",
     "householder_product",
+    "path_attention",
 ]

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from householder.maps import LinearMap
 
-__all__ = ["assert_as_accurate", "check_linear_map_laws", "delta_product_inputs", "relative_error"]
+__all__ = [
+    "assert_as_accurate",
+    "check_linear_map_laws",
+    "delta_product_inputs",
+    "path_attention_inputs",
+    "relative_error",
+]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -164,10 +170,84 @@ def delta_product_inputs(
     made["initial_state"] = state if with_initial_state else None
     made["cu_seqlens"] = None
     if num_sequences is not None:
-        cuts = torch.randint(0, T + 1, (max(S - 2, 0),), generator=generator).sort().values
-        bounds = [0, *([0] if S > 1 else []), *cuts.tolist(), T]
-        made["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        made["cu_seqlens"] = _random_bounds(T, num_sequences, generator).to(device)
     return made
+
+
+def path_attention_inputs(
+    B: int = 2,
+    T: int = 37,
+    H: int = 2,
+    K: int = 8,
+    V: int = 6,
+    *,
+    HQ: int | None = None,
+    strength: float | None = None,
+    decay: float | None = 0.1,
+    with_sinks: bool = False,
+    num_sequences: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Make random arguments of `householder.path_attention`, by name.
+
+    Args:
+        B: batch; 1 with `num_sequences`.
+        T: tokens.
+        H: key heads.
+        K: key dimension.
+        V: value dimension.
+        HQ: query heads; H if None.
+        strength: β‖w‖² of every reflector (0 identity, 1 projection, 2 reflection); uniform in
+            [0, 2] if None. The w have unit length.
+        decay: mean of −g over tokens; None for no gate.
+        with_sinks: whether to draw sinks.
+        num_sequences: pack T tokens as so many sequences of random lengths, the first of them
+            empty, and return `cu_seqlens`.
+        dtype: of all tensors.
+        device: where to put the tensors; the values do not depend on it.
+        seed: of the draw.
+
+    Examples:
+        >>> inputs = path_attention_inputs(T=5, HQ=4, decay=None)
+        >>> inputs["q"].shape, inputs["w"].shape, inputs["g"]
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 2, 8]), None)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    HQ = H if HQ is None else HQ
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    w = normal(B, T, H, K)
+    beta = uniform(B, T, H) * 2
+    inputs = {
+        "q": normal(B, T, HQ, K),
+        "k": normal(B, T, H, K),
+        "v": normal(B, T, H, V),
+        "w": w / torch.linalg.vector_norm(w, dim=-1, keepdim=True),
+        "beta": beta if strength is None else torch.full_like(beta, strength),
+        "g": None if decay is None else -2 * decay * uniform(B, T, HQ),
+        "sinks": normal(HQ) if with_sinks else None,
+    }
+    made: dict[str, Tensor | None] = {
+        name: None if x is None else x.to(device, dtype) for name, x in inputs.items()
+    }
+    made["cu_seqlens"] = None
+    if num_sequences is not None:
+        made["cu_seqlens"] = _random_bounds(T, num_sequences, generator).to(device)
+    return made
+
+
+def _random_bounds(T: int, num_sequences: int, generator: torch.Generator) -> Tensor:
+    """Cut T tokens into sequences of random lengths, the first of several empty."""
+    S = num_sequences
+    cuts = torch.randint(0, T + 1, (max(S - 2, 0),), generator=generator).sort().values
+    return torch.tensor([0, *([0] if S > 1 else []), *cuts.tolist(), T], dtype=torch.int32)
 
 
 def check_linear_map_laws(

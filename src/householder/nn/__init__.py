@@ -1,7 +1,9 @@
 """Modules that own parameters and call maps or ops."""
 
+from householder.nn.attention_baselines import ForgettingAttention, KeyValueState, RotaryAttention
 from householder.nn.mixer import DeltaProductMixer, MixerState
 from householder.nn.normalization import GatedRMSNorm
+from householder.nn.path_attention import PaTHAttention, PaTHState
 from householder.nn.published import (
     MIXERS,
     DeltaNet,
@@ -16,9 +18,14 @@ __all__ = [
     "DeltaNet",
     "DeltaProduct",
     "DeltaProductMixer",
+    "ForgettingAttention",
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "GatedRMSNorm",
+    "KeyValueState",
     "MixerState",
+    "PaTHAttention",
+    "PaTHState",
+    "RotaryAttention",
     "ShortConvolution",
 ]

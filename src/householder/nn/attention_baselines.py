@@ -1,0 +1,310 @@
+"""Softmax attention with other positions, on PyTorch's own kernels, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
+from householder.nn.softmax_attention import SoftmaxAttention
+
+
+class KeyValueState(NamedTuple):
+    """What a `RotaryAttention` or `ForgettingAttention` remembers of the tokens so far.
+
+    Attributes:
+        k: keys `[B, T, H, K]`, rotated in `RotaryAttention`.
+        v: values `[B, T, H, K]`.
+        g: log forget gates `[B, T, HQ]` in `ForgettingAttention`, else `None`.
+    """
+
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+
+
+class KeyValueAttention(SoftmaxAttention):
+    """What the layers share that run on PyTorch's `scaled_dot_product_attention`."""
+
+    def init_state(self, batch_size: int) -> KeyValueState:
+        """Return the state before the first token, for `batch_size` sequences."""
+        check_positive_int(f"{type(self).__name__}.init_state", "batch_size", batch_size)
+        weight = self.k_proj.weight
+        empty = weight.new_empty(batch_size, 0, self.num_key_heads, self.head_dim)
+        return KeyValueState(empty, empty, self._no_gates(batch_size))
+
+    def _no_gates(self, batch_size: int) -> Tensor | None:
+        return None
+
+    def _check_state(self, state: KeyValueState, batch_size: int) -> None:
+        shape = (batch_size, state.k.shape[1], self.num_key_heads, self.head_dim)
+        for name, x in (("state.k", state.k), ("state.v", state.v)):
+            check_state_tensor(type(self).__name__, name, x, shape)
+
+
+class RotaryAttention(KeyValueAttention):
+    """Attend with rotary positions: queries and keys rotate by angles that grow with the position.
+
+    Coordinates c and c + K/2 of a query or key at position t are a point in the plane, which is
+    turned by the angle t · base^(−2c/K). A logit then depends on the positions only through their
+    difference. It is the usual position encoding, here for comparison.
+
+    A state's tensors are not changed; gradients flow through them.
+
+    Args:
+        d_model: size of the input and output vectors.
+        num_heads: HQ, heads of queries.
+        num_key_heads: H, heads of keys and values; `None` for HQ.
+        head_dim: K, even, size of a query, key or value; `None` for d_model / num_heads.
+        base: of the angles.
+        qk_norm: normalise each head's queries and keys by their root mean square, before they turn.
+        norm_eps: added to the mean square.
+        init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
+        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
+            none.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range, or two options do not fit together.
+
+    Examples:
+        >>> layer = RotaryAttention(32, num_heads=4)
+        >>> layer(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 32])
+
+    References:
+        RoFormer: Enhanced Transformer with Rotary Position Embedding (Su et al., 2021),
+        https://arxiv.org/abs/2104.09864
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        base: float = 10_000.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        init_std: float | None = None,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_heads=num_heads,
+            num_key_heads=num_key_heads,
+            head_dim=head_dim,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            init_std=init_std,
+            num_layers=num_layers,
+            device=device,
+            dtype=dtype,
+        )
+        check_positive_float("RotaryAttention", "base", base)
+        if self.head_dim % 2:
+            raise ValueError(
+                f"RotaryAttention: `head_dim` must be even, got {self.head_dim}; "
+                "coordinates turn in pairs"
+            )
+        self.base = base
+        self.reset_parameters()
+
+    def _attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: KeyValueState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, KeyValueState]:
+        first = 0 if state is None else state.k.shape[1]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KeyValueState]:
+            position = torch.arange(first, first + q.shape[1], device=q.device)
+            q, k = (rotate(y, position, self.base) for y in (q, k))
+            if state is not None:
+                k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
+            return causal_attention(q, k, v, None), KeyValueState(k, v, None)
+
+        return for_each_sequence(attend, cu_seqlens, q, k, v)
+
+
+class ForgettingAttention(KeyValueAttention):
+    """Attend without positions, with forget gates: g_{j+1} + … + g_i is added to the logit.
+
+    g is log σ(W x + b), one per query head: every token lowers the weight of all earlier ones. The
+    layer `f_proj` (HQ) has a bias, which starts at zero. The sums are handed to PyTorch's attention
+    as a bias `[B, HQ, T, T]` in the dtype of the queries, so memory grows with T². `PaTHAttention`
+    with a forget gate has the same gates, and the reflectors.
+
+    A state's tensors are not changed; gradients flow through them.
+
+    Args:
+        d_model: size of the input and output vectors.
+        num_heads: HQ, heads of queries.
+        num_key_heads: H, heads of keys and values; `None` for HQ.
+        head_dim: K, size of a query, key or value; `None` for d_model / num_heads.
+        qk_norm: normalise each head's queries and keys by their root mean square.
+        norm_eps: added to the mean square.
+        init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
+        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
+            none.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range, or two options do not fit together.
+
+    Examples:
+        >>> layer = ForgettingAttention(32, num_heads=4)
+        >>> layer(torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 32])
+
+    References:
+        Forgetting Transformer: Softmax Attention with a Forget Gate (Lin et al., 2025),
+        https://arxiv.org/abs/2503.02130
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        init_std: float | None = None,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_heads=num_heads,
+            num_key_heads=num_key_heads,
+            head_dim=head_dim,
+            qk_norm=qk_norm,
+            norm_eps=norm_eps,
+            init_std=init_std,
+            num_layers=num_layers,
+            device=device,
+            dtype=dtype,
+        )
+        self.f_proj = self._linear(d_model, num_heads, bias=True)
+        self.reset_parameters()
+
+    def _no_gates(self, batch_size: int) -> Tensor:
+        weight = self.f_proj.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_empty(batch_size, 0, self.num_heads, dtype=dtype)
+
+    def _attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: KeyValueState | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, KeyValueState]:
+        logits = self.f_proj(x)
+        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, KeyValueState]:
+            if state is not None and state.g is not None:
+                k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
+                g = torch.cat([state.g, g], dim=1)
+            # In float64, or a weak gate after a strong one would drown in the sum's rounding.
+            total = g.double().cumsum(1).transpose(1, 2)
+            bias = total[:, :, -q.shape[1] :, None] - total[:, :, None]
+            return causal_attention(q, k, v, bias.to(q.dtype)), KeyValueState(k, v, g)
+
+        return for_each_sequence(attend, cu_seqlens, q, k, v, g)
+
+    def _check_state(self, state: KeyValueState, batch_size: int) -> None:
+        super()._check_state(state, batch_size)
+        if state.g is None:
+            raise ValueError(
+                "ForgettingAttention: `state.g` must be log gates [B, T, HQ], got None; "
+                "use a state of this layer"
+            )
+        shape = (batch_size, state.k.shape[1], self.num_heads)
+        check_state_tensor("ForgettingAttention", "state.g", state.g, shape)
+
+
+def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
+    """Turn the coordinate pairs of `x [B, T, H, K]` by angles proportional to `position [T]`.
+
+    Computed in float32 at least, the angles in float64.
+
+    Examples:
+        >>> rotate(torch.ones(1, 2, 1, 2), torch.tensor([0, 1])).flatten().round(decimals=4)
+        tensor([ 1.0000,  1.0000, -0.3012,  1.3818])
+    """
+    half = x.shape[-1] // 2
+    speed = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = (position[:, None] * speed)[:, None]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    a, b = x.to(dtype).split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend with the last tokens of a sequence, on PyTorch's own kernels.
+
+    Args:
+        q: `[B, T', HQ, K]`, queries of the last T' of T tokens.
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        bias: added to the logits, `[B, HQ, T', T]`, or None.
+
+    Returns:
+        `[B, T', HQ, V]`.
+    """
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    mask = None
+    if bias is not None or 1 < num_queries < num_keys:
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+        mask = ones.tril(num_keys - num_queries)
+        if bias is not None:
+            mask = bias.masked_fill(~mask, float("-inf"))
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and num_queries > 1,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)
+
+
+def for_each_sequence(
+    attend: Callable[..., tuple[Tensor, KeyValueState]], cu_seqlens: Tensor | None, *x: Tensor
+) -> tuple[Tensor, KeyValueState]:
+    """Call `attend` on the tensors `[B, T, …]`, or on each packed sequence, joining the outputs.
+
+    The state of packed sequences is the last one's, and means nothing.
+    """
+    if cu_seqlens is None:
+        return attend(*x)
+    ranges = [(lo, hi) for lo, hi in pairwise(cu_seqlens.tolist()) if hi > lo] or [(0, 0)]
+    results = [attend(*(y[:, lo:hi] for y in x)) for lo, hi in ranges]
+    return torch.cat([o for o, _ in results], dim=1), results[-1][1]

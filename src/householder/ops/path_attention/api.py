@@ -1,0 +1,163 @@
+"""The public function `path_attention`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from householder.ops import _checks
+from householder.ops._dispatch import check_impl
+from householder.ops.path_attention import reference
+from householder.ops.path_attention.op import PathAttention
+
+IMPLS = ("chunk", "reference")
+
+
+def path_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attend with the product of the reflectors between two tokens as their relative position.
+
+    Per head, with H_t = I − β_t w_t w_tᵀ, causal softmax attention over the logits
+
+        a_ij = scale · k_jᵀ H_{j+1} ⋯ H_i q_i + g_{j+1} + … + g_i        j ≤ i
+        o_i = Σ_j softmax_j(a_ij) v_j
+
+    The reflector and the gate of a token act on what is between it and earlier tokens, not on its
+    own key. Nothing is normalised here: for reflectors, give unit w (β = 2 reflects, β = 1
+    projects, β = 0 gives attention without positions).
+
+    Args:
+        q: queries `[B, T, HQ, K]`. HQ is a multiple of H: query head h attends to key head
+            `h // (HQ // H)`.
+        k: keys `[B, T, H, K]`.
+        v: values `[B, T, H, V]`.
+        w: reflectors `[B, T, H, K]`.
+        beta: coefficients `[B, T, H]`; with unit w, [0, 2] never lengthens a vector.
+        g: forget gates `[B, T, HQ]`, natural logarithm, ≤ 0 (`-inf` hides all earlier tokens), or
+            None. `scale` does not act on them.
+        scale: factor on the inner products; `K ** -0.5` if None.
+        sinks: one more logit per query head, `[HQ]`, or None. It takes its part of the softmax and
+            has no value, so that a head may attend to nothing.
+        window: how many tokens a query sees, its own included; all earlier ones if None.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
+            Sequences may be empty.
+        impl: `"chunk"` (blocked into matrix products, on any device), `"reference"` (a loop over
+            tokens), or `"auto"`, which is `"chunk"`.
+
+    Returns:
+        o `[B, T, HQ, V]` in v's dtype. bfloat16 and float16 inputs are computed with in float32.
+
+    Raises:
+        ValueError: a shape, device, `window` or `cu_seqlens` does not fit, or `impl` is unknown.
+        TypeError: an argument has the wrong type, or is not real floating point.
+        NotImplementedError: a second-order gradient of a form other than the reference is asked
+            for.
+
+    Gradients:
+        First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
+        jacrev included). Higher orders and forward mode: `impl="reference"`.
+
+    Examples:
+        >>> import torch
+        >>> from householder import path_attention
+        >>> B, T, HQ, H, K, V = 1, 6, 4, 2, 8, 5
+        >>> q, k, v = torch.randn(B, T, HQ, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+        >>> w = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
+        >>> path_attention(q, k, v, w, 2 * torch.rand(B, T, H)).shape
+        torch.Size([1, 6, 4, 5])
+
+        The product of no reflectors is ordinary attention:
+
+        >>> from torch.nn.functional import scaled_dot_product_attention
+        >>> o = path_attention(q, k, v, w, torch.zeros(B, T, H))
+        >>> heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        >>> plain = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        >>> torch.allclose(o, plain.transpose(1, 2), atol=1e-5)
+        True
+
+    References:
+        - PaTH Attention: Position Encoding via Accumulating Householder Transformations (Yang et
+          al., 2025), https://arxiv.org/abs/2505.16381
+        - Forgetting Transformer: Softmax Attention with a Forget Gate (Lin et al., 2025),
+          https://arxiv.org/abs/2503.02130
+    """
+    check_impl("path_attention", impl, IMPLS)
+    check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
+    if impl == "reference":
+        return reference.forward(*args)
+    o, _ = PathAttention.apply(*args)
+    return o.to(v.dtype)
+
+
+def check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise unless the arguments of the op, or of one like it, fit together."""
+    tensors = {"q": q, "k": k, "v": v, "w": w, "beta": beta, "g": g, "sinks": sinks}
+    for name, x in tensors.items():
+        if x is not None or name not in ("g", "sinks"):
+            _checks.check_tensor(op, name, x)
+    _checks.check_floating(op, tensors)
+    _checks.check_same_device(op, tensors)
+    for name, x, axes in (("q", q, "[B, T, HQ, K]"), ("v", v, "[B, T, H, V]")):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{op}: `{name}` must be {axes}, got shape {list(x.shape)}; "
+                "tokens are the second axis and heads the third"
+            )
+    B, T, HQ, K = q.shape
+    H = v.shape[2]
+    if H == 0 or HQ % H:
+        raise ValueError(
+            f"{op}: the query heads of `q` must be a multiple of the key heads of `v`, "
+            f"got HQ = {HQ} and H = {H}; repeat or drop heads"
+        )
+    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]))
+    for name, x in (("k", k), ("w", w)):
+        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K))
+    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H))
+    if g is not None:
+        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ))
+    if sinks is not None:
+        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,))
+    _check_window(op, window)
+    if cu_seqlens is not None:
+        _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
+        _checks.check_cu_seqlens(op, cu_seqlens, B, T)
+
+
+def _check_window(where: str, window: object) -> None:
+    """Raise unless `window` is None or a whole number of tokens, at least 1."""
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(
+            f"{where}: `window` must be an int or None, got {window!r}; "
+            "give the number of tokens a query sees"
+        )
+    if window < 1:
+        raise ValueError(
+            f"{where}: `window` must be at least 1, got {window}; a query sees its own token"
+        )

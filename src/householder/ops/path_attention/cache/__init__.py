@@ -1,0 +1,232 @@
+"""Decoding with `path_attention`: the keys and values of the tokens so far.
+
+Every new token turns all earlier keys by its reflector. To do so in the cache would cost a pass
+over it per token, and round every key as often as there are tokens after it. Here keys are turned
+lazily:
+
+- Recent tokens are kept as they came, and beside them, in float32, what the newest token makes of
+  them: their keys turned up to now, and the product P of their reflectors.
+- Older tokens lie in blocks of 64, 128, 256, … tokens, one of a size at most, as the ones of a
+  binary number. The keys of a block are turned up to its end, and its product F is kept. Two blocks
+  of a size become one: the left one's keys are multiplied by the right one's F.
+- A query is turned back instead: by P to the end of the newest block, by that one's F to the end of
+  the next, and so on.
+
+So a key is turned, and rounded, once per doubling: log₂(T / 64) times. Recent tokens become a block
+when they are 64 more than a roll-back may take away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from householder.ops._dispatch import without_autocast
+from householder.ops.path_attention.api import check_inputs
+from householder.ops.path_attention.cache.store import BLOCK, Group, Store
+
+
+class PathCache:
+    """Hold the tokens so far of a batch of sequences, for decoding with `path_attention`.
+
+    Args:
+        batch_size: B. The sequences may have different lengths.
+        max_rollback: how many of the last tokens `rollback` can take back. As many more tokens are
+            kept with their reflectors.
+
+    Raises:
+        TypeError: an argument is no int.
+        ValueError: an argument is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from householder import PathCache, path_attention
+        >>> B, T, HQ, H, K, V = 2, 9, 4, 2, 8, 5
+        >>> q, k, v = torch.randn(B, T, HQ, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+        >>> w = torch.nn.functional.normalize(torch.randn(B, T, H, K), dim=-1)
+        >>> tokens = (q, k, v, w, 2 * torch.rand(B, T, H))
+        >>> cache = PathCache(B)
+        >>> prefilled = cache.append(*(x[:, :7] for x in tokens))
+        >>> decoded = [cache.append(*(x[:, t : t + 1] for x in tokens)) for t in (7, 8)]
+        >>> whole = torch.cat([prefilled, *decoded], dim=1)
+        >>> torch.allclose(whole, path_attention(*tokens), atol=1e-5)
+        True
+        >>> cache.lengths
+        [9, 9]
+    """
+
+    def __init__(self, batch_size: int, *, max_rollback: int = 0) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_rollback", max_rollback, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"PathCache: `{name}` must be an int, got {value!r}; give a count")
+            if value < least:
+                raise ValueError(
+                    f"PathCache: `{name}` must be at least {least}, got {value}; give a larger one"
+                )
+        self.batch_size = batch_size
+        self.max_rollback = max_rollback
+        self._old = [0] * batch_size
+        self._recent = [0] * batch_size
+        self._rollback = [0] * batch_size  # what may be taken back now; never more than is recent
+        self._store: Store | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens of each sequence are held."""
+        return [old + recent for old, recent in zip(self._old, self._recent, strict=True)]
+
+    def append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+        window: int | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Add tokens and return what they attend to.
+
+        Called once with a whole prompt or for parts of any size, down to single tokens: the outputs
+        are those of `path_attention` over all tokens, to rounding. Options must be the same in all
+        calls, and gates be given in all calls or in none.
+
+        Args:
+            q: queries `[B, T, HQ, K]` of the T new tokens.
+            k: keys `[B, T, H, K]`; they are held in the dtype that the first call brings.
+            v: values `[B, T, H, V]`; likewise.
+            w: reflectors `[B, T, H, K]`.
+            beta: coefficients `[B, T, H]`.
+            g: forget gates `[B, T, HQ]`, natural logarithm, ≤ 0, or None.
+            scale: factor on the inner products; `K ** -0.5` if None.
+            sinks: one more logit per query head, `[HQ]`, or None.
+            window: how many tokens a query sees, its own included; all earlier ones if None.
+            lengths: how many of the T tokens of each row are meant, the first ones, from 0 to T;
+                all if None.
+
+        Returns:
+            o `[B, T, HQ, V]` in v's dtype, zero where `lengths` leaves tokens out.
+
+        Raises:
+            ValueError: a shape, device, `window` or `lengths` does not fit, or differs from the
+                first call.
+            TypeError: an argument has the wrong type, or is not real floating point.
+            NotImplementedError: a tensor requires a gradient: decoding has none.
+        """
+        check_inputs("PathCache.append", q, k, v, w, beta, g, sinks, window, None)
+        tensors = [x for x in (q, k, v, w, beta, g, sinks) if x is not None]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise NotImplementedError(
+                "PathCache.append: decoding has no gradients, and a tensor requires one; "
+                "use torch.no_grad(), or path_attention for training"
+            )
+        new = self._check_lengths(q, lengths)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        if self._store is None:
+            self._store = Store(q, k, v, w, beta, g)
+        self._store.check(q, k, v, g)
+        return without_autocast(self._append)(q, k, v, w, beta, g, scale, sinks, window, new)
+
+    def rollback(self, num_tokens: int | Sequence[int]) -> None:
+        """Forget the last tokens, as if they had never been appended.
+
+        Args:
+            num_tokens: how many, for all sequences or for each. Every appended token allows one
+                more, up to `max_rollback`, and every one taken back one less.
+
+        Raises:
+            ValueError: that many cannot be taken back.
+        """
+        counts = [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
+        if len(counts) != self.batch_size or any(
+            not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=False)
+        ):
+            raise ValueError(
+                f"PathCache.rollback: `num_tokens` must be from 0 to {self._rollback} for each "
+                f"sequence, got {num_tokens}; give the cache a larger max_rollback"
+            )
+        self._recent = [recent - n for recent, n in zip(self._recent, counts, strict=True)]
+        self._rollback = [most - n for most, n in zip(self._rollback, counts, strict=True)]
+        if self._store is not None and any(counts):
+            for group in self._groups([0] * self.batch_size):
+                self._store.turn_recent(group)
+
+    def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
+        B, T = q.shape[:2]
+        if self.batch_size != B:
+            raise ValueError(
+                f"PathCache.append: `q` must have batch size {self.batch_size}, got shape "
+                f"{list(q.shape)}; a cache belongs to one batch of sequences"
+            )
+        if lengths is None:
+            return [T] * B
+        new = [int(n) for n in lengths]
+        if len(new) != B or any(not 0 <= n <= T for n in new):
+            raise ValueError(
+                f"PathCache.append: `lengths` must be {B} numbers from 0 to T = {T}, got {new}; "
+                "fill shorter rows up behind"
+            )
+        return new
+
+    def _groups(self, new: list[int]) -> Iterator[Group]:
+        row = 0
+        for (old, recent, n), same in groupby(zip(self._old, self._recent, new, strict=True)):
+            rows = slice(row, row + len(list(same)))
+            yield Group(rows, old, recent, n)
+            row = rows.stop
+
+    @torch.no_grad()
+    def _append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
+        sinks: Tensor | None,
+        window: int | None,
+        new: list[int],
+    ) -> Tensor:
+        store = self._store
+        assert store is not None
+        store.reserve(
+            max(self.lengths[row] + n for row, n in enumerate(new)),
+            max(recent + n for recent, n in zip(self._recent, new, strict=True)),
+        )
+        o = v.new_zeros(*q.shape[:3], v.shape[-1])
+        for group in list(self._groups(new)):
+            if group.new == 0:
+                continue
+            rows, tokens = group.rows, slice(0, group.new)
+            k_, v_, w_, beta_ = (x[rows, tokens] for x in (k, v, w, beta))
+            store.write(group, k_, v_, w_, beta_, None if g is None else g[rows, tokens])
+            attend = store.attend_one if group.new == 1 else store.attend_many
+            o[rows, tokens] = attend(group, q[rows, tokens], scale, sinks, window).to(v.dtype)
+            recent = group.recent + group.new
+            blocks = max(0, (recent - self.max_rollback) // BLOCK)
+            old, recent = group.old + blocks * BLOCK, recent - blocks * BLOCK
+            if blocks:
+                store.make_blocks(group, blocks)
+            if blocks or group.new > 1:
+                store.turn_recent(Group(rows, old, recent, 0))
+            count = rows.stop - rows.start
+            self._old[rows], self._recent[rows] = [old] * count, [recent] * count
+        self._rollback = [
+            min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
+        ]
+        if sum(new) > len(new):
+            # A prompt's tokens were recent for a moment, and need not leave their room behind.
+            store.resize_recent(max(*self._recent, self.max_rollback + BLOCK))
+        return o

@@ -1,0 +1,352 @@
+"""The tensors of a `PathCache`, and the arithmetic of decoding on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from householder.ops.path_attention.chunk.outputs import Softmax, climb
+from householder.ops.path_attention.chunk.tree import (
+    Heads,
+    chunk_tokens,
+    join,
+    levels,
+    make_chunks,
+)
+from householder.ops.wy import compute_dtype
+
+BLOCK = 64  # tokens of the smallest block
+# Elements and columns of one tile of logits of several tokens against blocks.
+TILE_ELEMENTS = 1 << 20
+MAX_TILE_COLUMNS = 1024
+
+
+class Group(NamedTuple):
+    """Neighbouring rows of the batch that stand at the same token and get equally many more."""
+
+    rows: slice
+    old: int  # tokens in blocks, a multiple of BLOCK
+    recent: int  # tokens after them
+    new: int
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield level and first token of each block, the newest first."""
+        stop = self.old
+        count, level = self.old // BLOCK, 0
+        while count:
+            if count % 2:
+                stop -= BLOCK << level
+                yield level, stop
+            count, level = count // 2, level + 1
+
+
+# Where tokens are counted along.
+TOKEN_AXIS = {
+    "keys": 2,
+    "values": 2,
+    "block_decay": 3,
+    "w": 2,
+    "beta": 2,
+    "turned": 2,
+    "g": 3,
+    "recent_decay": 3,
+}
+
+
+class Store:
+    """The tensors of a cache. G query heads share one of H key heads."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
+    ) -> None:
+        B, _, H, K = k.shape
+        G = q.shape[2] // H
+        self.dtype = dtype = compute_dtype(q, k, v, w, beta)
+        self.shape = (B, H, G, K, v.shape[-1])
+        # Of all tokens. Keys: in blocks turned to the end of their block, recent ones as they came.
+        self.keys = k.new_empty(B, H, 0, K)
+        self.values = v.new_empty(B, H, 0, v.shape[-1])
+        # Of recent tokens, as they came.
+        self.w = w.new_empty(B, H, 0, K)
+        self.beta = beta.new_empty(B, H, 0)
+        # Of recent tokens, as of now: keys, and what brings queries to the end of the last block.
+        self.turned = k.new_empty(B, H, 0, K, dtype=dtype)
+        self.product = torch.eye(K, dtype=dtype, device=k.device).repeat(B, H, 1, 1)
+        self.products: list[Tensor] = []  # of blocks, by level: [B, H, K, K]
+        # The log gates likewise, for each query head. They are summed in the dtype of the keys'
+        # computation: all have one sign.
+        self.gated = g is not None
+        if self.gated:
+            self.block_decay = k.new_empty(B, H, G, 0, dtype=dtype)
+            self.g = k.new_empty(B, H, G, 0, dtype=dtype)
+            self.recent_decay = k.new_empty(B, H, G, 0, dtype=dtype)
+            self.decay = k.new_zeros(B, H, G, 1, dtype=dtype)
+            self.decays: list[Tensor] = []
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
+        """Raise unless new tokens are like the ones held."""
+        B, H, G, K, V = self.shape
+        for name, x, shape in (("q", q, (H * G, K)), ("k", k, (H, K)), ("v", v, (H, V))):
+            if tuple(x.shape[2:]) != shape or x.device != self.keys.device:
+                raise ValueError(
+                    f"PathCache.append: `{name}` must be {[B, 'T', *shape]} on "
+                    f"{self.keys.device} as in the first call, got shape {list(x.shape)} on "
+                    f"{x.device}; use one cache per layer"
+                )
+        if (g is not None) != self.gated:
+            raise ValueError(
+                f"PathCache.append: `g` must {'' if self.gated else 'not '}be given as in the "
+                f"first call, got {'a tensor' if g is not None else None}; "
+                "zeros are gates that forget nothing"
+            )
+
+    def reserve(self, tokens: int, recent: int) -> None:
+        """Make room for so many tokens in all, and so many recent ones."""
+        for name in ("keys", "values", *(("block_decay",) if self.gated else ())):
+            room = self._room(name)
+            if room < tokens:
+                # Room doubles, so that each token is copied about once.
+                self._resize(name, max(tokens, 2 * room))
+        if self._room("w") < recent:
+            self.resize_recent(recent)
+
+    def resize_recent(self, room: int) -> None:
+        """Set the room for recent tokens; what lies behind it is lost."""
+        gates = ("g", "recent_decay") if self.gated else ()
+        for name in ("w", "beta", "turned", *gates):
+            self._resize(name, max(room, BLOCK))
+
+    def _room(self, name: str) -> int:
+        return getattr(self, name).shape[TOKEN_AXIS[name]]
+
+    def _resize(self, name: str, room: int) -> None:
+        x, dim = getattr(self, name), TOKEN_AXIS[name]
+        shape = list(x.shape)
+        shape[dim] = room
+        resized, kept = x.new_zeros(shape), min(room, x.shape[dim])
+        resized.narrow(dim, 0, kept).copy_(x.narrow(dim, 0, kept))
+        setattr(self, name, resized)
+
+    def write(
+        self, at: Group, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
+    ) -> None:
+        """Put new tokens `[rows, new, …]` behind the ones held, as they come."""
+        rows, first = at.rows, at.old + at.recent
+        everywhere, recent = slice(first, first + at.new), slice(at.recent, at.recent + at.new)
+        self.keys[rows, :, everywhere] = k.transpose(1, 2)
+        self.values[rows, :, everywhere] = v.transpose(1, 2)
+        self.w[rows, :, recent] = w.transpose(1, 2)
+        self.beta[rows, :, recent] = beta.transpose(1, 2)
+        if g is not None:
+            _, H, G, _, _ = self.shape
+            self.g[rows, :, :, recent] = g.unflatten(2, (H, G)).permute(0, 2, 3, 1)
+
+    def attend_one(
+        self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
+    ) -> Tensor:
+        """Advance by the one token written last, and return what its query sees."""
+        _, H, G, K, V = self.shape
+        rows, t, r = at.rows, at.old + at.recent, at.recent
+        w = self.w[rows, :, r, :, None].to(self.dtype)
+        beta = self.beta[rows, :, r, None, None].to(self.dtype)
+        for vectors in (self.turned[rows, :, :r], self.product[rows]):
+            vectors.sub_((vectors @ w) @ (beta * w).mT)
+        self.turned[rows, :, r] = self.keys[rows, :, t].to(self.dtype)
+
+        q = q.to(self.dtype).mul(scale).reshape(-1, H, G, K)
+        logits = q.new_empty(q.shape[0], H, G, t + 1)
+        logits[..., at.old :] = q @ self.turned[rows, :, : r + 1].mT
+        decay = None
+        if self.gated:
+            g = self.g[rows, :, :, r, None]
+            self.recent_decay[rows, :, :, :r] += g
+            self.recent_decay[rows, :, :, r] = 0
+            self.decay[rows] += g
+            logits[..., at.old :] += self.recent_decay[rows, :, :, : r + 1]
+            decay = self.decay[rows]
+
+        first = 0 if window is None else max(0, t + 1 - window)
+        q = q @ self.product[rows].mT
+        for level, start in at.blocks():
+            seen = slice(max(start, first), start + (BLOCK << level))
+            if seen.start >= seen.stop:
+                break
+            logits[..., seen] = q @ self.keys[rows, :, seen].to(self.dtype).mT
+            if decay is not None:
+                logits[..., seen] += self.block_decay[rows, :, :, seen] + decay
+                decay = decay + self.decays[level][rows]
+            q = q @ self.products[level][rows]
+        logits = logits[..., first:]
+        if sinks is not None:
+            sink = sinks.to(self.dtype).view(H, G, 1).expand(q.shape[0], -1, -1, -1)
+            logits = torch.cat([logits, sink], dim=-1)
+        weights = logits.softmax(-1)[..., : t + 1 - first]
+        o = weights @ self.values[rows, :, first : t + 1].to(self.dtype)
+        return o.reshape(-1, 1, H * G, V)
+
+    def attend_many(
+        self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
+    ) -> Tensor:
+        """Return what the queries of the tokens written last see; `turn_recent` has to follow."""
+        _, H, G, K, V = self.shape
+        rows, last = at.rows, at.recent + at.new
+        C = chunk_tokens(K)
+        missing = -last % C
+        tokens = slice(at.old, at.old + last)
+
+        def flat(x: Tensor) -> Tensor:
+            x = x.to(self.dtype).flatten(0, 1)
+            return torch.nn.functional.pad(x, (0, 0, 0, missing)).contiguous()
+
+        # Recent tokens come first. Their queries are not asked for: zeros stand in.
+        q = q.to(self.dtype).mul(scale).unflatten(2, (H, G)).transpose(1, 2).flatten(0, 1)
+        queries = q.new_zeros(q.shape[0], last + missing, G, K)
+        queries[:, at.recent : last] = q
+        g = None
+        if self.gated:
+            g = flat(self.g[rows, :, :, :last].transpose(2, 3)).double()
+        if sinks is not None:
+            sinks = sinks.to(self.dtype).view(H, G).repeat(rows.stop - rows.start, 1)
+        x = Heads(
+            q=queries.flatten(1, 2),
+            k=flat(self.keys[rows, :, tokens]),
+            v=flat(self.values[rows, :, tokens]),
+            w=flat(self.w[rows, :, :last]),
+            beta=flat(self.beta[rows, :, :last, None]),
+            g=g,
+            sinks=sinks,
+            window=window,
+        )
+        softmax, q = climb(x, to_start=True)
+        asked = slice(at.recent * G, last * G)
+        softmax = Softmax(*(y[:, asked].contiguous() for y in softmax))
+        decay = None if g is None else g.cumsum(1).to(self.dtype).flatten(1)[:, asked, None]
+        self._attend_blocks(at, softmax, q[:, asked], decay, window)
+        o, _ = softmax.end_(sinks)
+        return o.view(-1, H, at.new, G, V).transpose(1, 2).flatten(2, 3)
+
+    def _attend_blocks(
+        self, at: Group, softmax: Softmax, q: Tensor, decay: Tensor | None, window: int | None
+    ) -> None:
+        """Let queries at the end of the last block `[n·H, new·G, K]` see all blocks."""
+        G, rows = self.shape[2], at.rows
+        height = G * max(1, TILE_ELEMENTS // (q.shape[0] * G * MAX_TILE_COLUMNS))
+        positions = torch.arange(at.new, device=q.device).repeat_interleave(G)[:, None]
+        positions = positions + at.old + at.recent
+        first = 0 if window is None else max(0, at.old + at.recent + 1 - window)
+        for level, start in at.blocks():
+            stop = start + (BLOCK << level)
+            for left in range(max(start, first), stop, MAX_TILE_COLUMNS):
+                columns = slice(left, min(stop, left + MAX_TILE_COLUMNS))
+                k = self.keys[rows, :, columns].to(self.dtype).flatten(0, 1)
+                v = self.values[rows, :, columns].to(self.dtype).flatten(0, 1)
+                keys = torch.arange(columns.start, columns.stop, device=q.device)
+                for top in range(0, q.shape[1], height):
+                    some = slice(top, top + height)
+                    logits = q[:, some] @ k.mT
+                    if decay is not None:
+                        along = self.block_decay[rows, :, :, columns].flatten(0, 1)
+                        logits.unflatten(1, (-1, G)).add_(along.unsqueeze(1))
+                    if window is not None:
+                        logits.masked_fill_(positions[some] - keys >= window, -math.inf)
+                    shift = 0.0 if decay is None else decay[:, some]
+                    softmax.rows(some).add_(logits, v, shift)
+            if start <= first:
+                break
+            q = q @ self.products[level][rows].flatten(0, 1)
+            if decay is not None:
+                more = self.decays[level][rows].flatten(0, 1).squeeze(-1)
+                decay = decay + more.repeat(1, at.new).unsqueeze(-1)
+
+    def make_blocks(self, at: Group, count: int) -> None:
+        """Make blocks of the first recent tokens."""
+        _, H, _, K, _ = self.shape
+        rows, size = at.rows, count * BLOCK
+        tokens = slice(at.old, at.old + size)
+        shape = (-1, BLOCK, K)
+        keys, f = turn(
+            self.keys[rows, :, tokens].to(self.dtype).reshape(shape),
+            self.w[rows, :, :size].to(self.dtype).reshape(shape),
+            self.beta[rows, :, :size].to(self.dtype).reshape(-1, BLOCK, 1),
+        )
+        self.keys[rows, :, tokens] = keys.view(-1, H, size, K).to(self.keys.dtype)
+        f = f.view(-1, H, count, K, K)
+        totals = None
+        if self.gated:
+            g = self.g[rows, :, :, :size].unflatten(-1, (count, BLOCK))
+            self.block_decay[rows, :, :, tokens] = sum_after(g).flatten(-2)
+            totals = g.sum(-1)
+        for i in range(count):
+            total = None if totals is None else totals[..., i, None]
+            self._add_block(rows, at.old + i * BLOCK, f[:, :, i], total)
+        self._drop_recent(at, size)
+
+    def _add_block(self, rows: slice, start: int, f: Tensor, total: Tensor | None) -> None:
+        """Join the smallest block, which begins at `start`, with those of its size before it."""
+        count, level = start // BLOCK, 0
+        while count % 2:
+            left = slice(start - (BLOCK << level), start)
+            keys = self.keys[rows, :, left].to(self.dtype) @ f.mT
+            self.keys[rows, :, left] = keys.to(self.keys.dtype)
+            f = f @ self.products[level][rows]
+            if total is not None:
+                self.block_decay[rows, :, :, left] += total
+                total = total + self.decays[level][rows]
+            start, count, level = left.start, count // 2, level + 1
+        if level == len(self.products):
+            self.products.append(torch.zeros_like(self.product))
+            if total is not None:
+                self.decays.append(torch.zeros_like(self.decay))
+        self.products[level][rows] = f
+        if total is not None:
+            self.decays[level][rows] = total
+
+    def _drop_recent(self, at: Group, size: int) -> None:
+        rest = at.recent + at.new - size
+        for name in ("w", "beta", *(("g",) if self.gated else ())):
+            x, dim = getattr(self, name)[at.rows], TOKEN_AXIS[name]
+            x.narrow(dim, 0, rest).copy_(x.narrow(dim, size, rest).clone())
+
+    def turn_recent(self, at: Group) -> None:
+        """Make anew what the recent tokens are as of now."""
+        _, H, _, K, _ = self.shape
+        rows, r = at.rows, at.recent
+        keys, f = turn(
+            self.keys[rows, :, at.old : at.old + r].to(self.dtype).flatten(0, 1),
+            self.w[rows, :, :r].to(self.dtype).flatten(0, 1),
+            self.beta[rows, :, :r, None].to(self.dtype).flatten(0, 1),
+        )
+        self.turned[rows, :, :r] = keys.unflatten(0, (-1, H))
+        self.product[rows] = f.mT.view(-1, H, K, K)
+        if self.gated:
+            g = self.g[rows, :, :, :r]
+            self.recent_decay[rows, :, :, :r] = sum_after(g)
+            self.decay[rows] = g.sum(-1, keepdim=True)
+
+
+def turn(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys turned to the end of their tokens `[b, n, K]`, and the product F `[b, K, K]`."""
+    b, n, K = k.shape
+    C = size = chunk_tokens(K)
+    while size < n:
+        size *= 2
+    # Tokens without reflectors change nothing, and make the tree a full one.
+    k, w, beta = (
+        torch.nn.functional.pad(x, (0, 0, 0, size - n)).contiguous() for x in (k, w, beta)
+    )
+    # Queries and values are not needed: the keys stand in.
+    x = Heads(k, k, k, w, beta, None, None, None)
+    chunks = make_chunks(x)
+    keys, q, f = chunks.keys_at_end().view_as(k), k.clone(), chunks.products().view(b, -1, K, K)
+    for pairs in levels(size, C):
+        f = join(pairs, x, q, keys, f)
+    return keys[:, :n], f[:, 0]
+
+
+def sum_after(g: Tensor) -> Tensor:
+    """Return for each entry of the last dimension the sum of those after it."""
+    return torch.nn.functional.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)

@@ -1,0 +1,57 @@
+"""The definition of `path_attention`: one readable loop over tokens.
+
+Runs on any device and in any floating dtype, and PyTorch differentiates it to any order.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from householder.ops._dispatch import without_autocast
+from householder.ops.wy import compute_dtype
+
+
+@without_autocast
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Attend token by token; arguments as in the public `path_attention`."""
+    dtype = compute_dtype(q, k, v, w, beta)
+    B, T, HQ, _ = q.shape
+    group = HQ // k.shape[2]
+    # Every query head gets a copy of its key head.
+    k, values, w, beta = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k, v, w, beta))
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs = []
+    for lo, hi in pairwise(bounds):
+        keys = k.new_zeros(B, 0, HQ, k.shape[-1])
+        decay = k.new_zeros(B, 0, HQ)
+        for t in range(lo, hi):
+            # The reflector of a token acts on all keys before it, its forget gate on their logits.
+            along = beta[:, t, None] * torch.einsum("bhk,bjhk->bjh", w[:, t], keys)
+            keys = torch.cat([keys - along.unsqueeze(-1) * w[:, t, None], k[:, t : t + 1]], dim=1)
+            if g is not None:
+                decay = decay + g[:, t, None].to(dtype)
+            decay = torch.cat([decay, decay.new_zeros(B, 1, HQ)], dim=1)
+            first = 0 if window is None else max(0, t + 1 - lo - window)
+            logits = scale * torch.einsum("bhk,bjhk->bjh", q[:, t].to(dtype), keys[:, first:])
+            logits = logits + decay[:, first:]
+            if sinks is not None:
+                # A sink takes part in the softmax and has no value.
+                logits = torch.cat([logits, sinks.to(dtype).expand(B, 1, HQ)], dim=1)
+            attention = logits.softmax(dim=1)[:, : t + 1 - lo - first]
+            outputs.append(torch.einsum("bjh,bjhv->bhv", attention, values[:, lo + first : t + 1]))
+    o = torch.stack(outputs, dim=1) if outputs else values.new_zeros(B, 0, HQ, v.shape[-1])
+    return o.to(v.dtype)
