@@ -21,6 +21,7 @@ from torch import Tensor
 
 from householder.ops import _checks
 from householder.ops._dispatch import (
+    apply,
     contiguous_like,
     fold_into_heads,
     register,
@@ -100,7 +101,7 @@ def activate(
         return definition(*args)
     if qk_eps is None and beta_scale is None and A_log is None:
         return q, k, beta, g
-    unit_q, unit_k, active_beta, log_gate, *_ = Activate.apply(*args)
+    unit_q, unit_k, active_beta, log_gate, *_ = apply(Activate, *args)
     if qk_eps is not None:
         q, k = unit_q, unit_k
     if beta_scale is not None:
@@ -287,7 +288,7 @@ class Activate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dq, dk, dbeta, dg, *_ = grads
         given = (dq, dk, dbeta, dg)
-        results = ActivateBackward.apply(*given, *ctx.saved_tensors, ctx.beta_scale)
+        results = apply(ActivateBackward, *given, *ctx.saved_tensors, ctx.beta_scale)
         *_, dt_bias = ctx.saved_tensors
         sources = (*given, dg, None if dt_bias is None else dg)
         grads = tuple(

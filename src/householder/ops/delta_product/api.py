@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import check_impl
+from householder.ops._dispatch import apply, check_impl
 from householder.ops.delta_product import reference
 from householder.ops.delta_product.activations import activate, check_activations, definition
 from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
@@ -135,7 +135,7 @@ def delta_product(
             x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
         )
         args = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
-        o, state, *_ = DeltaProduct.apply(*args, save, form)
+        o, state, *_ = apply(DeltaProduct, *args, save, form)
     return o, state if output_final_state else None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from householder.ops._dispatch import (
+    apply,
     contiguous_like,
     fold_into_heads,
     register,
@@ -233,7 +234,7 @@ class DeltaProduct(torch.autograd.Function):
         if do is None:
             do = v.new_zeros(*q.shape[:2], *v.shape[3:])
         inputs = (q, k, v, beta, g, ctx.scale, initial_state, cu_seqlens)
-        grads = DeltaProductBackward.apply(do, dstate, *inputs, *saved, ctx.form)
+        grads = apply(DeltaProductBackward, do, dstate, *inputs, *saved, ctx.form)
         dq, dk, dv, dbeta, dg, dinitial = grads
         dg = None if g is None else dg
         dinitial = None if initial_state is None else dinitial
