@@ -215,14 +215,14 @@ def make_tiles(B: int, T: int, HV: int, K: int) -> Tiles:
     block_k = power_of_two(K)
     heads = power_of_two(HV, least=1, most=64)
     tokens = GATE_ENTRIES // heads
-    of_tokens = B * triton.cdiv(T, tokens)
+    of_tokens = B * -(-T // tokens)
     return Tiles(
         rows=TILE_ENTRIES // block_k,
         block_k=block_k,
         tokens=tokens,
         heads=heads,
         of_tokens=of_tokens,
-        of_gates=of_tokens * triton.cdiv(HV, heads),
+        of_gates=of_tokens * -(-HV // heads),
     )
 
 
@@ -256,8 +256,8 @@ def activate(
     if norm:
         q, k = addressable(q), addressable(k)
     tiles = make_tiles(B, T, HV, K)
-    q_tiles = B * triton.cdiv(T * H, tiles.rows) if norm else 0
-    k_tiles = B * triton.cdiv(T * N * H, tiles.rows) if norm else 0
+    q_tiles = B * -(-T * H // tiles.rows) if norm else 0
+    k_tiles = B * -(-T * N * H // tiles.rows) if norm else 0
     gates = tiles.of_gates if gate or beta_scale is not None else 0
     if q_tiles + k_tiles + gates:
         activate_kernel[(q_tiles + k_tiles + gates,)](
@@ -312,7 +312,7 @@ def activate_backward(
         2, tiles.of_tokens if gate else 0, HV, dtype=torch.float32, device=beta.device
     )
     q_rows, k_rows = rows_of(q, dq), rows_of(k, dk)
-    q_tiles, k_tiles = triton.cdiv(q_rows, tiles.rows), triton.cdiv(k_rows, tiles.rows)
+    q_tiles, k_tiles = -(-q_rows // tiles.rows), -(-k_rows // tiles.rows)
     gates = tiles.of_gates if gate or dbeta is not None else 0
     if q_tiles + k_tiles + gates:
         with torch.cuda.device_of(beta):

@@ -364,7 +364,7 @@ def sweep(
     dstates = torch.empty_like(states)
     launch = config.walk_launch(K, V, p.precision)
     if p.num_sequences:
-        walk_back_kernel[(segments.number * HV * triton.cdiv(V, launch.block),)](
+        walk_back_kernel[(segments.number * HV * -(-V // launch.block),)](
             do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
             segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
             SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,

@@ -20,9 +20,11 @@ from householder.ops._triton import (
     addressable,
     dot,
     dot_precision,
+    has_wide_rows,
     operand_dtype,
     power_of_two,
 )
+from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.config import (
     CHUNK_ROWS,
     chunk_tokens,
@@ -323,6 +325,16 @@ def make_problem(
         num_sequences=num_sequences,
         num_chunks=num_chunks,
         precision=dot_precision(q, k, v),
+    )
+
+
+def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
+    """Return whether forms for Hopper that read `tiles`, 16 bytes at a time, take these inputs."""
+    return (
+        config.is_hopper(p.v.device)
+        and p.precision == "bf16"
+        and p.sizes["K"] <= config.MOST_HOPPER_KEYS
+        and all(map(has_wide_rows, tiles))
     )
 
 

@@ -24,7 +24,6 @@ from householder.ops._triton import (
     cast_operand,
     dot,
     dot_add,
-    has_wide_rows,
     inverse_unit_lower,
     on_its_device,
 )
@@ -48,6 +47,7 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile,
     store_tile_t,
     strides,
+    suits_hopper,
 )
 from householder.ops.delta_product.triton.segments import (
     make_maps,
@@ -176,22 +176,12 @@ def walk_kernel(
     store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)
 
 
-def suits_hopper(p: Problem) -> bool:
-    """Return whether the forms for Hopper take these inputs: they read 16 bytes at a time."""
-    return (
-        config.is_hopper(p.q.device)
-        and p.precision == "bf16"
-        and p.sizes["K"] <= config.MOST_HOPPER_KEYS
-        and all(map(has_wide_rows, (p.q, p.k, p.v)))
-    )
-
-
-def prepare(p: Problem, growth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def prepare(p: Problem, growth: Tensor | None, for_hopper: bool) -> tuple[Tensor, Tensor]:
     """Make the table of coefficients and T of every chunk and value head."""
     R = p.sizes["R"]
     ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
     grid = (p.num_chunks * p.heads,)
-    if suits_hopper(p):
+    if for_hopper:
         from householder.ops.delta_product.triton import hopper_forward
 
         table = empty_table(p)
@@ -240,7 +230,8 @@ def forward(
     K, V, R = sizes["K"], sizes["V"], sizes["R"]
     segments = make_segments(p)
     maps, growth = make_maps(p)
-    table, ut = prepare(p, growth if segments.chunks and g is not None else None)
+    for_hopper = suits_hopper(p, p.q, p.k, p.v)
+    table, ut = prepare(p, growth if segments.chunks and g is not None else None, for_hopper)
     initial = None if initial_state is None else initial_state.contiguous()
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
     if segments.chunks:
@@ -253,7 +244,7 @@ def forward(
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
     u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
     launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
-    if suits_hopper(p):
+    if for_hopper:
         from householder.ops.delta_product.triton import hopper_forward
 
         launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel

@@ -93,7 +93,7 @@ def copy_tokens(
     i, stage, length, chunk, i_h, i_v, p_k, p_v, ut, table, s_k, s_t, s_v, s_g,
     HV: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
-    BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr, UT: gl.constexpr,
+    BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Start to copy keys, values, T and coefficients of chunk `i`, nothing past the end."""
     warps: gl.constexpr = gl.num_warps()
@@ -109,7 +109,7 @@ def copy_tokens(
     copy_tile(s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n, 0, K, BK, load_k)
     t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
     left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * UT, t_rows, o_trows, left, 0, R, R, load_r)
+    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
     v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
     n_v = gl.where(i_v < V, n, 0)  # beside V are the map's columns
     copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n_v, i_v, V, BV, load_v)
@@ -126,7 +126,7 @@ def carry_kernel(
     HV: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
-    PRECISION: gl.constexpr, SEGMENT: gl.constexpr, BS: gl.constexpr, UT: gl.constexpr,
+    PRECISION: gl.constexpr, SEGMENT: gl.constexpr, BS: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Find Δ, kept with the next segment's start, and Φ of one segment and head."""
@@ -168,7 +168,7 @@ def carry_kernel(
     for i in gl.static_range(STAGES - 1):
         copy_tokens(
             begin + i, i, length, chunk, i_h, i_v, p_k, p_v, ut, table, s_k, s_t, s_v, s_g,
-            HV, k_t, k_n, v_t, v_n, N, K, V, C, R, BK, BV, GATED, UT,
+            HV, k_t, k_n, v_t, v_n, N, K, V, C, R, BK, BV, GATED,
         )  # fmt: skip
 
     # The state, transposed, beside the map.
@@ -197,7 +197,7 @@ def carry_kernel(
         copy_tokens(
             i + (STAGES - 1), (i - begin + (STAGES - 1)) % STAGES, length, chunk, i_h, i_v,
             p_k, p_v, ut, table, s_k, s_t, s_v, s_g,
-            HV, k_t, k_n, v_t, v_n, N, K, V, C, R, BK, BV, GATED, UT,
+            HV, k_t, k_n, v_t, v_n, N, K, V, C, R, BK, BV, GATED,
         )  # fmt: skip
         b_v = s_v.index(stage).permute([1, 0]).load(by_row)
         b_beta = pick(b_g, BETA, R, R, of_row)
@@ -240,7 +240,7 @@ def copy_back(
     i, stage, length, chunk, i_h, i_v, p_do, p_q, p_k, ut, table, s_do, s_q, s_k, s_t, s_g, s_l,
     HV: gl.constexpr, do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
-    BC: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr, UT: gl.constexpr,
+    BC: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Start to copy dO, queries, keys, T and coefficients of chunk `i`, if there is one."""
     warps: gl.constexpr = gl.num_warps()
@@ -260,7 +260,7 @@ def copy_back(
     copy_tile(s_do.index(stage), p_do + start * do_t, d_rows, o_drows, n, i_v, V, BV, load_v)
     t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
     left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * UT, t_rows, o_trows, left, 0, R, R, load_r)
+    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
     o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
     left = gl.where(n > 0, width, 0)
     async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
@@ -279,7 +279,7 @@ def carry_back_kernel(
     HV: gl.constexpr, do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
-    PRECISION: gl.constexpr, SEGMENT: gl.constexpr, BS: gl.constexpr, UT: gl.constexpr,
+    PRECISION: gl.constexpr, SEGMENT: gl.constexpr, BS: gl.constexpr,
     BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Find columns `[BV]` of one segment's and head's Δ', kept with the end before it.
@@ -332,7 +332,7 @@ def carry_back_kernel(
         copy_back(
             end - 1 - i, i, length, chunk, i_h, i_v, p_do, p_q, p_k, ut, table,
             s_do, s_q, s_k, s_t, s_g, s_l,
-            HV, do_t, q_t, k_t, k_n, N, K, V, C, R, BC, BK, BV, GATED, UT,
+            HV, do_t, q_t, k_t, k_n, N, K, V, C, R, BC, BK, BV, GATED,
         )  # fmt: skip
 
     sv = i_v + gl.arange(0, BV, layout=gl.SliceLayout(1, by_key))
@@ -374,7 +374,7 @@ def carry_back_kernel(
         copy_back(
             end - step - STAGES, (step + (STAGES - 1)) % STAGES, length, chunk, i_h, i_v,
             p_do, p_q, p_k, ut, table, s_do, s_q, s_k, s_t, s_g, s_l,
-            HV, do_t, q_t, k_t, k_n, N, K, V, C, R, BC, BK, BV, GATED, UT,
+            HV, do_t, q_t, k_t, k_n, N, K, V, C, R, BC, BK, BV, GATED,
         )  # fmt: skip
 
         b_a = warpgroup_mma_wait(2, [b_a])

@@ -1,4 +1,4 @@
-"""`delta_product` backward in one kernel for Hopper: the sweep of `sweep.py`, scheduled by hand.
+"""`delta_product` backward for Hopper: both kernels of `backward.py` in one, scheduled by hand.
 
 Products run while the next tiles are copied and the last results are packed and stored. All
 accumulators have the rows of one tensor-core instruction along K or V, a warp group to each 64 of
@@ -20,16 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._triton import has_wide_rows
-from householder.ops.delta_product.triton import chunks, config
+from householder.ops.delta_product.triton import config
+from householder.ops.delta_product.triton.chunks import (
+    FROM_START,
+    LOG_HIGH,
+    LOG_LOW,
+    TO_END,
+    TOKEN_FROM_START,
+    Problem,
+    strides,
+)
 from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier
 from householder.ops.delta_product.triton.segments import Segments
-
-# Rows of the table of coefficients.
-LOG_HIGH = gl.constexpr(chunks.LOG_HIGH.value)
-LOG_LOW = gl.constexpr(chunks.LOG_LOW.value)
-FROM_START = gl.constexpr(chunks.FROM_START.value)
-TO_END = gl.constexpr(chunks.TO_END.value)
-TOKEN_FROM_START = gl.constexpr(chunks.TOKEN_FROM_START.value)
 
 # A name that changed after Triton 3.6.
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -463,7 +465,7 @@ def hopper_sweep_kernel(
 
 
 def hopper_sweep(
-    p: chunks.Problem,
+    p: Problem,
     segments: Segments,
     launch: config.Launch,
     do: Tensor,
@@ -492,7 +494,7 @@ def hopper_sweep(
     hopper_sweep_kernel[(segments.number * p.heads,)](
         do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
         segments.bounds, segments.first_chunk, scale, p.v.shape[1],
-        **chunks.strides("do", do), **chunks.strides("q", q), **chunks.strides("k", k),
+        **strides("do", do), **strides("q", q), **strides("k", k),
         HV=p.heads, SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps,
         **constants, **launch.options,
     )  # fmt: skip

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import cast_operand, dot, dot_add, has_wide_rows
+from householder.ops._triton import cast_operand, dot, dot_add, power_of_two
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
@@ -49,6 +49,7 @@ from householder.ops.delta_product.triton.chunks import (
     store_tile,
     store_tile_t,
     strides,
+    suits_hopper,
 )
 
 
@@ -128,7 +129,7 @@ def carry_kernel(
     HV: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr, v_t: tl.constexpr, v_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr, UT: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Find Δ, kept with the next segment's start, and Φ of one segment and head.
@@ -190,7 +191,7 @@ def carry_kernel(
         b_v = tl.load(p_v + start * v_t + o_vrows, mask=m_tile, other=0.0).to(tl.float32)
         p_table = table + i_ch * (6 * R if GATED else R)
         b_beta = tl.load(p_table + BETA * R + o_r)
-        b_ut = load_tile(ut + i_ch * UT, o_r * R, everywhere, 0, R, R)
+        b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
 
         recalled = dot(cast_operand(b_s, PRECISION), tl.trans(b_k), PRECISION)
         if GATED:
@@ -219,7 +220,7 @@ def carry_back_kernel(
     HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr, k_t: tl.constexpr, k_n: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr, UT: tl.constexpr,
+    PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Find columns `[BV]` of one segment's and head's Δ', kept with the end before it."""
@@ -281,7 +282,7 @@ def carry_back_kernel(
         b_k = cast_operand(load_tile(p_k + start * k_t, o_krows, m_r, 0, K, BK), PRECISION)
         b_q = cast_operand(load_tile(p_q + start * q_t, o_c * q_t, m_c, 0, K, BK), PRECISION)
         b_do = load_tile_t(p_do + start * do_t, o_c * do_t, m_c, i_v, V, BV)
-        b_ut = load_tile(ut + i_ch * UT, o_r * R, everywhere, 0, R, R)
+        b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
         b_beta = tl.load(p_table + BETA * R + o_r)
 
         b_a = dot(b_q, tl.trans(b_k), PRECISION) * scale
@@ -413,7 +414,7 @@ def _chain(
     sizes = p.sizes
     K, V = sizes["K"], sizes["V"]
     launch = config.chain_launch(K)
-    chain_kernel[(p.num_sequences * p.heads * triton.cdiv(V, config.CHAIN_COLUMNS),)](
+    chain_kernel[(p.num_sequences * p.heads * -(-V // config.CHAIN_COLUMNS),)](
         states, outer, maps, visible, s.bounds, s.first, p.v.shape[1],
         HV=p.heads, K=K, V=V, C=sizes["C"], GATED=p.g is not None, PACKED=s.first is not None,
         # Between segments TF32 rounds far less than bfloat16 did at every chunk.
@@ -423,24 +424,13 @@ def _chain(
     )  # fmt: skip
 
 
-def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
-    """Return whether the carries' forms for Hopper take these inputs, 16 bytes at a time."""
-    return (
-        config.is_hopper(p.v.device)
-        and p.precision == "bf16"
-        and p.sizes["K"] <= config.MOST_HOPPER_KEYS
-        and all(map(has_wide_rows, tiles))
-    )
-
-
-def _carry_constants(p: Problem, s: Segments, ut: Tensor) -> dict[str, Any]:
+def _carry_constants(p: Problem, s: Segments) -> dict[str, Any]:
     K = p.sizes["K"]
     return {
         **p.constants,
         "HV": p.heads,
         "SEGMENT": s.chunks,
-        "BS": triton.next_power_of_2(s.chunks),
-        "UT": ut.shape[1],
+        "BS": power_of_two(s.chunks, least=1),
         "BK": config.key_block(K, p.precision),
     }
 
@@ -479,9 +469,9 @@ def segment_starts(
 
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
         ahead = {"STAGES": launch.num_stages}
-    carry[(s.number * p.heads * triton.cdiv(V + K, launch.block),)](
+    carry[(s.number * p.heads * -(-(V + K) // launch.block),)](
         p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables, p.v.shape[1],
-        **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s, ut),
+        **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s),
         BV=launch.block, **ahead, **launch.options,
     )  # fmt: skip
     _chain(p, s, starts, initial, maps, visible, reverse=False)
@@ -509,10 +499,10 @@ def segment_ends(
 
         launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
         ahead = {"STAGES": launch.num_stages}
-    carry[(s.number * p.heads * triton.cdiv(V, launch.block),)](
+    carry[(s.number * p.heads * -(-V // launch.block),)](
         do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, p.v.shape[1],
         **strides("do", do), **strides("q", p.q), **strides("k", p.k),
-        **_carry_constants(p, s, ut), BV=launch.block, **ahead, **launch.options,
+        **_carry_constants(p, s), BV=launch.block, **ahead, **launch.options,
     )  # fmt: skip
     _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
     return dends

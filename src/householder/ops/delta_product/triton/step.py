@@ -91,7 +91,7 @@ def step(
     new_state = torch.empty(B, HV, K, V, dtype=state.dtype, device=v.device)
     launch = config.step_launch(V, N)
     if B:
-        step_kernel[(B * HV * triton.cdiv(V, launch.block),)](
+        step_kernel[(B * HV * -(-V // launch.block),)](
             q, k, v, beta, g, A_log, dt_bias, state, o, new_state, scale,
             0.0 if qk_eps is None else qk_eps, HV,
             *q.stride(), *k.stride(), *v.stride(), *beta.stride(),
