@@ -1,6 +1,18 @@
 """Models made of the mixers in `householder.nn`."""
 
 from householder.models.block import Block, SwiGLU
+from householder.models.causal_lm import CausalLM
+from householder.models.causal_lm_config import PRESETS, CausalLMConfig
+from householder.models.loss import linear_cross_entropy
 from householder.models.sequence_tagger import SequenceTagger, SequenceTaggerConfig
 
-__all__ = ["Block", "SequenceTagger", "SequenceTaggerConfig", "SwiGLU"]
+__all__ = [
+    "PRESETS",
+    "Block",
+    "CausalLM",
+    "CausalLMConfig",
+    "SequenceTagger",
+    "SequenceTaggerConfig",
+    "SwiGLU",
+    "linear_cross_entropy",
+]

@@ -1,0 +1,237 @@
+"""A causal language model of blocks whose mixers may differ from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from householder.models.block import Block
+from householder.models.causal_lm_config import CausalLMConfig
+from householder.models.loss import linear_cross_entropy
+from householder.nn.initialization import init_weight
+
+
+class CausalLM(nn.Module):
+    """Predict the next token: embedding, blocks of mixer and MLP, a final RMSNorm, a linear head.
+
+    The logits at a position depend on the tokens up to and including it.
+
+    Args:
+        config: a `CausalLMConfig`, or its fields as `CausalLMConfig.to_dict` gives them.
+        impl: the form of `delta_product` and `path_attention` that runs.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        checkpoint_activations: keep of each block its input alone, and run it again in the backward
+            pass: memory for time.
+
+    Raises:
+        ValueError: an option is out of range, or options do not fit together.
+
+    Examples:
+        >>> config = CausalLMConfig(256, d_model=32, num_layers=2, pattern="delta_product,rope",
+        ...                         head_dim=16)
+        >>> model = CausalLM(config)
+        >>> tokens = torch.randint(256, (2, 9))
+        >>> model(tokens).shape
+        torch.Size([2, 9, 256])
+        >>> model.loss(tokens[:, :-1], tokens[:, 1:]).dim()
+        0
+
+        One token at a time:
+
+        >>> states, logits = model.init_state(batch_size=2), []
+        >>> with torch.no_grad():
+        ...     for token in tokens.unbind(1):
+        ...         logits_t, states = model.step(token, states)
+        ...         logits.append(logits_t)
+        >>> torch.allclose(torch.stack(logits, dim=1), model(tokens), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        config: CausalLMConfig | Mapping[str, Any],
+        *,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, CausalLMConfig):
+            config = CausalLMConfig.from_dict(config)
+        self.config = config
+        self.checkpoint_activations = False
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model, **factory)
+        self.layers = nn.ModuleList(
+            config.build_block(name, impl=impl, **factory) for name in config.layer_names()
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **factory)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the embeddings and the head anew; the blocks draw their own when they are made."""
+        if self.config.init_std is not None:
+            nn.init.normal_(self.embeddings.weight, std=self.config.init_std)
+        if self.head is not None:
+            init_weight(self.head.weight, self.config.init_std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        states: Sequence[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Return the logits of the next token at every position.
+
+        Args:
+            tokens: int64 `[B, T]`; with `cu_seqlens`, `[1, T]` holding S sequences end to end.
+            states: where the sequences continue from, one per layer; `None` for their beginning.
+                Those of softmax attention are used up.
+            cu_seqlens: int32 `[S + 1]`, where the packed sequences begin and end.
+            return_states: also return the states after the last token.
+
+        Returns:
+            `logits [B, T, vocab_size]`, or `(logits, new_states)` with `return_states`.
+
+        Raises:
+            TypeError: `tokens` is not int64.
+            ValueError: a shape or `cu_seqlens` does not fit.
+        """
+        hidden = self.hidden(
+            tokens, states=states, cu_seqlens=cu_seqlens, return_states=return_states
+        )
+        if not return_states:
+            return self.logits(hidden)
+        hidden, new_states = hidden
+        return self.logits(hidden), new_states
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        states: Sequence[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Return what the head reads, `[B, T, d_model]`; arguments and results as in `forward`."""
+        x = self._embed(tokens, "[B, T]", dim=2)
+        new_states: list[Any] = []
+        save_memory = self.checkpoint_activations and self.training and not return_states
+        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
+            if save_memory:
+                x = checkpoint(layer, x, state=state, cu_seqlens=cu_seqlens, use_reentrant=False)
+                continue
+            x = layer(x, state=state, cu_seqlens=cu_seqlens, return_state=return_states)
+            if return_states:
+                x, new_state = x
+                new_states.append(new_state)
+        x = self._normalize(x)
+        return (x, new_states) if return_states else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., vocab_size]` that the head reads from `hidden`."""
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight `[vocab_size, d_model]`: with tied embeddings, these."""
+        return self.embeddings.weight if self.head is None else self.head.weight
+
+    def loss(self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return the mean cross entropy in nats, without ever holding all logits.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            labels: int64 `[B, T]`: what follows each token; −100 where nothing is asked.
+            cu_seqlens: as in `forward`.
+
+        Raises:
+            TypeError: `tokens` is not int64.
+            ValueError: a shape or `cu_seqlens` does not fit.
+        """
+        if labels.shape != tokens.shape:
+            raise ValueError(
+                f"CausalLM.loss: `labels` must be of the shape of tokens, {list(tokens.shape)}, "
+                f"got {list(labels.shape)}; give each token the one that follows it"
+            )
+        return linear_cross_entropy(
+            self.hidden(tokens, cu_seqlens=cu_seqlens), self.head_weight, labels
+        )
+
+    def init_state(self, batch_size: int) -> list[Any]:
+        """Return the states before the first token, one per layer.
+
+        Args:
+            batch_size: B, sequences that advance together.
+        """
+        return [layer.init_state(batch_size) for layer in self._blocks()]
+
+    def step(self, tokens: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Return the logits after one more token of each sequence.
+
+        Args:
+            tokens: int64 `[B]`.
+            states: after the tokens so far, one per layer. Those of softmax attention are used up.
+
+        Returns:
+            logits: `[B, vocab_size]`.
+            new_states: after this token.
+
+        Raises:
+            TypeError: `tokens` is not int64.
+            ValueError: a shape does not fit.
+        """
+        x = self._embed(tokens, "[B]", dim=1)
+        new_states = []
+        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
+            x, new_state = layer.step(x, state)
+            new_states.append(new_state)
+        return self.logits(self._normalize(x)), new_states
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Return how many numbers the model has, with or without its embeddings."""
+        skipped = 0 if embeddings else self.embeddings.weight.numel()
+        return sum(p.numel() for p in self.parameters()) - skipped
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        # Under autocast x is wider or narrower than the weight, which nn.RMSNorm warns about.
+        return self.norm(x.to(self.norm.weight.dtype))
+
+    def _blocks(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", iter(self.layers))
+
+    def _per_layer(self, states: Sequence[Any] | None) -> Sequence[Any]:
+        num_layers = self.config.num_layers
+        if states is None:
+            return [None] * num_layers
+        if len(states) != num_layers:
+            raise ValueError(
+                f"CausalLM: `states` must have one entry per layer, {num_layers}, "
+                f"got {len(states)}; use those of this model"
+            )
+        return states
+
+    def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
+        if tokens.dtype != torch.int64:
+            raise TypeError(
+                f"CausalLM: `tokens` must be int64, got {tokens.dtype}; convert with .long()"
+            )
+        if tokens.dim() != dim:
+            raise ValueError(
+                f"CausalLM: `tokens` must be {layout}, got shape {list(tokens.shape)}; "
+                "use forward for sequences and step for single tokens"
+            )
+        return self.embeddings(tokens)

@@ -1,0 +1,210 @@
+"""The causal language model: its layers, its three ways of running, its loss."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from householder.models import PRESETS, CausalLM, CausalLMConfig, linear_cross_entropy
+from householder.nn import (
+    DeltaNet,
+    DeltaProduct,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+    PaTHAttention,
+    RotaryAttention,
+)
+
+V = 11
+ALL_MIXERS = "delta_net,gated_delta_net,delta_product,gated_delta_product,path,path_fox,rope"
+
+
+def make(pattern=ALL_MIXERS, **options):
+    torch.manual_seed(0)
+    options = {"d_model": 32, "num_layers": len(pattern.split(",")), "head_dim": 8, **options}
+    # PyTorch's own initialisation: the published one is so small that every layer is near to none.
+    return CausalLM(CausalLMConfig(V, pattern=pattern, init_std=None, **options))
+
+
+def some_tokens(*shape):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_pattern_repeats_and_global_layers_replace():
+    config = CausalLMConfig(
+        V, num_layers=5, pattern="delta_product, path_fox", global_layers=(1, 4), head_dim=32
+    )
+    assert config.layer_names() == ("delta_product", "rope", "delta_product", "path_fox", "rope")
+
+
+def test_layers_are_what_the_pattern_names():
+    kinds = [type(layer.mixer) for layer in make().layers]
+    assert kinds == [
+        DeltaNet,
+        GatedDeltaNet,
+        DeltaProduct,
+        GatedDeltaProduct,
+        PaTHAttention,
+        PaTHAttention,
+        RotaryAttention,
+    ]
+    path, path_fox = (make().layers[i].mixer for i in (4, 5))
+    assert path.f_proj is None
+    assert path_fox.f_proj is not None
+
+
+def test_config_survives_json():
+    config = CausalLMConfig(V, num_layers=3, global_layers=(2,), num_heads=2, window=7)
+    assert CausalLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "delta_net,mamba"}, "`pattern` must be one of .*'rope'.* got 'mamba'"),
+        ({"global_layers": (8,)}, "`global_layers` must be indices from 0 to 7, got 8"),
+        ({"window": 0}, "`window` must be at least 1, got 0"),
+        ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0"),
+    ],
+)
+def test_config_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        CausalLMConfig(**{"vocab_size": V, **options})
+
+
+def test_unknown_fields_and_presets_are_refused():
+    with pytest.raises(ValueError, match="got layers; correct the name"):
+        CausalLMConfig.from_dict({"vocab_size": V, "layers": 3})
+    with pytest.raises(ValueError, match=r"`preset` must be one of .*'340m'.* got '7b'"):
+        CausalLMConfig.preset("7b", V)
+
+
+@pytest.mark.parametrize("size", ["340m", "760m", "1.3b"])
+def test_presets_have_the_size_of_their_name(size):
+    with torch.device("meta"):
+        model = CausalLM(CausalLMConfig.preset(size, 32_000, pattern="delta_net"))
+    named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert 0.95 < model.num_parameters() / named < 1.05
+    assert model.num_parameters(embeddings=False) == (
+        model.num_parameters() - 32_000 * PRESETS[size]["d_model"]
+    )
+
+
+def test_logits_depend_on_earlier_tokens_alone():
+    model, tokens = make(), some_tokens(2, 9)
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % V
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert (before[:, 5:] - after[:, 5:]).abs().amin(dim=(0, 2)).min() > 0
+
+
+def test_whole_segments_and_steps_agree():
+    model, tokens = make(), some_tokens(2, 12)
+    whole = model(tokens)
+    with torch.no_grad():
+        first, states = model(tokens[:, :7], return_states=True)
+        rest = []
+        for token in tokens[:, 7:].unbind(1):
+            logits, states = model.step(token, states)
+            rest.append(logits)
+    torch.testing.assert_close(torch.cat([first, torch.stack(rest, 1)], 1), whole)
+
+
+def test_packed_sequences_do_not_see_one_another():
+    model, lengths = make(), (5, 1, 6)
+    parts = [some_tokens(1, 12)[:, :length] for length in lengths]
+    cu_seqlens = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    packed = model(torch.cat(parts, 1), cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(packed, torch.cat([model(part) for part in parts], 1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_is_the_cross_entropy_of_the_logits(tied):
+    model, tokens = make("delta_product,rope", tie_embeddings=tied), some_tokens(2, 9)
+    labels = some_tokens(2, 9)
+    labels[0, :4] = -100
+    plain = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(model.loss(tokens, labels), plain)
+    assert (model.head is None) == tied
+
+
+def test_blocked_loss_has_the_gradient_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(13, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(V, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = some_tokens(13)
+    labels[3] = -100
+    blocked = linear_cross_entropy(x, weight, labels, logits_at_once=4 * V)
+    plain = F.cross_entropy(F.linear(x, weight), labels)
+    torch.testing.assert_close(blocked, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(blocked, (x, weight)),
+        torch.autograd.grad(plain, (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_of_no_labels_is_zero():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(V, 4)
+    loss = linear_cross_entropy(x, weight, torch.full((3,), -100))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_loss_never_holds_all_logits(monkeypatch):
+    shapes = []
+    linear = F.linear
+
+    def recording(*args):
+        shapes.append((y := linear(*args)).shape)
+        return y
+
+    monkeypatch.setattr(F, "linear", recording)
+    linear_cross_entropy(torch.randn(10, 4), torch.randn(V, 4), some_tokens(10), logits_at_once=40)
+    assert shapes == [(3, V), (3, V), (3, V), (1, V)]
+
+
+def test_checkpointing_changes_no_gradient():
+    model, tokens = make(), some_tokens(2, 8)
+    gradients = []
+    for model.checkpoint_activations in (False, True):
+        model.zero_grad()
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, saved in zip(*gradients, strict=True):
+        torch.testing.assert_close(saved, plain)
+
+
+@pytest.mark.slow
+def test_training_step_compiles_to_one_graph():
+    model, tokens = make("gated_delta_product,path,rope"), some_tokens(2, 8)
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        loss(tokens[:, :-1], tokens[:, 1:]), model.loss(tokens[:, :-1], tokens[:, 1:])
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m(torch.zeros(2, 3)), TypeError, "`tokens` must be int64, got torch.float32"),
+        (lambda m: m(some_tokens(3)), ValueError, r"`tokens` must be \[B, T\], got shape \[3\]"),
+        (
+            lambda m: m.loss(some_tokens(2, 3), some_tokens(2, 4)),
+            ValueError,
+            r"`labels` must be of the shape of tokens, \[2, 3\], got \[2, 4\]",
+        ),
+        (
+            lambda m: m(some_tokens(2, 3), states=[]),
+            ValueError,
+            "`states` must have one entry per layer, 1, got 0",
+        ),
+    ],
+)
+def test_bad_input_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call(make("delta_net"))
