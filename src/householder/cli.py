@@ -17,10 +17,11 @@ from rich.text import Text
 
 import householder
 from householder.train.comparison import Comparison, run_comparison, stored_settings
-from householder.train.config import TrainConfig, base_type, field_types, read_toml
+from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError, Interrupted, RunError
 from householder.train.interrupt import stop_on_signals
 from householder.train.loop import TrainResult
+from householder.train.settings import base_type, field_types, read_toml
 
 app = typer.Typer(
     help="Train sequence models whose memory is updated by products of Householder reflections.",
@@ -96,7 +97,7 @@ def _add_settings(show_defaults: bool, command: Callable[..., None]) -> Callable
         for p in inspect.signature(command, eval_str=True).parameters.values()
         if p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    types = field_types()
+    types = field_types(TrainConfig)
     settings = [
         _setting_parameter(field, types[field.name], show_defaults)
         for field in dataclasses.fields(TrainConfig)
@@ -184,7 +185,7 @@ def _train(
 
     The folder (--out, by default householder-run) receives checkpoints, metrics and accuracy.png.
     """
-    file = {} if config is None else read_toml(config, also=["out"])
+    file = {} if config is None else read_toml(config, [*field_types(TrainConfig), "out"])
     folder = _folder(out, file.pop("out", None), "householder-run")
     base = _stored(folder, resume, overwrite)
     comparison = Comparison.from_settings({**base, **file, **_given(settings)})

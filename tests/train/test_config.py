@@ -7,8 +7,10 @@ import torch
 from householder.train import ConfigError, TrainConfig
 from householder.train.build import build_model
 from householder.train.comparison import Comparison
-from householder.train.config import differences, read_toml, to_toml
 from householder.train.data import make_training_task
+from householder.train.settings import differences, field_types, read_toml, to_toml
+
+KNOWN = field_types(TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -50,23 +52,23 @@ def test_toml_gives_back_the_same_settings(tmp_path):
     config = TrainConfig(lr=1e-7, num_samples=5, epochs=2, use_short_conv=True, min_length=3)
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config.to_dict()))
-    assert TrainConfig(**read_toml(path)) == config
+    assert TrainConfig(**read_toml(path, KNOWN)) == config
 
 
 def test_toml_takes_dashes_and_underscores(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("num-householder = [1, 3]\nbatch_size = 7\n")
-    assert read_toml(path) == {"num_householder": [1, 3], "batch_size": 7}
+    assert read_toml(path, KNOWN) == {"num_householder": [1, 3], "batch_size": 7}
     path.write_text("batch-size = 7\nbatch_size = 7\n")
     with pytest.raises(ConfigError, match="given twice"):
-        read_toml(path)
+        read_toml(path, KNOWN)
 
 
 def test_unknown_key_names_the_near_match(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("bach-size = 4\n")
     with pytest.raises(ConfigError, match="unknown setting `bach_size`; did you mean `batch_size`"):
-        read_toml(path)
+        read_toml(path, KNOWN)
 
 
 @pytest.mark.parametrize("text", ["steps 3", b"\xff\xfe".decode("latin-1") + "="])
@@ -74,12 +76,12 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, text):
     path = tmp_path / "config.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match="not a TOML file"):
-        read_toml(path)
+        read_toml(path, KNOWN)
 
 
 def test_a_missing_config_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the config file"):
-        read_toml(tmp_path / "absent.toml")
+        read_toml(tmp_path / "absent.toml", KNOWN)
 
 
 def test_differences_leave_out_what_may_change():
@@ -105,7 +107,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(path):
-    comparison = Comparison.from_settings(read_toml(path))
+    comparison = Comparison.from_settings(read_toml(path, KNOWN))
     for config in comparison.configs:
         task = make_training_task(config)
         build_model(config, task)(task.sample(2, config.length, torch.Generator()).tokens)
@@ -113,4 +115,4 @@ def test_examples_are_valid(path):
 
 def test_the_main_job_is_spelled_out_in_an_example():
     (path,) = (path for path in EXAMPLES if path.name == "s3.toml")
-    assert Comparison.from_settings(read_toml(path)) == Comparison.from_settings({})
+    assert Comparison.from_settings(read_toml(path, KNOWN)) == Comparison.from_settings({})

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from householder.train.config import to_toml
 from householder.train.metrics import read_metrics
+from householder.train.settings import to_toml
 
 from .conftest import TINY, assert_same_run, results
 

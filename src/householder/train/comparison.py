@@ -19,8 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from householder.train.config import (
-    TrainConfig,
+from householder.train.config import TrainConfig
+from householder.train.errors import CheckpointError, ConfigError, OutputError
+from householder.train.interrupt import StopRequest
+from householder.train.loop import TrainResult, train
+from householder.train.observer import Observer
+from householder.train.settings import (
     check_names,
     describe_differences,
     differences,
@@ -28,10 +32,6 @@ from householder.train.config import (
     read_toml,
     to_toml,
 )
-from householder.train.errors import CheckpointError, ConfigError, OutputError
-from householder.train.interrupt import StopRequest
-from householder.train.loop import TrainResult, train
-from householder.train.observer import Observer
 from householder.train.storage import write_atomically
 
 CONFIG_FILE = "config.toml"
@@ -67,7 +67,7 @@ class Comparison:
         Raises:
             ConfigError: a setting is unknown or cannot be, or the list repeats a number.
         """
-        check_names(settings, field_types(), "settings")
+        check_names(settings, field_types(TrainConfig), "settings")
         shared = dict(settings)
         numbers = shared.pop("num_householder", [1, 2])
         numbers = list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
@@ -95,7 +95,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
         raise OutputError(
             f"{folder}: nothing to resume, there is no {CONFIG_FILE}; start without --resume"
         )
-    return read_toml(path)
+    return read_toml(path, field_types(TrainConfig))
 
 
 def run_comparison(

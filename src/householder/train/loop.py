@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from householder.train import checkpoint as ckpt
 from householder.train.build import build_model, cpu_threads, resolve_device
-from householder.train.config import TrainConfig, describe_differences, differences
+from householder.train.config import TrainConfig
 from householder.train.data import (
     FixedData,
     FreshData,
@@ -35,6 +35,7 @@ from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.observer import Observer
 from householder.train.optim import learning_rate, make_optimizer
+from householder.train.settings import describe_differences, differences
 from householder.train.tasks import IGNORE_INDEX, Batch, Task
 from householder.train.tasks.metrics import token_accuracy
 
