@@ -21,7 +21,21 @@ from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError, Interrupted, RunError
 from householder.train.interrupt import stop_on_signals
 from householder.train.loop import TrainResult
-from householder.train.settings import base_type, field_types, read_toml
+from householder.train.settings import (
+    Settings,
+    base_type,
+    check_names,
+    field_types,
+    read_toml,
+)
+from householder.train.text.config import TextConfig
+from householder.train.text.folder import (
+    SOURCES,
+    holds_text_run,
+    run_text,
+    stored_text_settings,
+)
+from householder.train.text.processes import join_processes
 
 app = typer.Typer(
     help="Train sequence models whose memory is updated by products of Householder reflections.",
@@ -80,27 +94,37 @@ def _fail(message: str, code: int, *, label: str = "error") -> NoReturn:
     sys.exit(code)
 
 
-def _with_settings(*, show_defaults: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per field of `TrainConfig`, in place of its `**settings`.
+def _with_settings(
+    *configs: type[Settings], show_defaults: bool
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of the settings, in place of its `**settings`.
 
-    The command receives every one of them, None where the flag was not given.
+    The command receives every one of them, None where the flag was not given. A field that several
+    classes have is one option.
 
     Args:
-        show_defaults: name the defaults of `TrainConfig` in the help.
+        configs: the classes.
+        show_defaults: name the defaults in the help.
     """
-    return functools.partial(_add_settings, show_defaults)
+    return functools.partial(_add_settings, configs, show_defaults)
 
 
-def _add_settings(show_defaults: bool, command: Callable[..., None]) -> Callable[..., None]:
+def _add_settings(
+    configs: Sequence[type[Settings]], show_defaults: bool, command: Callable[..., None]
+) -> Callable[..., None]:
     own = [
         p
         for p in inspect.signature(command, eval_str=True).parameters.values()
         if p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    types = field_types(TrainConfig)
+    fields: dict[str, list[dataclasses.Field[Any]]] = {}
+    types: dict[str, Any] = {}
+    for config in configs:
+        types = {**field_types(config), **types}
+        for field in dataclasses.fields(config):
+            fields.setdefault(field.name, []).append(field)
     settings = [
-        _setting_parameter(field, types[field.name], show_defaults)
-        for field in dataclasses.fields(TrainConfig)
+        _setting_parameter(same, types[name], show_defaults) for name, same in fields.items()
     ]
 
     def wrapper(**arguments: Any) -> None:
@@ -114,19 +138,24 @@ def _add_settings(show_defaults: bool, command: Callable[..., None]) -> Callable
 
 
 def _setting_parameter(
-    field: dataclasses.Field[Any], annotation: Any, show_default: bool
+    same: Sequence[dataclasses.Field[Any]], annotation: Any, show_default: bool
 ) -> inspect.Parameter:
+    """Return the option for fields of one name, described by the first of them."""
+    field = same[0]
     kind, _ = base_type(annotation)
     flag = "--" + field.name.replace("_", "-")
     help, default, metavar = field.metadata["help"], field.default, None
-    if field.metadata["choices"]:
-        help += f" One of {', '.join(field.metadata['choices'])}."
+    choices = dict.fromkeys(c for each in same for c in each.metadata["choices"] or ())
+    if choices:
+        help += f" One of {', '.join(choices)}."
     if field.name == "num_householder":
         help, default, metavar = f"{help} Several may be given: 1,2.", "1,2", "<ints>"
     if kind is bool:
-        flag, default = f"{flag}/--no-{flag[2:]}", "on" if default else "off"
+        flag, default = f"{flag}/--no-{flag[2:]}", _shown(default)
     if show_default and default is not None:
-        help += f" [dim]Default: {default}.[/dim]"
+        others = [each.default for each in same[1:] if each.default not in (None, field.default)]
+        with_text = "".join(f"; with --text {_shown(value)}" for value in others)
+        help += f" [dim]Default: {default}{with_text}.[/dim]"
     # The option's own default is None, to tell a flag that was given from one that was not.
     option = typer.Option(
         None, flag, help=help, rich_help_panel=field.metadata["section"], metavar=metavar
@@ -136,6 +165,12 @@ def _setting_parameter(
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
     )
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return str(default)
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +199,25 @@ def _root(
 
 
 @app.command("train")
-@_with_settings(show_defaults=True)
+@_with_settings(TrainConfig, TextConfig, show_defaults=True)
 def _train(
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="Train a language model on a file or a folder of text. May be repeated.",
+            rich_help_panel="Text",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            help="The same on a dataset of the Hugging Face hub: owner/name or "
+            "owner/name:configuration.",
+            rich_help_panel="Text",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -177,19 +229,106 @@ def _train(
     overwrite: Overwrite = False,
     **settings: Any,
 ) -> None:
-    """Train one model per N (reflections per token) and compare them.
+    """Train one model per N (reflections per token) on a task, or a language model on text.
 
     Without arguments: words over S3, the permutations of three things, with N = 1 and N = 2. One
     layer with N = 2 learns to multiply them and goes on to four times the training length; with
-    N = 1 it cannot.
+    N = 1 it cannot. The folder (--out, by default householder-run) receives checkpoints, metrics
+    and accuracy.png.
 
-    The folder (--out, by default householder-run) receives checkpoints, metrics and accuracy.png.
+    With --text or --dataset: a causal language model, by default of 10 million parameters on
+    bytes. The folder (--out, by default householder-text) receives checkpoints, metrics and the
+    model, which `householder generate` continues texts with.
     """
-    file = {} if config is None else read_toml(config, [*field_types(TrainConfig), "out"])
-    folder = _folder(out, file.pop("out", None), "householder-run")
+    known = [*field_types(TrainConfig), *field_types(TextConfig), *SOURCES, "out"]
+    file = {} if config is None else read_toml(config, known)
+    sources = {"text": text, "dataset": dataset}
+    given = _given(settings) | {name: value for name, value in sources.items() if value}
+    in_file = file.pop("out", None)
+    on_text = any(name in given or name in file for name in SOURCES)
+    folder = _folder(out, in_file, "householder-text" if on_text else "householder-run")
+    if on_text or (resume and holds_text_run(folder)):
+        _train_on_text({**file, **given}, folder, resume=resume, overwrite=overwrite)
+        return
+    check_names({**file, **given}, field_types(TrainConfig), "settings without --text")
     base = _stored(folder, resume, overwrite)
-    comparison = Comparison.from_settings({**base, **file, **_given(settings)})
+    comparison = Comparison.from_settings({**base, **file, **given})
     _run(comparison, folder, resume=resume, overwrite=overwrite)
+
+
+def _train_on_text(
+    settings: dict[str, Any], folder: Path, *, resume: bool, overwrite: bool
+) -> None:
+    from householder.train.text.observer import TextDisplay
+
+    numbers = settings.get("num_householder")
+    if isinstance(numbers, list):
+        if len(numbers) != 1:
+            raise ConfigError(f"`num_householder` must be one number with --text, got {numbers}")
+        settings["num_householder"] = numbers[0]
+    if resume and holds_text_run(folder):
+        settings = {**stored_text_settings(folder), **settings}
+    console = Console()
+    with (
+        join_processes(settings.get("device", "auto")) as processes,
+        stop_on_signals() as stop,
+        TextDisplay(console if processes.first else Console(quiet=True)) as display,
+    ):
+        run_text(
+            settings,
+            folder,
+            processes,
+            resume=resume,
+            overwrite=overwrite,
+            observer=display,
+            stop=stop,
+        )
+    if processes.first:
+        console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+
+
+@app.command("generate")
+def _generate(
+    model: Annotated[Path, typer.Argument(help="Folder of a trained model, or of its run.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to continue; default: standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens at most.", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Of the draws; 0: always the likeliest.", min=0.0)
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the k likeliest tokens.", min=1)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest of this joint probability.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draws; default: another each time.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Continue a text with a trained language model, token by token as they are drawn."""
+    from householder.train.text.generation import continue_text
+
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+    stream = continue_text(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    typer.echo(prompt, nl=False)
+    for piece in stream:
+        typer.echo(piece, nl=False)
+    typer.echo()
 
 
 def _stored(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -232,7 +371,7 @@ def _reproduce(context: typer.Context) -> None:
 
 
 @reproduce_app.command("state-tracking")
-@_with_settings(show_defaults=False)
+@_with_settings(TrainConfig, show_defaults=False)
 def _state_tracking(
     size: Annotated[
         str, typer.Option("--size", help="cpu: minutes on two cores; gpu: as published.")

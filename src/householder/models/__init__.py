@@ -4,6 +4,7 @@ from householder.models.block import Block, SwiGLU
 from householder.models.causal_lm import CausalLM
 from householder.models.causal_lm_config import PRESETS, CausalLMConfig
 from householder.models.loss import linear_cross_entropy
+from householder.models.pretrained import load_causal_lm, save_causal_lm
 from householder.models.sequence_tagger import SequenceTagger, SequenceTaggerConfig
 
 __all__ = [
@@ -15,4 +16,6 @@ __all__ = [
     "SequenceTaggerConfig",
     "SwiGLU",
     "linear_cross_entropy",
+    "load_causal_lm",
+    "save_causal_lm",
 ]

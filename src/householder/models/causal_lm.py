@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from householder.models.block import Block
 from householder.models.causal_lm_config import CausalLMConfig
 from householder.models.loss import linear_cross_entropy
+from householder.nn import MIXERS
 from householder.nn.initialization import init_weight
 
 
@@ -205,6 +206,32 @@ class CausalLM(nn.Module):
         """Return how many numbers the model has, with or without its embeddings."""
         skipped = 0 if embeddings else self.embeddings.weight.numel()
         return sum(p.numel() for p in self.parameters()) - skipped
+
+    def flops_per_token(self, context: int) -> float:
+        """Return the floating-point operations of the forward pass, per token.
+
+        Two for each weight of a linear layer; of attention those of its two products with the half
+        of the context that a token sees on average; of a recurrence those of its definition, two
+        products with the state per reflection and one for the output. Forward and backward together
+        are about three times as many.
+
+        Args:
+            context: tokens in a sequence.
+        """
+        total = 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        if self.head is not None:
+            total -= 2.0 * self.embeddings.weight.numel()
+        for name, layer in zip(self.config.layer_names(), self._blocks(), strict=True):
+            mixer: Any = layer.mixer
+            if name in MIXERS:
+                state = mixer.num_value_heads * mixer.head_dim * mixer.value_head_dim
+                total += 2.0 * state * (2 * mixer.num_householder + 1)
+            else:
+                seen = context / 2
+                if name == "swa":
+                    seen = min(seen, self.config.window)
+                total += 4.0 * mixer.num_heads * mixer.head_dim * seen
+        return total
 
     def _normalize(self, x: Tensor) -> Tensor:
         # Under autocast x is wider or narrower than the weight, which nn.RMSNorm warns about.

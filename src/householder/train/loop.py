@@ -101,7 +101,7 @@ def train(
     """
     device = resolve_device(config.device)
     observer, stop = observer or Observer(), stop or StopRequest()
-    with _global_state(config, device):
+    with global_state(config.seed, device, cpu_threads(config)):
         run = _Run.prepare(config, folder, device, observer, stop)
         if resume:
             run.restore()
@@ -115,19 +115,25 @@ def train(
 
 
 @contextmanager
-def _global_state(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Seed the global generators and set the number of threads; put both back at the end."""
-    threads = torch.get_num_threads()
+def global_state(seed: int, device: torch.device, threads: int) -> Iterator[None]:
+    """Seed the global generators and set the number of CPU threads; put both back at the end.
+
+    Args:
+        seed: the run's.
+        device: whose generator is seeded beside the CPU's.
+        threads: how many.
+    """
+    threads_before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(config.seed, "model"))
-        torch.set_num_threads(cpu_threads(config))
+        torch.manual_seed(derive_seed(seed, "model"))
+        torch.set_num_threads(threads)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads_before)
 
 
-class _Stopwatch:
+class Stopwatch:
     """Measure the time of training without that of evaluations and checkpoints."""
 
     def __init__(self) -> None:
@@ -135,6 +141,7 @@ class _Stopwatch:
         self._since = 0.0
 
     def start(self) -> None:
+        """Begin the first lap."""
         self.tokens, self._since = 0, time.perf_counter()
 
     def lap(self) -> tuple[float, int]:
@@ -145,6 +152,7 @@ class _Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Leave the time of the block out."""
         begun = time.perf_counter()
         try:
             yield
@@ -172,7 +180,7 @@ class _Run:
     step: int = 0
     solved_in_a_row: int = 0
     seconds: float = 0.0
-    watch: _Stopwatch = field(default_factory=_Stopwatch)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def prepare(

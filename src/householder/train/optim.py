@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from householder.train.config import TrainConfig
+if TYPE_CHECKING:
+    from householder.train.config import TrainConfig
+    from householder.train.text.config import TextConfig
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig | TextConfig) -> torch.optim.AdamW:
     """Make AdamW, with weight decay on matrices only.
 
     Biases, gains and the gates' parameters have one dimension and are not decayed; neither is a
@@ -38,17 +41,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: TrainConfig | TextConfig, step: int) -> float:
     """Return the learning rate of a step.
 
     It rises linearly over the first `warmup` steps, lr · (step + 1) / warmup; then it stays, or
-    falls along half a cosine from `lr` to `min_lr`, which it would reach one step after the last.
+    falls along half a cosine from `lr` to `min_lr`, or ("wsd": warmup, stable, decay) stays and
+    falls linearly to `min_lr` over the last `decay` · `steps`. It would reach `min_lr` one step
+    after the last.
 
     Args:
-        config: `lr`, `min_lr`, `schedule`, `warmup`, `steps`.
+        config: `lr`, `min_lr`, `schedule`, `warmup`, `steps`, and `decay` for "wsd".
         step: counted from 0.
 
     Examples:
+        >>> from householder.train import TrainConfig
         >>> config = TrainConfig(lr=1.0, warmup=2, steps=6, schedule="cosine")
         >>> [round(learning_rate(config, step), 3) for step in range(6)]
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
@@ -58,5 +64,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "wsd":
+        decay: float = config.decay  # type: ignore[union-attr]
+        left = (config.steps - step) / max(1.0, decay * config.steps)
+        return config.min_lr + (config.lr - config.min_lr) * min(1.0, left)
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2

@@ -86,7 +86,7 @@ class ProgressDisplay(Observer):
             return
         report = (
             f"loss {record['loss']:.4f}  accuracy {record['accuracy']:6.1%}  "
-            f"{_short(record['tokens_per_second'])} tokens/s"
+            f"{abbreviate(record['tokens_per_second'])} tokens/s"
         )
         self._progress.update(self._bars[config.name], report=report)
         assert config.steps is not None
@@ -115,7 +115,7 @@ class ProgressDisplay(Observer):
             self._console.print(f"{config.name}  {report}", highlight=False)
 
 
-def _short(number: float) -> str:
+def abbreviate(number: float) -> str:
     """Return a number with its thousands or millions abbreviated: 51.2k."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if number >= size:

@@ -1,0 +1,107 @@
+"""A language model as a folder: its config and its weights, never unpickled.
+
+config.json          the fields of `CausalLMConfig`
+model.safetensors    the parameters
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from householder.models.causal_lm import CausalLM
+from householder.models.causal_lm_config import CausalLMConfig
+
+MODEL_TYPE = "householder"
+
+
+def save_causal_lm(model: CausalLM, folder: Path | str) -> None:
+    """Write a model to a folder, each file whole or absent.
+
+    Args:
+        model: on any device.
+        folder: made when missing; a model that it holds is replaced.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> model = CausalLM(CausalLMConfig(256, d_model=32, num_layers=1, head_dim=16))
+        >>> folder = tempfile.mkdtemp()
+        >>> save_causal_lm(model, folder)
+        >>> tokens = torch.randint(256, (1, 5))
+        >>> torch.equal(load_causal_lm(folder)(tokens), model(tokens))
+        True
+    """
+    write_causal_lm(model.config, model.state_dict(), Path(folder))
+
+
+def write_causal_lm(
+    config: CausalLMConfig, state_dict: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Write a model from its config and its state dict, as `save_causal_lm` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().to("cpu").contiguous() for k, v in state_dict.items()}
+    weights, fields = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    content = {"model_type": MODEL_TYPE, **config.to_dict()}
+    fields.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(weights, folder / "model.safetensors")
+    os.replace(fields, folder / "config.json")
+
+
+def load_causal_lm(
+    folder: Path | str,
+    *,
+    impl: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CausalLM:
+    """Read a model that `save_causal_lm` wrote, in evaluation mode.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`.
+        impl: as in `CausalLM`.
+        device: of the parameters; `None` for the CPU.
+        dtype: of the parameters; `None` for that of the file.
+
+    Raises:
+        ValueError: the folder holds no such model, or its weights do not fit its config.
+    """
+    folder = Path(folder)
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"load_causal_lm: `folder` must hold config.json and model.safetensors, {folder} does "
+            f"not: {error}; give the folder `model` of a training run"
+        ) from error
+    model = CausalLM(config_from_json(fields, folder), impl=impl, device="meta")
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"load_causal_lm: {folder}: weights and config differ: {error}") from error
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def config_from_json(fields: dict[str, Any], folder: Path) -> CausalLMConfig:
+    """Return the config in the content of `config.json`.
+
+    Raises:
+        ValueError: it is of another kind of model.
+    """
+    if fields.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"load_causal_lm: {folder}/config.json must be of model_type {MODEL_TYPE!r}, got "
+            f"{fields.get('model_type')!r}; give a folder that householder wrote"
+        )
+    known = CausalLMConfig.__dataclass_fields__
+    return CausalLMConfig.from_dict({k: v for k, v in fields.items() if k in known})

@@ -1,0 +1,1 @@
+"""Train causal language models on text: tokens, batches, loop, evaluation, generation."""

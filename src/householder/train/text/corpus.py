@@ -1,0 +1,267 @@
+"""Documents as one file of tokens, read through memory mapping.
+
+    tokens.bin       the separator and the tokens of document after document, uint16 or uint32
+    documents.npy    int64 [D + 1], where each document begins, and the end
+    corpus.json      what they were made from
+
+The last documents of a fixed shuffle are held out for validation.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from householder.train.errors import ConfigError
+from householder.train.storage import fsync_path, write_atomically
+from householder.train.text.tokenizer import Tokenizer
+
+FORMAT = 1
+_BUFFERED_TOKENS = 1 << 22
+_SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens of documents, in training and validation.
+
+    Attributes:
+        train: memory-mapped tokens, each document led by the separator.
+        validation: the same of the documents held out.
+        separator: the token that begins a document.
+        summary: what `corpus.json` says.
+    """
+
+    train: np.ndarray[Any, Any]
+    validation: np.ndarray[Any, Any]
+    separator: int
+    summary: dict[str, Any]
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files among `paths` and below the folders among them, sorted.
+
+    Hidden files and folders are left out of a folder, not if named themselves.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no file at all.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if p.is_file())
+            files += sorted(p for p in inside if not _hidden(p.relative_to(path)))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ConfigError(f"`text` must be files or folders, got {path}: there is no such path")
+    if not files:
+        raise ConfigError(f"`text`: no files in {', '.join(map(str, paths))}; name other folders")
+    return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def documents(files: Iterable[Path], skipped: Callable[[Path], None]) -> Iterator[str]:
+    """Yield the documents of some files: a file is one, a line of a `.jsonl` file is one.
+
+    Args:
+        files: text in UTF-8; of `.jsonl` files the field "text" of every line.
+        skipped: called with each file that is no text.
+
+    Raises:
+        ConfigError: a line of a `.jsonl` file is no JSON object with a text.
+    """
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            skipped(file)
+            continue
+        if file.suffix != ".jsonl":
+            yield text
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f'{file}:{number}: every line must be a JSON object with a "text": {error!r}'
+                ) from error
+
+
+def dataset_documents(name: str) -> Iterator[str]:
+    """Yield the texts of a Hugging Face dataset's training split, as they arrive.
+
+    Args:
+        name: as on the hub, "owner/name" or "owner/name:configuration".
+
+    Raises:
+        ConfigError: the library `datasets` is missing, or the dataset cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"`dataset` {name}: reading it needs the datasets library; pip install datasets"
+        ) from error
+    path, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split="train", streaming=True)
+        for row in rows:
+            yield row["text"]
+    except Exception as error:  # whatever the network and the hub raise
+        raise ConfigError(f"`dataset` {name}: cannot be read: {error}") from error
+
+
+def write_corpus(
+    texts: Iterable[str],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    validation: float,
+    source: dict[str, Any],
+    progress: Callable[[int], None] = lambda tokens: None,
+    max_tokens: int | None = None,
+) -> None:
+    """Tokenize documents into a folder, which is complete when it exists.
+
+    Args:
+        texts: the documents.
+        folder: to write; it must not exist.
+        tokenizer: turns each into tokens.
+        validation: share of the tokens to hold out, in whole documents; of a single document, its
+            end.
+        source: what the documents are, to be kept in `corpus.json`.
+        progress: told how many tokens there are so far.
+        max_tokens: stop after the document that reaches so many; `None` for all.
+
+    Raises:
+        ConfigError: there is no text.
+        OSError: the folder cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
+    temporary.mkdir(parents=True)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    with open(temporary / "tokens.bin", "wb") as file:
+        starts = _write_tokens(texts, file, tokenizer, dtype, progress, max_tokens)
+    if len(starts) < 2 or starts[-1] <= len(starts) - 1:
+        raise ConfigError("`text`: there is no text in it; name other files")
+    np.save(temporary / "documents.npy", np.array(starts, dtype=np.int64))
+    summary = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.identity,
+        "vocab_size": tokenizer.vocab_size,
+        "separator": tokenizer.separator,
+        "dtype": dtype.name,
+        "documents": len(starts) - 1,
+        "tokens": starts[-1],
+        "validation": validation,
+        "source": source,
+    }
+    write_atomically(temporary / "corpus.json", json.dumps(summary, indent=1) + "\n")
+    for path in [*temporary.iterdir(), temporary]:
+        fsync_path(path)
+    temporary.rename(folder)
+    fsync_path(folder.parent)
+
+
+def _write_tokens(
+    texts: Iterable[str],
+    file: Any,
+    tokenizer: Tokenizer,
+    dtype: np.dtype[Any],
+    progress: Callable[[int], None],
+    max_tokens: int | None,
+) -> list[int]:
+    """Write every document behind its separator; return where each begins, and the end."""
+    starts, buffer, buffered = [0], [], 0
+    separator = np.array([tokenizer.separator], dtype=dtype)
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        if not len(tokens):
+            continue
+        buffer += [separator, tokens.astype(dtype)]
+        buffered += 1 + len(tokens)
+        starts.append(starts[-1] + 1 + len(tokens))
+        if buffered >= _BUFFERED_TOKENS:
+            np.concatenate(buffer).tofile(file)
+            buffer, buffered = [], 0
+            progress(starts[-1])
+        if max_tokens is not None and starts[-1] >= max_tokens:
+            break
+    if buffer:
+        np.concatenate(buffer).tofile(file)
+    progress(starts[-1])
+    return starts
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Open what `write_corpus` wrote.
+
+    Raises:
+        ConfigError: the folder holds no corpus, or a damaged one.
+    """
+    try:
+        summary = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        tokens = np.memmap(folder / "tokens.bin", dtype=summary["dtype"], mode="r")
+        starts = np.load(folder / "documents.npy")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: is no corpus of tokens, or a damaged one: {error}") from error
+    if summary["format"] != FORMAT or len(tokens) != starts[-1]:
+        raise ConfigError(
+            f"{folder}: must hold {starts[-1]} tokens in format {FORMAT}, holds {len(tokens)} in "
+            f"format {summary['format']}; delete it to have it made again"
+        )
+    train, validation = _split(tokens, starts, summary["validation"])
+    return Corpus(train, validation, summary["separator"], summary)
+
+
+class _Documents:
+    """Documents of a memory-mapped file in an order of their own, read as one array of tokens."""
+
+    def __init__(self, tokens: np.ndarray[Any, Any], starts: Any, order: Any) -> None:
+        self._tokens = tokens
+        self._starts = starts
+        self._order = order
+        lengths = starts[order + 1] - starts[order]
+        self._ends = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: slice) -> np.ndarray[Any, Any]:
+        begin, end, _ = index.indices(len(self))
+        first = int(np.searchsorted(self._ends, begin, side="right")) - 1
+        parts = []
+        while begin < end:
+            document = self._order[first]
+            offset = self._starts[document] + begin - self._ends[first]
+            count = min(end, self._ends[first + 1]) - begin
+            parts.append(self._tokens[offset : offset + count])
+            begin += count
+            first += 1
+        return np.concatenate(parts) if parts else self._tokens[:0]
+
+
+def _split(tokens: Any, starts: Any, share: float) -> tuple[Any, Any]:
+    """Return the training and the validation tokens, in whole shuffled documents if there are."""
+    count = len(starts) - 1
+    wanted = share * len(tokens)
+    if count == 1 or not share:
+        cut = len(tokens) - round(wanted)
+        return tokens[:cut], tokens[cut:]
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(count)
+    lengths = np.cumsum((starts[order + 1] - starts[order])[::-1])
+    held_out = min(count - 1, int(np.searchsorted(lengths, wanted)) + 1)
+    cut = count - held_out
+    return _Documents(tokens, starts, order[:cut]), _Documents(tokens, starts, order[cut:])

@@ -1,0 +1,106 @@
+"""How well a language model predicts text it has not seen, by the length of the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from householder.models import CausalLM
+from householder.train.text.batches import pack, validation_windows
+
+_TOKENS_AT_ONCE = 1 << 14
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The mean loss on windows of some length.
+
+    Attributes:
+        context: T.
+        loss: nats per token.
+        tokens: how many were predicted.
+    """
+
+    context: int
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def token_losses(
+    model: CausalLM,
+    windows: np.ndarray[Any, Any],
+    *,
+    separator: int | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Return the loss in nats of every token of some windows, float32 `[n, T]` on the CPU.
+
+    Args:
+        model: in any mode; it is put back into it.
+        windows: `[n, T + 1]`, each token to be predicted from those before it in its window.
+        separator: the token that begins a document, if documents shall not see one another.
+        check: called between batches; it may raise.
+    """
+    device = model.head_weight.device
+    count, length = windows.shape[0], windows.shape[1] - 1
+    rows = max(1, _TOKENS_AT_ONCE // max(1, length))
+    losses = torch.empty(count, length)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for first in range(0, count, rows):
+                check()
+                batch = pack(windows[first : first + rows], separator).to(device)
+                hidden = model.hidden(batch.tokens, cu_seqlens=batch.cu_seqlens)
+                hidden = hidden.flatten(0, 1)
+                labels = batch.labels.flatten()
+                # In parts, for the sake of large vocabularies.
+                parts = [
+                    F.cross_entropy(model.logits(x).float(), y, reduction="none")
+                    for x, y in zip(hidden.split(4096), labels.split(4096), strict=True)
+                ]
+                losses[first : first + rows] = torch.cat(parts).reshape(-1, length).cpu()
+    finally:
+        model.train(training)
+    return losses
+
+
+def evaluate_text(
+    model: CausalLM,
+    tokens: Any,
+    contexts: tuple[int, ...],
+    *,
+    max_tokens: int,
+    separator: int | None,
+    check: Callable[[], None] = lambda: None,
+) -> list[Perplexity]:
+    """Return the perplexity of some tokens in windows of each length.
+
+    Args:
+        model: the model.
+        tokens: of the corpus, held out.
+        contexts: lengths T; those longer than the text are left out.
+        max_tokens: tokens to predict per length, but at least one window.
+        separator: as in `token_losses`.
+        check: as in `token_losses`.
+    """
+    results = []
+    for context in contexts:
+        windows = validation_windows(tokens, context, max_tokens)
+        if len(windows):
+            losses = token_losses(model, windows, separator=separator, check=check)
+            results.append(Perplexity(context, losses.double().mean().item(), losses.numel()))
+    return results

@@ -1,0 +1,174 @@
+"""Continue a text, token by token."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from householder.models import CausalLM, load_causal_lm
+from householder.train.build import resolve_device
+from householder.train.errors import ConfigError
+from householder.train.text.tokenizer import BYTES, Tokenizer, make_tokenizer
+
+
+def continue_text(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    device: str,
+    dtype: str,
+) -> Iterator[str]:
+    """Return the pieces of text with which a trained model continues a prompt.
+
+    Args:
+        folder: of the model, or of the run that trained it.
+        prompt: the beginning of a document; may be empty.
+        max_new_tokens: how many tokens to draw at most; the document's end ends them earlier.
+        temperature: as in `sample_tokens`.
+        top_k: as in `sample_tokens`.
+        top_p: as in `sample_tokens`.
+        seed: of the draws; `None` for PyTorch's own generator.
+        device: where to run.
+        dtype: of the weights, "float32" or "bfloat16".
+
+    Raises:
+        ConfigError: the folder holds no model, or an option is out of range.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"`dtype` must be float32 or bfloat16, got {dtype!r}")
+    if (folder / "model").is_dir():
+        folder /= "model"
+    try:
+        model = load_causal_lm(folder, device=resolve_device(device), dtype=getattr(torch, dtype))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    has_file = (folder / "tokenizer.json").is_file()
+    tokenizer = make_tokenizer(str(folder) if has_file else BYTES)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    try:
+        _check_options(temperature, top_k, top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tokens = sample_tokens(
+        model,
+        [tokenizer.separator, *tokenizer.encode(prompt).tolist()],
+        max_new_tokens=max_new_tokens,
+        num_tokens=tokenizer.vocab_size,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=tokenizer.separator,
+        generator=generator,
+    )
+    return stream_text(tokens, tokenizer)
+
+
+def sample_tokens(
+    model: CausalLM,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yield tokens that continue a prompt, as they are drawn.
+
+    Args:
+        model: in any mode.
+        prompt: token numbers, at least one.
+        max_new_tokens: how many to draw at most.
+        num_tokens: the tokenizer's vocabulary; the model's may be padded beyond it.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest; `None` among all.
+        top_p: draw among the likeliest that together have this probability; `None` among all.
+        stop: a token that ends the text, itself not yielded; `None` for none.
+        generator: of the draws, on the CPU; `None` for PyTorch's own.
+
+    Raises:
+        ValueError: the prompt is empty, or an option is out of range.
+    """
+    if not prompt:
+        raise ValueError("sample_tokens: `prompt` must have a token, got none; begin with one")
+    _check_options(temperature, top_k, top_p)
+    device = model.head_weight.device
+    # Entered for each call of the model, not around the loop: between two tokens the caller runs.
+    with torch.no_grad():
+        hidden, states = model.hidden(torch.tensor([prompt], device=device), return_states=True)
+        logits = model.logits(hidden[:, -1])
+    for drawn in range(1, max_new_tokens + 1):
+        token = _draw(logits[0, :num_tokens].float().cpu(), temperature, top_k, top_p, generator)
+        if token == stop:
+            return
+        yield token
+        if drawn < max_new_tokens:
+            with torch.no_grad():
+                logits, states = model.step(torch.tensor([token], device=device), states)
+
+
+def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if temperature < 0:
+        raise ValueError(f"sample_tokens: `temperature` must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"sample_tokens: `top_k` must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"sample_tokens: `top_p` must be above 0 and at most 1, got {top_p}")
+
+
+def _draw(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if top_k is not None and top_k < len(logits):
+        least = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        # A token stays if those before it do not reach top_p; the first always does.
+        dropped = order[ordered.cumsum(0) - ordered >= top_p]
+        probabilities = probabilities.index_fill(0, dropped, 0.0)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of tokens as they come, a character as soon as it is whole.
+
+    Examples:
+        >>> from householder.train.text.tokenizer import ByteTokenizer
+        >>> list(stream_text("né".encode(), ByteTokenizer()))
+        ['n', 'é']
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    # Tokens are decoded together with those before them, since a tokenizer may put a space between.
+    before: list[int] = []
+    new: list[int] = []
+    for token in tokens:
+        new.append(token)
+        whole = tokenizer.decode_bytes(before + new)
+        if whole.endswith("�".encode()):
+            continue  # a part of a character, which the next token completes
+        if text := decoder.decode(whole[len(tokenizer.decode_bytes(before)) :]):
+            yield text
+        before, new = new, []
+    rest = tokenizer.decode_bytes(before + new)[len(tokenizer.decode_bytes(before)) :]
+    if text := decoder.decode(rest, final=True):
+        yield text

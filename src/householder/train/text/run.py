@@ -1,0 +1,462 @@
+"""Train a causal language model on text: one model, one corpus, one folder.
+
+<out>/config.toml       the settings
+<out>/corpus/           the text as tokens
+<out>/metrics.jsonl     one line per `log_interval` steps and per evaluation
+<out>/checkpoints/      to continue from
+<out>/model/            the trained model, for `load_causal_lm` and `householder generate`
+<out>/results.json      perplexity by context length, cost, settings
+
+A run is determined by its settings and its text: the windows of step i are a function of (seed, i),
+the first weights of the seed. A run that was killed and resumed gives the weights of one that was
+not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from householder.models import CausalLM
+from householder.models.pretrained import write_causal_lm
+from householder.train import checkpoint as ckpt
+from householder.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from householder.train.interrupt import StopRequest
+from householder.train.loop import Stopwatch, global_state
+from householder.train.metrics import MetricsWriter
+from householder.train.optim import learning_rate, make_optimizer
+from householder.train.settings import describe_differences, differences
+from householder.train.storage import write_atomically
+from householder.train.text import checkpoint as text_ckpt
+from householder.train.text.batches import TextBatch, Windows
+from householder.train.text.config import TextConfig
+from householder.train.text.corpus import Corpus, open_corpus
+from householder.train.text.evaluation import Perplexity, evaluate_text
+from householder.train.text.generation import sample_tokens
+from householder.train.text.observer import TextObserver
+from householder.train.text.processes import Processes
+from householder.train.text.tokenizer import BYTES, Tokenizer, make_tokenizer
+from householder.train.text.trackers import Trackers
+
+# Dense bfloat16 operations per second, by a part of the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What a finished run leaves.
+
+    Attributes:
+        config: the run's settings.
+        model: the trained model; in a run of several processes its parts.
+        perplexities: on held-out text, by context length.
+        steps: optimizer steps done.
+        seconds: time spent training, over all resumes, without evaluations.
+    """
+
+    config: TextConfig
+    model: CausalLM
+    perplexities: list[Perplexity]
+    steps: int
+    seconds: float
+
+
+def train_text(
+    config: TextConfig,
+    folder: Path,
+    processes: Processes,
+    *,
+    resume: bool = False,
+    observer: TextObserver | None = None,
+    stop: StopRequest | None = None,
+) -> TextResult:
+    """Train a model on the corpus in `folder/corpus`, evaluate it and write it out.
+
+    Args:
+        config: all settings of the run.
+        folder: of the run, the same for all processes.
+        processes: of the run, from `join_processes`.
+        resume: continue from the newest checkpoint, or from the start when there is none.
+        observer: told of every step; used in the first process alone.
+        stop: looked at after every step; when a signal has come to any process, the run is saved
+            and stopped.
+
+    Returns:
+        The trained model and its evaluation.
+
+    Raises:
+        ConfigError: the corpus or the model cannot be had with these settings.
+        CheckpointError: the checkpoint is damaged or does not fit the settings.
+        NonFiniteError: the loss or the gradient is not finite; the last good checkpoint remains.
+        Interrupted: a signal came; a checkpoint was written first.
+        OSError: the folder cannot be written.
+    """
+    observer = observer if observer is not None and processes.first else TextObserver()
+    threads = config.threads or torch.get_num_threads()
+    with global_state(config.seed, processes.device, threads):
+        run = _Run.prepare(config, folder, processes, observer, stop or StopRequest())
+        if resume:
+            run.restore()
+        observer.started(config, run.step, run.num_parameters, len(run.corpus.train))
+        trackers = Trackers(config, folder, enabled=processes.first)
+        path = folder / "metrics.jsonl" if processes.first else None
+        try:
+            with _metrics(path, run.step) as metrics:
+                run.train(metrics, trackers)
+        finally:
+            trackers.close()
+        return run.finish()
+
+
+class _NoMetrics(MetricsWriter):
+    """What the other processes write: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _metrics(path: Path | None, step: int) -> MetricsWriter:
+    return _NoMetrics() if path is None else MetricsWriter(path, after_step=step)
+
+
+@dataclass
+class _Run:
+    """The moving parts of a run, and how far it has come."""
+
+    config: TextConfig
+    folder: Path
+    processes: Processes
+    observer: TextObserver
+    stop: StopRequest
+    tokenizer: Tokenizer
+    corpus: Corpus
+    windows: Windows
+    model: CausalLM
+    optimizer: torch.optim.Optimizer
+    num_parameters: int
+    flops_per_token: float
+    # The first step whose loss or gradient was not finite, 0 while there is none; on the device,
+    # and read only when something is due.
+    bad_step: Tensor
+    step: int = 0
+    seconds: float = 0.0
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @classmethod
+    def prepare(
+        cls,
+        config: TextConfig,
+        folder: Path,
+        processes: Processes,
+        observer: TextObserver,
+        stop: StopRequest,
+    ) -> _Run:
+        if config.batch_size % (config.accumulate * processes.world_size):
+            raise ConfigError(
+                f"`batch_size` must be a multiple of accumulate={config.accumulate} times the "
+                f"{processes.world_size} processes, got {config.batch_size}"
+            )
+        tokenizer = make_tokenizer(config.tokenizer)
+        corpus = open_corpus(folder / "corpus")
+        if corpus.summary["tokenizer"] != tokenizer.identity:
+            raise ConfigError(
+                f"`tokenizer` must be the one that {folder / 'corpus'} was made with, "
+                f"{config.tokenizer} is another; delete that folder to have it made again"
+            )
+        separator = corpus.separator if config.separate_documents else None
+        windows = Windows(corpus.train, config.context, config.seed, separator)
+        model = CausalLM(config.model_config(tokenizer.vocab_size), impl=config.impl)
+        model.to(processes.device).train()
+        model.checkpoint_activations = config.checkpoint_activations
+        num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
+        processes.shard(model)
+        optimizer = make_optimizer(model, config)
+        bad_step = torch.zeros((), dtype=torch.int64, device=processes.device)
+        return cls(
+            config,
+            folder,
+            processes,
+            observer,
+            stop,
+            tokenizer,
+            corpus,
+            windows,
+            model,
+            optimizer,
+            num_parameters,
+            3 * flops,
+            bad_step,
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def separator(self) -> int | None:
+        return self.corpus.separator if self.config.separate_documents else None
+
+    def train(self, metrics: MetricsWriter, trackers: Trackers) -> None:
+        """Step until the end, a signal, or a loss that is not finite."""
+        config = self.config
+        loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self.watch.start()
+        while self.step < config.steps:
+            loss, grad_norm = self._update(loss_of)
+            self.step += 1
+            self.watch.tokens += config.batch_size * config.context
+            self.observer.stepped(self.step)
+
+            last = self.step == config.steps
+            every = config.eval_interval
+            due_log = self.step % config.log_interval == 0 or last
+            due_evaluation = every > 0 and self.step % every == 0 and not last
+            due_save = self.step % config.checkpoint_interval == 0 or last
+            stopping = self.processes.any(self.stop.signum is not None)
+            if stopping or due_log or due_evaluation or due_save:
+                self._raise_if_not_finite()
+            if due_log:
+                self._log(metrics, trackers, loss, grad_norm)
+            if due_evaluation:
+                self._evaluate(metrics, trackers)
+            if due_save or stopping:
+                self._save(metrics)
+            if stopping:
+                self._raise_stopped()
+
+    def _update(self, loss_of: Any) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step; return loss and gradient norm, still on the device."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.processes.device)
+        for batch in self._parts():
+            with self._autocast():
+                loss = loss_of(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
+            (loss / config.accumulate).backward()
+            total += loss.detach() / config.accumulate
+        # An infinite limit clips nothing and still gives the norm.
+        limit = config.grad_clip or float("inf")
+        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.optimizer.step()
+        total = self.processes.mean(total)
+        first = (self.bad_step == 0) & ~(total.isfinite() & norm.isfinite())
+        self.bad_step = torch.where(first, self.step + 1, self.bad_step)
+        return total, norm
+
+    def _parts(self) -> Iterable[TextBatch]:
+        """Yield this process's part of each part of the step's windows."""
+        config, processes = self.config, self.processes
+        size = config.batch_size // config.accumulate
+        for part in range(config.accumulate):
+            yield self.windows.batch(
+                self.step * config.accumulate + part,
+                size,
+                rank=processes.rank,
+                world_size=processes.world_size,
+            ).to(processes.device)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
+
+    def _log(
+        self, metrics: MetricsWriter, trackers: Trackers, loss: Tensor, grad_norm: Tensor
+    ) -> None:
+        seconds, tokens = self.watch.lap()
+        self.seconds += seconds
+        record = {
+            "step": self.step,
+            "loss": loss.item(),
+            "grad_norm": grad_norm.item(),
+            "lr": learning_rate(self.config, self.step - 1),
+            "tokens": self.step * self.config.batch_size * self.config.context,
+            "tokens_per_second": tokens / seconds,
+            "seconds": self.seconds,
+        }
+        if (peak := _peak_flops(self.processes.device)) is not None:
+            rate = tokens / seconds * self.flops_per_token
+            record["mfu"] = rate / (peak * self.processes.world_size)
+        metrics.write(record)
+        trackers.write(record)
+        self.observer.logged(record)
+
+    def _evaluate(self, metrics: MetricsWriter, trackers: Trackers) -> None:
+        with self.watch.paused():
+            results = self._perplexities((self.config.context,))
+            for result in results:
+                record = {
+                    "step": self.step,
+                    "validation_loss": result.loss,
+                    "validation_perplexity": result.perplexity,
+                }
+                metrics.write(record)
+                trackers.write(record)
+                self.observer.logged(record)
+            if self.config.sample_tokens:
+                self.observer.sampled(self.step, self._sample())
+
+    def _perplexities(self, contexts: tuple[int, ...]) -> list[Perplexity]:
+        with self._autocast():
+            return evaluate_text(
+                self.model,
+                self.corpus.validation,
+                contexts,
+                max_tokens=self.config.eval_tokens,
+                separator=self.separator,
+            )
+
+    def _sample(self) -> str:
+        """Return the prompt's likeliest-by-chance continuation; every process must ask."""
+        prompt = [self.corpus.separator, *self.tokenizer.encode(self.config.prompt).tolist()]
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._autocast():
+                tokens = sample_tokens(
+                    self.model,
+                    prompt,
+                    max_new_tokens=self.config.sample_tokens,
+                    num_tokens=self.tokenizer.vocab_size,
+                    temperature=0.8,
+                    generator=torch.Generator().manual_seed(self.config.seed),
+                )
+                return self.config.prompt + self.tokenizer.decode(list(tokens))
+        finally:
+            self.model.train(training)
+
+    def _save(self, metrics: MetricsWriter) -> None:
+        with self.watch.paused():
+            metrics.sync()
+            state = {
+                "config": self.config.to_dict(),
+                "corpus": self.corpus.summary,
+                "seconds": self.seconds,
+                "random": ckpt.random_state(self.processes.device),
+                "torch": torch.__version__,
+            }
+            text_ckpt.save(
+                self.checkpoints,
+                self.step,
+                self.model,
+                self.optimizer,
+                state,
+                keep=self.config.keep_checkpoints,
+                processes=self.processes,
+            )
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged, or of other settings or another corpus.
+        """
+        path = ckpt.latest(self.checkpoints)
+        if path is None:
+            return
+        state = text_ckpt.read_state(path)
+        try:
+            stored = TextConfig(**state["config"])
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: its settings are not of this version of householder: {error}"
+            ) from error
+        if different := differences(stored, self.config):
+            raise CheckpointError(
+                f"{path}: the checkpoint does not fit the requested settings: "
+                f"{describe_differences(different)}; drop these settings or use another folder"
+            )
+        if state["corpus"] != self.corpus.summary:
+            raise CheckpointError(
+                f"{path}: the checkpoint was trained on another corpus than {self.folder}/corpus "
+                "holds; train in another folder"
+            )
+        text_ckpt.restore(path, self.model, self.optimizer, self.processes)
+        ckpt.restore_random_state(state["random"], self.processes.device)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def finish(self) -> TextResult:
+        """Write the model, evaluate it, and write the results."""
+        write_model(self.model, self.config, self.folder / "model", self.processes)
+        results = self._perplexities(self.config.lengths())
+        if self.processes.first:
+            summary = {
+                "num_parameters": self.num_parameters,
+                "steps": self.step,
+                "tokens": self.step * self.config.batch_size * self.config.context,
+                "seconds": round(self.seconds, 3),
+                "perplexity": [
+                    {**dataclasses.asdict(r), "perplexity": r.perplexity} for r in results
+                ],
+                "config": self.config.to_dict(),
+            }
+            write_atomically(self.folder / "results.json", json.dumps(summary, indent=1) + "\n")
+        self.observer.finished(results)
+        return TextResult(self.config, self.model, results, self.step, self.seconds)
+
+    def _raise_if_not_finite(self) -> None:
+        bad_step = int(self.bad_step)
+        if bad_step:
+            last = ckpt.latest(self.checkpoints)
+            kept = "no checkpoint had been written" if last is None else f"kept {last}"
+            raise NonFiniteError(
+                f"the loss or its gradient is not finite at step {bad_step}; {kept}; try a smaller "
+                "--lr or --grad-clip, or a longer --warmup",
+                bad_step,
+            )
+
+    def _raise_stopped(self) -> None:
+        # The signal may have come to another process; then its number is not known here.
+        signum = self.stop.signum or 15
+        raise Interrupted(
+            f"{self.stop.name} at step {self.step}; saved; continue with --resume", signum
+        )
+
+
+def write_model(
+    model: CausalLM, config: TextConfig, folder: Path, processes: Processes | None = None
+) -> None:
+    """Write a trained model and what turns text into its tokens. All processes call it.
+
+    Args:
+        model: sharded or not.
+        config: `tokenizer`.
+        folder: made when missing.
+        processes: of the run; `None` for one.
+    """
+    weights = text_ckpt.whole_state_dict(model)
+    if processes is not None and not processes.first:
+        return
+    write_causal_lm(model.config, weights, folder)
+    if config.tokenizer != BYTES:
+        path = Path(config.tokenizer)
+        shutil.copyfile(
+            path / "tokenizer.json" if path.is_dir() else path, folder / "tokenizer.json"
+        )
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Return what the device could do in bfloat16 per second, where that is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

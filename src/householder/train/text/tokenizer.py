@@ -1,0 +1,144 @@
+"""From text to tokens and back: bytes, or any file of the `tokenizers` library."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from householder.train.errors import ConfigError
+
+BYTES = "bytes"
+
+
+class Tokenizer(ABC):
+    """Turn text into token numbers and back.
+
+    Attributes:
+        vocab_size: how many different tokens there are, the separator included.
+        separator: the token in front of every document. It begins one and, being predicted there,
+            ends the one before.
+        identity: tells two tokenizers apart that would give different tokens.
+    """
+
+    vocab_size: int
+    separator: int
+    identity: str
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray[Any, Any]:
+        """Return the tokens of `text`, int64 `[n]`, without separators."""
+
+    @abstractmethod
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """Return the UTF-8 of some tokens, which may begin or end within a character."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of some tokens; what is no UTF-8 becomes �."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per byte of the text's UTF-8.
+
+    Examples:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("né").tolist()
+        [110, 195, 169]
+        >>> tokenizer.decode([110, 195, 169, tokenizer.separator])
+        'né'
+    """
+
+    vocab_size = 257
+    separator = 256
+    identity = BYTES
+
+    def encode(self, text: str) -> np.ndarray[Any, Any]:
+        """Return the bytes of `text`."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """Return the tokens as bytes; the separator is nothing."""
+        return bytes(token for token in tokens if token < 256)
+
+
+class FileTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library, from its JSON file.
+
+    The separator is the file's end-of-text token where it has one of the usual names.
+
+    Args:
+        path: `tokenizer.json`.
+
+    Raises:
+        ConfigError: the library is not installed, the file cannot be read, or it names no token
+            that could separate documents.
+    """
+
+    SEPARATORS = (
+        "<|endoftext|>",
+        "</s>",
+        "<|end_of_text|>",
+        "<eos>",
+        "<|im_end|>",
+        "[SEP]",
+        "<s>",
+    )
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ConfigError(
+                f"`tokenizer` {path}: reading it needs the tokenizers library; "
+                "pip install tokenizers, or use --tokenizer bytes"
+            ) from error
+        try:
+            content = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"`tokenizer` {path}: cannot be read: {error}") from error
+        ids = (self._tokenizer.token_to_id(name) for name in self.SEPARATORS)
+        separator = next((i for i in ids if i is not None), None)
+        if separator is None:
+            raise ConfigError(
+                f"`tokenizer` {path}: one of the tokens {', '.join(self.SEPARATORS)} must separate "
+                "documents, and it has none of them; add one as a special token"
+            )
+        self.separator = separator
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.identity = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray[Any, Any]:
+        """Return the tokens of `text`."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int64)
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """Return the text of the tokens in UTF-8; special tokens are nothing."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True).encode("utf-8")
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """Return the tokenizer of that name.
+
+    Args:
+        name: "bytes", a file of the `tokenizers` library, or a folder with `tokenizer.json`.
+
+    Raises:
+        ConfigError: there is no such tokenizer.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    path = Path(name)
+    if path.is_dir():
+        path /= "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"`tokenizer` must be {BYTES!r} or a tokenizer.json, got {name!r}; there is no such "
+            "file"
+        )
+    return FileTokenizer(path)

@@ -1,0 +1,56 @@
+"""Metrics for well-kept viewers: TensorBoard and, offline, Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from householder.train.errors import ConfigError
+from householder.train.text.config import TextConfig
+
+
+class Trackers:
+    """Hand every record of the metrics to the viewers that the settings ask for.
+
+    Args:
+        config: `tensorboard`, `wandb`, and what the latter shows as settings.
+        folder: of the run.
+        enabled: whether this process writes at all.
+
+    Raises:
+        ConfigError: a viewer's library is not installed.
+    """
+
+    def __init__(self, config: TextConfig, folder: Path, *, enabled: bool) -> None:
+        self._events: Any = None
+        self._run: Any = None
+        if config.tensorboard and enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError(
+                    "`tensorboard` needs its library; pip install tensorboard"
+                ) from error
+            self._events = SummaryWriter(str(folder / "tensorboard"))
+        if config.wandb and enabled:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError("`wandb` needs its library; pip install wandb") from error
+            self._run = wandb.init(dir=str(folder), mode="offline", config=config.to_dict())
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write the numbers of a record; it must have a `step`."""
+        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, record["step"])
+        if self._run is not None:
+            self._run.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        if self._events is not None:
+            self._events.close()
+        if self._run is not None:
+            self._run.finish()
