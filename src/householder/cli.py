@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 import householder
-from householder.train.comparison import Comparison, run_comparison, stored_settings
+from householder.train.comparison import COMPARED, Comparison, run_comparison, stored_settings
 from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError, Interrupted, RunError
 from householder.train.interrupt import stop_on_signals
@@ -150,6 +150,8 @@ def _setting_parameter(
         help += f" One of {', '.join(choices)}."
     if field.name == "num_householder":
         help, default, metavar = f"{help} Several may be given: 1,2.", "1,2", "<ints>"
+    elif field.name in COMPARED:
+        help, metavar = f"{help} Several may be given, with commas.", f"<{kind.__name__}s>"
     if kind is bool:
         flag, default = f"{flag}/--no-{flag[2:]}", _shown(default)
     if show_default and default is not None:
@@ -161,7 +163,7 @@ def _setting_parameter(
         None, flag, help=help, rich_help_panel=field.metadata["section"], metavar=metavar
     )
     # A list: the flag may be repeated.
-    annotation = list[str] | None if field.name == "num_householder" else kind | None
+    annotation = list[str] | None if field.name in COMPARED else kind | None
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
     )
@@ -174,15 +176,20 @@ def _shown(default: Any) -> str:
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings whose flags were given, `num_householder` as a list of numbers."""
+    """Return the settings whose flags were given, those that are compared as lists."""
     given = {name: value for name, value in settings.items() if value not in (None, [])}
-    if "num_householder" in given:
-        words = [word for part in given["num_householder"] for word in part.split(",")]
+    for name in COMPARED:
+        if name not in given:
+            continue
+        words = [word for part in given[name] for word in part.split(",")]
+        if name == "mixer":
+            given[name] = words
+            continue
         try:
-            given["num_householder"] = [int(word) for word in words]
+            given[name] = [int(word) for word in words]
         except ValueError as error:
             raise ConfigError(
-                f"`num_householder` must be numbers such as 2 or 1,2, got {','.join(words)!r}"
+                f"`{name}` must be numbers such as 2 or 1,2, got {','.join(words)!r}"
             ) from error
     return given
 
@@ -261,11 +268,12 @@ def _train_on_text(
 ) -> None:
     from householder.train.text.observer import TextDisplay
 
-    numbers = settings.get("num_householder")
-    if isinstance(numbers, list):
-        if len(numbers) != 1:
-            raise ConfigError(f"`num_householder` must be one number with --text, got {numbers}")
-        settings["num_householder"] = numbers[0]
+    for name in COMPARED:
+        values = settings.get(name)
+        if isinstance(values, list):
+            if len(values) != 1:
+                raise ConfigError(f"`{name}` must be one value with --text, got {values}")
+            settings[name] = values[0]
     if resume and holds_text_run(folder):
         settings = {**stored_text_settings(folder), **settings}
     console = Console()
@@ -395,6 +403,61 @@ def _state_tracking(
     comparison = Comparison.from_settings({**base, **given, "task": task})
     results = _run(comparison, folder, resume=resume, overwrite=overwrite)
     Console().print(state_tracking.published_beside_measured(results))
+
+
+@reproduce_app.command("flip-flop")
+@_with_settings(show_defaults=False)
+def _flip_flop(
+    size: Annotated[
+        str, typer.Option("--size", help="cpu: minutes on two cores; gpu: as published.")
+    ] = "cpu",
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> None:
+    """Train attentions to remember one bit, and print published beside measured errors.
+
+    Settings given here override those of the chosen size. The folder is by default
+    householder-flip-flop-<size>.
+    """
+    from householder.recipes import flip_flop
+
+    folder = out or Path(f"householder-flip-flop-{size}")
+    chosen = flip_flop.settings(size)
+    base = _stored(folder, resume, overwrite) or chosen
+    comparison = Comparison.from_settings({**base, **_given(settings)})
+    results = _run(comparison, folder, resume=resume, overwrite=overwrite)
+    found = [errors for result in results for errors in flip_flop.measure(result, size)]
+    flip_flop.write_errors(found, folder)
+    Console().print(flip_flop.published_beside_measured(found))
+
+
+@reproduce_app.command("a5-attention")
+@_with_settings(show_defaults=False)
+def _a5_attention(
+    size: Annotated[
+        str, typer.Option("--size", help="cpu: short words, minutes on two cores; gpu: length 20.")
+    ] = "cpu",
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> None:
+    """Count the layers that attention needs for the word problem of A5, with PaTH and with RoPE.
+
+    Settings given here override those of the chosen size. The folder is by default
+    householder-a5-attention-<size>.
+    """
+    from householder.recipes import a5_attention
+
+    folder = out or Path(f"householder-a5-attention-{size}")
+    chosen = a5_attention.settings(size)
+    base = _stored(folder, resume, overwrite) or chosen
+    comparison = Comparison.from_settings({**base, **_given(settings)})
+    results = _run(comparison, folder, resume=resume, overwrite=overwrite)
+    a5_attention.write_layers(results, folder)
+    Console().print(a5_attention.layers_table(results))
 
 
 @reproduce_app.command("constructions")

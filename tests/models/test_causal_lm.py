@@ -10,6 +10,7 @@ from householder.models import PRESETS, CausalLM, CausalLMConfig, linear_cross_e
 from householder.nn import (
     DeltaNet,
     DeltaProduct,
+    ForgettingAttention,
     GatedDeltaNet,
     GatedDeltaProduct,
     PaTHAttention,
@@ -17,14 +18,14 @@ from householder.nn import (
 )
 
 V = 11
-ALL_MIXERS = "delta_net,gated_delta_net,delta_product,gated_delta_product,path,path_fox,rope"
+ALL_MIXERS = "delta,gated_delta,delta_product,gated_delta_product,path,path_fox,rope,swa,fox"
 
 
 def make(pattern=ALL_MIXERS, **options):
     torch.manual_seed(0)
-    options = {"d_model": 32, "num_layers": len(pattern.split(",")), "head_dim": 8, **options}
+    shape = {"d_model": 32, "num_layers": len(pattern.split(",")), "head_dim": 8, "window": 4}
     # PyTorch's own initialisation: the published one is so small that every layer is near to none.
-    return CausalLM(CausalLMConfig(V, pattern=pattern, init_std=None, **options))
+    return CausalLM(CausalLMConfig(V, pattern=pattern, init_std=None, **{**shape, **options}))
 
 
 def some_tokens(*shape):
@@ -35,7 +36,8 @@ def test_pattern_repeats_and_global_layers_replace():
     config = CausalLMConfig(
         V, num_layers=5, pattern="delta_product, path_fox", global_layers=(1, 4), head_dim=32
     )
-    assert config.layer_names() == ("delta_product", "rope", "delta_product", "path_fox", "rope")
+    path, rotary = "forgetting_path_attention", "rotary_attention"
+    assert config.layer_names() == ("delta_product", rotary, "delta_product", path, rotary)
 
 
 def test_layers_are_what_the_pattern_names():
@@ -48,10 +50,13 @@ def test_layers_are_what_the_pattern_names():
         PaTHAttention,
         PaTHAttention,
         RotaryAttention,
+        RotaryAttention,
+        ForgettingAttention,
     ]
-    path, path_fox = (make().layers[i].mixer for i in (4, 5))
+    path, path_fox, rope, swa = (layer.mixer for layer in make(window=5).layers[4:8])
     assert path.f_proj is None
     assert path_fox.f_proj is not None
+    assert (rope.window, swa.window) == (None, 5)
 
 
 def test_config_survives_json():
@@ -62,7 +67,10 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pattern": "delta_net,mamba"}, "`pattern` must be one of .*'rope'.* got 'mamba'"),
+        (
+            {"pattern": "delta_net,mamba"},
+            "`pattern` must be one of .*'rotary_attention'.* got 'mamba'",
+        ),
         ({"global_layers": (8,)}, "`global_layers` must be indices from 0 to 7, got 8"),
         ({"window": 0}, "`window` must be at least 1, got 0"),
         ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0"),

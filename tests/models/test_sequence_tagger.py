@@ -208,7 +208,7 @@ def test_it_learns_a_product_of_reflections() -> None:
         ({"num_classes": 2.5}, TypeError, "`num_classes` must be an int, got 2.5"),
         ({"num_layers": 0}, ValueError, "`num_layers` must be at least 1, got 0"),
         ({"num_heads": 0}, ValueError, "`num_heads` must be at least 1, got 0"),
-        ({"mixer": "mamba"}, ValueError, "'gated_delta_product', got 'mamba'"),
+        ({"mixer": "mamba"}, ValueError, "'rotary_attention', got 'mamba'"),
         ({"d_model": 18}, ValueError, "multiple of num_heads=4, got d_model=18"),
         ({"mlp_width": 0}, ValueError, "`mlp_width` must be at least 1, got 0"),
         ({"init_std": -1.0}, ValueError, "`init_std` must be greater than 0, got -1.0"),

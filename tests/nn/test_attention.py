@@ -31,8 +31,10 @@ CASES = {
             "w_rank": 5,
             "conv_size": 4,
             "max_rollback": 3,
+            "use_sinks": True,
         },
     ),
+    "path, window": (PaTHAttention, {"num_heads": 3, "window": 4, "use_sinks": True}),
     "path, no convolution": (PaTHAttention, {"num_heads": 3, "use_short_conv": False}),
     "path, convolution of one": (PaTHAttention, {"num_heads": 3, "conv_size": 1}),
     "rotary": (RotaryAttention, {"num_heads": 3}),
@@ -40,7 +42,9 @@ CASES = {
         RotaryAttention,
         {"num_heads": 4, "num_key_heads": 2, "head_dim": 10, "qk_norm": True, "base": 100.0},
     ),
+    "rotary, window": (RotaryAttention, {"num_heads": 4, "window": 4}),
     "forgetting": (ForgettingAttention, {"num_heads": 3}),
+    "forgetting, window": (ForgettingAttention, {"num_heads": 3, "window": 3}),
     "forgetting, all options": (
         ForgettingAttention,
         {"num_heads": 4, "num_key_heads": 2, "head_dim": 7, "qk_norm": True},
@@ -55,7 +59,7 @@ def make(case, dtype=torch.float64):
     layer = kind(D, **options, init_std=0.5).to(dtype)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith(("bias", "sinks")) or "norm" in name:
                 parameter += torch.randn_like(parameter)
     return layer
 
@@ -110,8 +114,12 @@ def expected_output(layer, x):
                     query = between[j + 1, key_head] @ query
                     decay = decay + g[j + 1, h]
                 logits.append(k[j, key_head] @ query * K**-0.5 + decay)
-            attention = torch.stack(logits).softmax(0)
-            o.append(attention @ v[: i + 1, key_head].flip(0))
+            logits = logits[: layer.window]  # the nearest first; None keeps all
+            values = v[: i + 1, key_head].flip(0)[: layer.window]
+            if getattr(layer, "sinks", None) is not None:
+                logits.append(layer.sinks[h])
+                values = torch.cat([values, torch.zeros_like(values[:1])])
+            o.append(torch.stack(logits).softmax(0) @ values)
     return torch.stack(o).view(T, HQ * K) @ layer.o_proj.weight.T
 
 
@@ -284,6 +292,8 @@ class TestErrors:
             (RotaryAttention, {"num_heads": 8}, ValueError, "`head_dim` must be even, got 3"),
             (RotaryAttention, {"num_heads": 3, "base": 0.0}, ValueError, "`base`"),
             (ForgettingAttention, {"num_heads": 3, "norm_eps": 0.0}, ValueError, "`norm_eps`"),
+            (PaTHAttention, {"num_heads": 3, "window": 0}, ValueError, "`window` must be at least"),
+            (RotaryAttention, {"num_heads": 4, "window": 2.0}, TypeError, "`window` must be an"),
         ],
     )
     def test_wrong_option(self, kind, options, error, match):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from householder.nn import DeltaProductMixer, MixerState
+from householder.nn import DeltaProductMixer
 from householder.nn._checks import check_positive_int
 from householder.nn.initialization import init_residual_weight, init_weight
+from householder.nn.softmax_attention import SoftmaxAttention
+
+Mixer: TypeAlias = DeltaProductMixer | SoftmaxAttention
+"""A layer in which tokens meet. The states of `DeltaProductMixer` are values, those of attention
+are used up by the next call."""
 
 
 def default_mlp_width(d_model: int) -> int:
@@ -98,9 +105,11 @@ class Block(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    mixer: Mixer
+
     def __init__(
         self,
-        mixer: DeltaProductMixer,
+        mixer: Mixer,
         *,
         mlp_width: int | None = None,
         norm_eps: float = 1e-5,
@@ -123,7 +132,7 @@ class Block(nn.Module):
             dtype=dtype,
         )
 
-    def init_state(self, batch_size: int) -> MixerState:
+    def init_state(self, batch_size: int) -> Any:
         """Return the mixer's state before the first token."""
         return self.mixer.init_state(batch_size)
 
@@ -131,10 +140,10 @@ class Block(nn.Module):
         self,
         x: Tensor,
         *,
-        state: MixerState | None = None,
+        state: Any = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, MixerState]:
+    ) -> Any:
         """Run the block on whole sequences; arguments and results as in the mixer's `forward`."""
         mixed = self.mixer(
             self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens, return_state=return_state
@@ -144,7 +153,7 @@ class Block(nn.Module):
         mixed, new_state = mixed
         return self._add_mlp(x + mixed), new_state
 
-    def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Run the block on one token, `x [B, d_model]`; results as in the mixer's `step`."""
         mixed, new_state = self.mixer.step(self.mixer_norm(x), state)
         return self._add_mlp(x + mixed), new_state

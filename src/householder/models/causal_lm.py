@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from householder.models.block import Block
-from householder.models.causal_lm_config import CausalLMConfig
+from householder.models.causal_lm_config import SLIDING_WINDOW, CausalLMConfig
 from householder.models.loss import linear_cross_entropy
 from householder.nn import MIXERS
 from householder.nn.initialization import init_weight
@@ -228,7 +228,7 @@ class CausalLM(nn.Module):
                 total += 2.0 * state * (2 * mixer.num_householder + 1)
             else:
                 seen = context / 2
-                if name == "swa":
+                if name == SLIDING_WINDOW:
                     seen = min(seen, self.config.window)
                 total += 4.0 * mixer.num_heads * mixer.head_dim * seen
         return total

@@ -7,19 +7,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from householder.models.block import Block
-from householder.nn import MIXERS, PaTHAttention, RotaryAttention
+from householder.nn import ATTENTIONS, MIXERS, DeltaProductMixer
 from householder.nn._checks import check_choice, check_positive_float, check_positive_int
+from householder.nn.softmax_attention import SoftmaxAttention
 
-ATTENTIONS = ("path", "path_fox", "rope", "swa")
-"""Softmax attention by the names a pattern gives it, beside those of `householder.nn.MIXERS`.
+SLIDING_WINDOW = "sliding_window_attention"
+"""Rotary attention within a window, in a pattern."""
 
-PaTH, PaTH with a forget gate, rotary positions, and these within a sliding window.
-"""
+ALIASES: Mapping[str, str] = {
+    "delta": "delta_net",
+    "gated_delta": "gated_delta_net",
+    "path": "path_attention",
+    "path_fox": "forgetting_path_attention",
+    "rope": "rotary_attention",
+    "fox": "forgetting_attention",
+    "swa": SLIDING_WINDOW,
+}
+"""Short names that a pattern may use."""
 
-LAYERS = (*MIXERS, *ATTENTIONS)
+LAYERS = (*MIXERS, *ATTENTIONS, SLIDING_WINDOW)
+"""The mixers that a pattern may name."""
 
 PRESETS: Mapping[str, Mapping[str, int]] = {
     "10m": {"d_model": 256, "num_layers": 8, "head_dim": 64},
@@ -42,15 +51,19 @@ class CausalLMConfig:
 
     A layer's mixer is named in `pattern`, which is repeated until `num_layers` is reached:
     "gated_delta_net,gated_delta_net,swa" puts a window of attention after every two recurrent
-    layers. `global_layers` then replaces single layers by attention without a window.
+    layers. `global_layers` then replaces single layers by attention without a window. The mixers
+    are "delta_net", "gated_delta_net", "delta_product", "gated_delta_product", "path_attention",
+    "forgetting_path_attention", "rotary_attention", "forgetting_attention" and
+    "sliding_window_attention", or by their short names "delta", "gated_delta", "path", "path_fox",
+    "rope", "fox" and "swa".
 
     Attributes:
         vocab_size: number of different tokens.
         d_model: size of the residual stream.
         num_layers: number of blocks.
-        pattern: mixers, joined by commas: "delta_net", "gated_delta_net", "delta_product",
-            "gated_delta_product", "path", "path_fox", "rope", "swa".
-        global_layers: indices of layers, from 0, whose mixer is "rope" in place of the pattern's.
+        pattern: mixers, joined by commas.
+        global_layers: indices of layers, from 0, whose mixer is rotary attention in place of the
+            pattern's.
         num_heads: H of the recurrent mixers; `None` for as many as fill the mixer's published share
             of d_model.
         head_dim: K.
@@ -66,7 +79,7 @@ class CausalLMConfig:
         attention_key_heads: heads of keys and values, a divisor of HQ; `None` for HQ.
         attention_head_dim: size of a query; `None` for head_dim.
         attention_qk_norm: normalise queries and keys by their root mean square.
-        window: tokens that an "swa" layer sees.
+        window: tokens that a sliding window holds.
         rope_base: base of the rotary angles.
         mlp_width: hidden size of the SwiGLU; `None` for 8/3 · d_model rounded up to a multiple of
             256.
@@ -77,7 +90,7 @@ class CausalLMConfig:
     Examples:
         >>> config = CausalLMConfig.preset("10m", 256, pattern="delta_product,swa", window=128)
         >>> config.layer_names()[:3]
-        ('delta_product', 'swa', 'delta_product')
+        ('delta_product', 'sliding_window_attention', 'delta_product')
         >>> CausalLMConfig.from_dict(config.to_dict()) == config
         True
     """
@@ -120,8 +133,8 @@ class CausalLMConfig:
             check_positive_float(where, name, getattr(self, name))
         if self.init_std is not None:
             check_positive_float(where, "init_std", self.init_std)
-        for name in self.pattern.split(","):
-            check_choice(where, "pattern", name.strip(), LAYERS)
+        for name in self._pattern():
+            check_choice(where, "pattern", name, [*LAYERS, *ALIASES])
         for index in self.global_layers:
             if not 0 <= index < self.num_layers:
                 raise ValueError(
@@ -170,11 +183,14 @@ class CausalLMConfig:
 
     def layer_names(self) -> tuple[str, ...]:
         """Return the mixer's name of every layer."""
-        pattern = [name.strip() for name in self.pattern.split(",")]
+        pattern = [ALIASES.get(name, name) for name in self._pattern()]
         names = [pattern[i % len(pattern)] for i in range(self.num_layers)]
         for index in self.global_layers:
-            names[index] = "rope"
+            names[index] = "rotary_attention"
         return tuple(names)
+
+    def _pattern(self) -> list[str]:
+        return [name.strip() for name in self.pattern.split(",")]
 
     def build_block(
         self,
@@ -202,13 +218,10 @@ class CausalLMConfig:
             "device": device,
             "dtype": dtype,
         }
-        if name in MIXERS:
-            mixer = self._recurrent(name, impl, shared)
-        else:
-            mixer = self._attention(name, impl, shared)
-        return Block(mixer, mlp_width=self.mlp_width, **shared)
+        make = self._recurrent if name in MIXERS else self._attention
+        return Block(make(name, impl, shared), mlp_width=self.mlp_width, **shared)
 
-    def _recurrent(self, name: str, impl: str, shared: dict[str, Any]) -> nn.Module:
+    def _recurrent(self, name: str, impl: str, shared: dict[str, Any]) -> DeltaProductMixer:
         mixer = MIXERS[name]
         num_heads = self.num_heads
         if num_heads is None:
@@ -228,7 +241,7 @@ class CausalLMConfig:
                 options[option] = getattr(self, option)
         return mixer(self.d_model, **options, **shared)
 
-    def _attention(self, name: str, impl: str, shared: dict[str, Any]) -> nn.Module:
+    def _attention(self, name: str, impl: str, shared: dict[str, Any]) -> SoftmaxAttention:
         head_dim = self.attention_head_dim or self.head_dim
         options: dict[str, Any] = {
             "num_heads": self.attention_heads or max(1, self.d_model // head_dim),
@@ -236,15 +249,11 @@ class CausalLMConfig:
             "head_dim": head_dim,
             "qk_norm": self.attention_qk_norm,
         }
-        if name in ("path", "path_fox"):
-            return PaTHAttention(
-                self.d_model,
-                use_short_conv=self.use_short_conv,
-                use_forget_gate=name == "path_fox",
-                impl=impl,
-                **options,
-                **shared,
-            )
-        if name == "swa":
+        if name == SLIDING_WINDOW:
+            name = "rotary_attention"
             options["window"] = self.window
-        return RotaryAttention(self.d_model, base=self.rope_base, **options, **shared)
+        if name.endswith("path_attention"):
+            options |= {"use_short_conv": self.use_short_conv, "impl": impl}
+        elif name == "rotary_attention":
+            options["base"] = self.rope_base
+        return ATTENTIONS[name](self.d_model, **options, **shared)

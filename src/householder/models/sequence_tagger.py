@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from householder.models.block import Block
-from householder.nn import MIXERS, MixerState
+from householder.nn import ATTENTIONS, MIXERS
 from householder.nn._checks import (
     check_choice,
     check_positive_float,
@@ -18,6 +18,19 @@ from householder.nn._checks import (
     default_head_dim,
 )
 from householder.nn.initialization import init_weight
+
+# Fields that say how the delta rule runs, which softmax attention has no use for.
+DELTA_RULE_FIELDS = (
+    "num_value_heads",
+    "expand_v",
+    "num_householder",
+    "allow_neg_eigval",
+    "use_output_gate",
+    "use_short_conv",
+    "conv_size",
+    "qk_activation",
+    "qk_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +44,11 @@ class SequenceTaggerConfig:
         num_classes: number of different labels.
         d_model: size of the residual stream.
         num_layers: number of blocks.
-        mixer: "delta_net", "gated_delta_net", "delta_product" or "gated_delta_product".
+        mixer: a name in `householder.nn.MIXERS`, "delta_net", "gated_delta_net", "delta_product" or
+            "gated_delta_product"; or one in `householder.nn.ATTENTIONS`, "path_attention",
+            "forgetting_path_attention", "rotary_attention" or "forgetting_attention". An attention
+            takes `num_heads` and `head_dim`, is otherwise as published, and refuses another value
+            than the default for the options that follow here up to `qk_norm`.
         num_heads: H.
         head_dim: K; `None` for d_model / num_heads.
         num_value_heads: HV, a multiple of H; `None` for H.
@@ -83,7 +100,16 @@ class SequenceTaggerConfig:
         check_positive_float(where, "norm_eps", self.norm_eps)
         if self.init_std is not None:
             check_positive_float(where, "init_std", self.init_std)
-        check_choice(where, "mixer", self.mixer, MIXERS)
+        check_choice(where, "mixer", self.mixer, [*MIXERS, *ATTENTIONS])
+        if self.mixer in ATTENTIONS:
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if field.name in DELTA_RULE_FIELDS and value != field.default:
+                    raise ValueError(
+                        f"{where}: `{field.name}` must be left at {field.default!r} with mixer "
+                        f"{self.mixer!r}, got {value!r}; it is an option of "
+                        f"{', '.join(MIXERS)}"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ready for JSON."""
@@ -132,9 +158,13 @@ class SequenceTaggerConfig:
             "device": device,
             "dtype": dtype,
         }
-        options: dict[str, Any] = {
-            "num_heads": self.num_heads,
-            "head_dim": head_dim,
+        options: dict[str, Any] = {"num_heads": self.num_heads, "head_dim": head_dim}
+        if self.mixer in ATTENTIONS:
+            # Not `norm_eps`: there it would be added to the squared length of reflectors too.
+            options.update((k, shared[k]) for k in shared if k != "norm_eps")
+            attention = ATTENTIONS[self.mixer](self.d_model, **options)
+            return Block(attention, mlp_width=self.mlp_width, **shared)
+        options |= {
             "num_value_heads": self.num_value_heads,
             "expand_v": self.expand_v,
             "num_householder": self.num_householder,
@@ -224,7 +254,7 @@ class SequenceTagger(nn.Module):
             config = SequenceTaggerConfig.from_dict(config)
         return cls(**config.to_dict(), device=device, dtype=dtype)
 
-    def init_state(self, batch_size: int) -> list[MixerState]:
+    def init_state(self, batch_size: int) -> list[Any]:
         """Return the state before the first token, one entry per layer.
 
         Args:
@@ -236,15 +266,16 @@ class SequenceTagger(nn.Module):
         self,
         tokens: Tensor,
         *,
-        states: Sequence[MixerState] | None = None,
+        states: Sequence[Any] | None = None,
         cu_seqlens: Tensor | None = None,
         return_states: bool = False,
-    ) -> Tensor | tuple[Tensor, list[MixerState]]:
+    ) -> Tensor | tuple[Tensor, list[Any]]:
         """Label whole sequences, or continue them from states.
 
         Args:
             tokens: int64 `[B, T]`; with `cu_seqlens`, `[1, T]` holding S sequences end to end.
-            states: where the sequences continue from, one per layer; `None` for their beginning.
+            states: where the sequences continue from, one per layer; `None` for their beginning. An
+                attention's state is used up.
             cu_seqlens: int32 `[S + 1]`, where the packed sequences begin and end.
             return_states: also return the states after the last token.
 
@@ -256,7 +287,7 @@ class SequenceTagger(nn.Module):
             ValueError: a shape or `cu_seqlens` does not fit.
         """
         x = self._embed(tokens, "[B, T]", dim=2)
-        new_states: list[MixerState] = []
+        new_states: list[Any] = []
         for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
             x = layer(x, state=state, cu_seqlens=cu_seqlens, return_state=return_states)
             if return_states:
@@ -265,12 +296,13 @@ class SequenceTagger(nn.Module):
         logits = self.head(self.norm(x))
         return (logits, new_states) if return_states else logits
 
-    def step(self, tokens: Tensor, states: Sequence[MixerState]) -> tuple[Tensor, list[MixerState]]:
+    def step(self, tokens: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Label one more token of each sequence.
 
         Args:
             tokens: int64 `[B]`.
-            states: after the tokens so far, one per layer. Not changed.
+            states: after the tokens so far, one per layer. Those of the delta rule are not changed,
+                those of attention are used up.
 
         Returns:
             logits: `[B, num_classes]`.
@@ -290,7 +322,7 @@ class SequenceTagger(nn.Module):
     def _blocks(self) -> Iterator[Block]:
         return cast("Iterator[Block]", iter(self.layers))
 
-    def _per_layer(self, states: Sequence[MixerState] | None) -> Sequence[Any]:
+    def _per_layer(self, states: Sequence[Any] | None) -> Sequence[Any]:
         num_layers = self.config.num_layers
         if states is None:
             return [None] * num_layers

@@ -1,6 +1,7 @@
 """Modules that own parameters and call maps or ops."""
 
 from householder.nn.attention_baselines import ForgettingAttention, KeyValueState, RotaryAttention
+from householder.nn.attentions import ATTENTIONS
 from householder.nn.mixer import DeltaProductMixer, MixerState
 from householder.nn.normalization import GatedRMSNorm
 from householder.nn.path_attention import PaTHAttention, PaTHState
@@ -14,6 +15,7 @@ from householder.nn.published import (
 from householder.nn.short_convolution import ShortConvolution
 
 __all__ = [
+    "ATTENTIONS",
     "MIXERS",
     "DeltaNet",
     "DeltaProduct",

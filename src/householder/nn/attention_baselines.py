@@ -64,6 +64,8 @@ class RotaryAttention(KeyValueAttention):
         base: of the angles.
         qk_norm: normalise each head's queries and keys by their root mean square, before they turn.
         norm_eps: added to the mean square.
+        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
+            holds all keys all the same.
         init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
         num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
             none.
@@ -94,6 +96,7 @@ class RotaryAttention(KeyValueAttention):
         base: float = 10_000.0,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        window: int | None = None,
         init_std: float | None = None,
         num_layers: int | None = None,
         device: torch.device | str | None = None,
@@ -106,6 +109,7 @@ class RotaryAttention(KeyValueAttention):
             head_dim=head_dim,
             qk_norm=qk_norm,
             norm_eps=norm_eps,
+            window=window,
             init_std=init_std,
             num_layers=num_layers,
             device=device,
@@ -137,7 +141,7 @@ class RotaryAttention(KeyValueAttention):
             q, k = (rotate(y, position, self.base) for y in (q, k))
             if state is not None:
                 k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
-            return causal_attention(q, k, v, None), KeyValueState(k, v, None)
+            return causal_attention(q, k, v, None, self.window), KeyValueState(k, v, None)
 
         return for_each_sequence(attend, cu_seqlens, q, k, v)
 
@@ -159,6 +163,8 @@ class ForgettingAttention(KeyValueAttention):
         head_dim: K, size of a query, key or value; `None` for d_model / num_heads.
         qk_norm: normalise each head's queries and keys by their root mean square.
         norm_eps: added to the mean square.
+        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
+            holds all keys all the same.
         init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
         num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
             none.
@@ -188,6 +194,7 @@ class ForgettingAttention(KeyValueAttention):
         head_dim: int | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        window: int | None = None,
         init_std: float | None = None,
         num_layers: int | None = None,
         device: torch.device | str | None = None,
@@ -200,6 +207,7 @@ class ForgettingAttention(KeyValueAttention):
             head_dim=head_dim,
             qk_norm=qk_norm,
             norm_eps=norm_eps,
+            window=window,
             init_std=init_std,
             num_layers=num_layers,
             device=device,
@@ -233,7 +241,8 @@ class ForgettingAttention(KeyValueAttention):
             # In float64, or a weak gate after a strong one would drown in the sum's rounding.
             total = g.double().cumsum(1).transpose(1, 2)
             bias = total[:, :, -q.shape[1] :, None] - total[:, :, None]
-            return causal_attention(q, k, v, bias.to(q.dtype)), KeyValueState(k, v, g)
+            o = causal_attention(q, k, v, bias.to(q.dtype), self.window)
+            return o, KeyValueState(k, v, g)
 
         return for_each_sequence(attend, cu_seqlens, q, k, v, g)
 
@@ -266,7 +275,9 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int | None = None
+) -> Tensor:
     """Attend with the last tokens of a sequence, on PyTorch's own kernels.
 
     Args:
@@ -274,15 +285,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Te
         k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
         bias: added to the logits, `[B, HQ, T', T]`, or None.
+        window: how many tokens a query sees, its own included; all earlier ones if None.
 
     Returns:
         `[B, T', HQ, V]`.
     """
-    num_queries, num_keys = q.shape[1], k.shape[1]
+    num_queries = q.shape[1]
+    if window is not None and num_queries > 0:
+        # What no query sees is left out: a decoded token costs its window.
+        seen = window + num_queries - 1
+        k, v = k[:, -seen:], v[:, -seen:]
+        bias = None if bias is None else bias[..., -seen:]
+    num_keys = k.shape[1]
+    windowed = window is not None and num_queries > 1 and window < num_keys
     mask = None
-    if bias is not None or 1 < num_queries < num_keys:
+    if bias is not None or windowed or 1 < num_queries < num_keys:
         ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
         mask = ones.tril(num_keys - num_queries)
+        if windowed:
+            assert window is not None
+            mask = mask.triu(num_keys - num_queries - window + 1)
         if bias is not None:
             mask = bias.masked_fill(~mask, float("-inf"))
     o = F.scaled_dot_product_attention(

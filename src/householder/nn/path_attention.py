@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from householder.nn._checks import check_positive_int, check_state_tensor
 from householder.nn.short_convolution import ShortConvolution
@@ -58,7 +58,7 @@ class PaTHAttention(SoftmaxAttention):
 
     Beside the layers of every attention there are `w_down_proj`, `w_up_proj` (H, K), `w_conv1d`
     `[H·K, 1, conv_size]`, `b_proj` (H) and `f_proj` (HQ), the last two with biases, which start
-    at zero.
+    at zero, and `sinks` `[HQ]`, which start at zero too.
 
     A state holds a `PathCache`, which works in place and has no gradients: a state given to
     `forward` or `step` is used up, and they run under `torch.no_grad()`.
@@ -74,6 +74,10 @@ class PaTHAttention(SoftmaxAttention):
         use_forget_gate: add log forget gates to the logits (PaTH-FoX).
         qk_norm: normalise each head's queries and keys by their root mean square.
         norm_eps: added to the mean square of q and k, and to the squared length of w.
+        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
+            holds all keys all the same.
+        use_sinks: give each query head one more logit, learnt, that takes part in the softmax and
+            has no value, so that a head may attend to nothing.
         init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
             own rule.
         num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
@@ -117,6 +121,8 @@ class PaTHAttention(SoftmaxAttention):
         use_forget_gate: bool = False,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        window: int | None = None,
+        use_sinks: bool = False,
         init_std: float | None = None,
         num_layers: int | None = None,
         max_rollback: int = 0,
@@ -131,6 +137,7 @@ class PaTHAttention(SoftmaxAttention):
             head_dim=head_dim,
             qk_norm=qk_norm,
             norm_eps=norm_eps,
+            window=window,
             init_std=init_std,
             num_layers=num_layers,
             device=device,
@@ -150,7 +157,14 @@ class PaTHAttention(SoftmaxAttention):
             self.w_conv1d = ShortConvolution(key_dim, conv_size, init_std=init_std, **self._options)
         self.b_proj = self._linear(d_model, self.num_key_heads, bias=True)
         self.f_proj = self._linear(d_model, num_heads, bias=True) if use_forget_gate else None
+        self.sinks = nn.Parameter(torch.empty(num_heads, **self._options)) if use_sinks else None
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew from PyTorch's global generator."""
+        super().reset_parameters()
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def init_state(self, batch_size: int) -> PaTHState:
         """Return the state before the first token, for `batch_size` sequences."""
@@ -160,7 +174,10 @@ class PaTHAttention(SoftmaxAttention):
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
-        return f"{super().extra_repr()}, max_rollback={self.max_rollback}"
+        return (
+            f"{super().extra_repr()}, use_sinks={self.sinks is not None}, "
+            f"max_rollback={self.max_rollback}"
+        )
 
     def transitions(
         self, x: Tensor, conv: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -206,11 +223,12 @@ class PaTHAttention(SoftmaxAttention):
     ) -> tuple[Tensor, PaTHState | None]:
         past = None if state is None else state.conv
         w, beta, g, conv = self.transitions(x, past, cu_seqlens)
+        options: dict[str, Any] = {"sinks": self.sinks, "window": self.window}
         if state is None and not return_state:
-            o = path_attention(q, k, v, w, beta, g, cu_seqlens=cu_seqlens, impl=self.impl)
-            return o, None
+            options.update(cu_seqlens=cu_seqlens, impl=self.impl)
+            return path_attention(q, k, v, w, beta, g, **options), None
         cache = self.init_state(x.shape[0]).cache if state is None else state.cache
-        return cache.append(q, k, v, w, beta, g), PaTHState(cache, conv)
+        return cache.append(q, k, v, w, beta, g, **options), PaTHState(cache, conv)
 
     def _check_state(self, state: PaTHState, batch_size: int) -> None:
         if state.cache.batch_size != batch_size or (state.conv is None) != (self.w_conv1d is None):

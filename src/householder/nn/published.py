@@ -256,7 +256,7 @@ class GatedDeltaProduct(PublishedMixer):
         )
 
 
-MIXERS: Mapping[str, type[DeltaProductMixer]] = {
+MIXERS: Mapping[str, type[PublishedMixer]] = {
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
     "delta_product": DeltaProduct,

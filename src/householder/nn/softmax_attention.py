@@ -32,6 +32,7 @@ class SoftmaxAttention(nn.Module):
         qk_norm: normalise each head's queries and keys by their root mean square, with learnt
             weights `q_norm` and `k_norm` of size K.
         norm_eps: added to the mean square.
+        window: how many tokens a query sees, its own included; `None` for all earlier ones.
         init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
         num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
             none.
@@ -48,6 +49,7 @@ class SoftmaxAttention(nn.Module):
         head_dim: int | None,
         qk_norm: bool,
         norm_eps: float,
+        window: int | None,
         init_std: float | None,
         num_layers: int | None,
         device: torch.device | str | None,
@@ -64,11 +66,14 @@ class SoftmaxAttention(nn.Module):
             head_dim = default_head_dim(where, d_model, num_heads)
         self.head_dim = head_dim
         self.qk_norm = qk_norm
+        self.window = window
         self.init_std = init_std
         self.num_layers = num_layers
         check_positive_int(where, "num_key_heads", self.num_key_heads)
         check_positive_int(where, "head_dim", head_dim)
         check_positive_float(where, "norm_eps", norm_eps)
+        if window is not None:
+            check_positive_int(where, "window", window)
         if init_std is not None:
             check_positive_float(where, "init_std", init_std)
         if num_layers is not None:
@@ -176,7 +181,8 @@ class SoftmaxAttention(nn.Module):
         """Return the sizes and options that `print` shows."""
         return (
             f"d_model={self.d_model}, num_heads={self.num_heads}, "
-            f"num_key_heads={self.num_key_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"
+            f"num_key_heads={self.num_key_heads}, head_dim={self.head_dim}, "
+            f"qk_norm={self.qk_norm}, window={self.window}"
         )
 
     def _attend(

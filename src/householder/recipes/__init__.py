@@ -41,6 +41,26 @@ EXPERIMENTS = (
         command="householder reproduce state-tracking --task s3 --num-householder 1,2",
     ),
     Experiment(
+        name="flip-flop",
+        what="Train one layer of attention to remember the bit written last, and test it on longer "
+        "and shorter memories than it was trained on.",
+        published="Wrong reads as trained / sparse / dense: PaTH 0 / 0.0001 / 0%, "
+        "RoPE 6.9 / 40.3 / 0.01%, FoX 8.3 / 36.3 / 0%.",
+        where="PaTH Attention: Position Encoding via Accumulating Householder Transformations "
+        "(Yang et al., 2025), https://arxiv.org/abs/2505.16381",
+        cost="--size cpu: minutes on two cores; --size gpu: one GPU",
+        command="householder reproduce flip-flop",
+    ),
+    Experiment(
+        name="a5-attention",
+        what="Count the layers that attention needs for the word problem of A5.",
+        published="With products of reflectors fewer than with rotary positions (a figure).",
+        where="PaTH Attention: Position Encoding via Accumulating Householder Transformations "
+        "(Yang et al., 2025), https://arxiv.org/abs/2505.16381",
+        cost="--size cpu: minutes on two cores; --size gpu: one GPU",
+        command="householder reproduce a5-attention",
+    ),
+    Experiment(
         name="constructions",
         what="Build the exact solutions known from theory and run them, without training.",
         published="S_n by n − 1 reflections in one layer, S4 and A5 as rotations by 2, "

@@ -64,7 +64,7 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         ConfigError: the settings do not fit together.
     """
     from householder.models import SequenceTagger
-    from householder.nn import DeltaProductMixer
+    from householder.nn import DeltaProductMixer, PaTHAttention
 
     try:
         model = SequenceTagger(
@@ -83,6 +83,6 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
     for module in model.modules():
-        if isinstance(module, DeltaProductMixer):
+        if isinstance(module, (DeltaProductMixer, PaTHAttention)):
             module.impl = config.impl
     return model

@@ -1,7 +1,7 @@
-"""Runs that differ only in N, in one folder: what `householder train` and the recipes do.
+"""Runs that differ in N, mixer or depth, in one folder: what `householder train` and recipes do.
 
 <out>/config.toml          the settings; `householder train --config` takes it
-<out>/<run>/               one folder per N: metrics.jsonl, checkpoints/
+<out>/<run>/               one folder per run: metrics.jsonl, checkpoints/
 <out>/results.json         settings, cost and accuracy of each run
 <out>/accuracy.csv         accuracy by length, one column per run
 <out>/accuracy.png         the same as curves
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from householder.train.config import TrainConfig
+from householder.train.config import TrainConfig, takes_several
 from householder.train.errors import CheckpointError, ConfigError, OutputError
 from householder.train.interrupt import StopRequest
 from householder.train.loop import TrainResult, train
@@ -28,6 +29,7 @@ from householder.train.settings import (
     check_names,
     describe_differences,
     differences,
+    field_default,
     field_types,
     read_toml,
     to_toml,
@@ -35,13 +37,20 @@ from householder.train.settings import (
 from householder.train.storage import write_atomically
 
 CONFIG_FILE = "config.toml"
-RESULT_FILES = ("results.json", "accuracy.csv", "accuracy.png")
+# What `run_comparison` and the recipes write beside it.
+RESULT_FILES = (
+    *("results.json", "accuracy.csv", "accuracy.png"),
+    *("errors.csv", "errors-by-distance.csv", "errors.png", "transitions.png"),
+    *("layers.csv", "layers.png"),
+)
+# What the runs of a comparison may differ in.
+COMPARED = ("mixer", "num_layers", "num_householder")
 HEADER = "# Written by householder: the settings of the runs in this folder.\n"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings of runs that differ only in the number of reflections per token.
+    """Settings of runs that differ only in mixer, number of layers or reflections per token.
 
     Attributes:
         configs: the settings of each run.
@@ -50,6 +59,11 @@ class Comparison:
         >>> comparison = Comparison.from_settings({"task": "s3", "num_householder": [1, 2]})
         >>> [config.name for config in comparison.configs]
         ['s3-N1', 's3-N2']
+        >>> mixers = {"mixer": ["path_attention", "rotary_attention"], "num_layers": [1, 2]}
+        >>> [config.name for config in Comparison.from_settings({"task": "a5", **mixers}).configs]
+        ... # doctest: +NORMALIZE_WHITESPACE
+        ['a5-path-attention', 'a5-path-attention-L2',
+         'a5-rotary-attention', 'a5-rotary-attention-L2']
     """
 
     configs: tuple[TrainConfig, ...]
@@ -59,28 +73,54 @@ class Comparison:
         """Make a comparison from settings by name.
 
         Args:
-            settings: fields of `TrainConfig`, of which `num_householder` may be a list.
+            settings: fields of `TrainConfig`, of which `mixer`, `num_layers` and `num_householder`
+                may be lists. Without `num_householder` it is 1 and 2, or 1 where a mixer takes no
+                more.
 
         Returns:
-            The comparison, its runs in the order of the list.
+            The comparison: a run for each combination, the first list the slowest.
 
         Raises:
-            ConfigError: a setting is unknown or cannot be, or the list repeats a number.
+            ConfigError: a setting is unknown or cannot be, or a list is empty or repeats itself.
         """
         check_names(settings, field_types(TrainConfig), "settings")
         shared = dict(settings)
-        numbers = shared.pop("num_householder", [1, 2])
-        numbers = list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
-        if not numbers or len(set(numbers)) != len(numbers):
-            raise ConfigError(f"`num_householder` must list different numbers, got {numbers}")
-        return cls(tuple(TrainConfig(**shared, num_householder=n) for n in numbers))
+        lists = {name: _as_list(name, shared.pop(name)) for name in COMPARED if name in shared}
+        lists.setdefault("mixer", [field_default(TrainConfig, "mixer")])
+        if "num_householder" not in lists:
+            lists["num_householder"] = [1, 2] if all(map(takes_several, lists["mixer"])) else [1]
+        names = [name for name in COMPARED if name in lists]
+        combinations = itertools.product(*(lists[name] for name in names))
+        return cls(
+            tuple(
+                TrainConfig(**shared, **dict(zip(names, values, strict=True)))
+                for values in combinations
+            )
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `from_settings` makes the same comparison."""
-        return {
-            **self.configs[0].to_dict(),
-            "num_householder": [config.num_householder for config in self.configs],
-        }
+        return {**self.configs[0].to_dict(), **self.compared()}
+
+    def compared(self) -> dict[str, Any]:
+        """Return what the runs may differ in: the value, or the list of values where they do."""
+        found = {}
+        for name in COMPARED:
+            values = list(dict.fromkeys(getattr(config, name) for config in self.configs))
+            # N is what most comparisons are about, and a list even when alone.
+            alone = len(values) == 1 and name != "num_householder"
+            found[name] = values[0] if alone else values
+        return found
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values or len(set(values)) != len(values):
+        raise ConfigError(
+            f"`{name}` must list different {'mixers' if name == 'mixer' else 'numbers'}, "
+            f"got {values}"
+        )
+    return values
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
@@ -205,14 +245,14 @@ def _is_run(path: Path) -> bool:
 
 def _check_same_runs(comparison: Comparison, folder: Path) -> None:
     stored = Comparison.from_settings(stored_settings(folder))
-    there, requested = ([c.num_householder for c in x.configs] for x in (stored, comparison))
-    different: dict[str, tuple[Any, Any]] = {}
-    if there != requested:
-        different["num_householder"] = there, requested
-    # Without N, which differs between the runs, one run speaks for all.
+    there, requested = stored.compared(), comparison.compared()
+    different: dict[str, tuple[Any, Any]] = {
+        name: (there[name], requested[name]) for name in COMPARED if there[name] != requested[name]
+    }
+    # But for what is compared, one run speaks for all.
     one, other = stored.configs[0], comparison.configs[0]
-    same_n = dataclasses.replace(one, num_householder=other.num_householder)
-    different.update(differences(same_n, other))
+    alike = dataclasses.replace(one, **{name: getattr(other, name) for name in COMPARED})
+    different.update(differences(alike, other))
     if different:
         raise CheckpointError(
             f"{folder}: what it holds does not fit the requested settings: "

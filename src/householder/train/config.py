@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from householder.nn import MIXERS
+from householder.nn import ATTENTIONS, MIXERS
 from householder.train.errors import ConfigError
 from householder.train.settings import Settings, setting
 
@@ -62,7 +63,10 @@ class TrainConfig(Settings):
     )
 
     mixer: str = setting(
-        "delta_product", "The sequence mixer.", section="Model", choices=tuple(MIXERS)
+        "delta_product",
+        "The sequence mixer.",
+        section="Model",
+        choices=(*MIXERS, *ATTENTIONS),
     )
     num_householder: int = setting(
         2, "Householder reflections per token (N).", section="Model", at_least=1
@@ -168,7 +172,7 @@ class TrainConfig(Settings):
     )
     impl: str = setting(
         "auto",
-        "The form of delta_product that runs.",
+        "The form of delta_product or path_attention that runs.",
         section="Run",
         choices=("auto", "chunk", "reference", "triton"),
         may_change=True,
@@ -217,10 +221,10 @@ class TrainConfig(Settings):
                 f"`d_model` must be a multiple of num_heads={self.num_heads}, got {self.d_model}; "
                 "change it or give `head_dim`"
             )
-        if self.mixer in ("delta_net", "gated_delta_net") and self.num_householder != 1:
+        if self.num_householder != 1 and not takes_several(self.mixer):
             raise ConfigError(
                 f"`num_householder` must be 1 with mixer={self.mixer}, got {self.num_householder}; "
-                f"use {self.mixer.replace('net', 'product')}"
+                "delta_product and gated_delta_product take more"
             )
         if self.stop_when_solved and not self.eval_interval:
             raise ConfigError("`stop_when_solved` counts evaluations: give `eval_interval` too")
@@ -251,5 +255,53 @@ class TrainConfig(Settings):
 
     @property
     def name(self) -> str:
-        """The run's short name, also that of its folder: `s3-N2`."""
-        return f"{self.task}-N{self.num_householder}"
+        """The run's short name, also that of its folder: `s3-N2`, `a5-path-attention-L3`."""
+        mixer = "" if self.mixer == "delta_product" else f"-{self.mixer.replace('_', '-')}"
+        number = f"-N{self.num_householder}" if self.mixer in MIXERS else ""
+        layers = "" if self.num_layers == 1 else f"-L{self.num_layers}"
+        return f"{self.task}{mixer}{number}{layers}"
+
+
+def takes_several(mixer: str) -> bool:
+    """Return whether a mixer can have more than one reflection per token."""
+    return mixer in ("delta_product", "gated_delta_product")
+
+
+# What the publications call them.
+MIXER_TITLES = {
+    "delta_net": "DeltaNet",
+    "gated_delta_net": "Gated DeltaNet",
+    "delta_product": "DeltaProduct",
+    "gated_delta_product": "Gated DeltaProduct",
+    "path_attention": "PaTH",
+    "forgetting_path_attention": "PaTH-FoX",
+    "rotary_attention": "RoPE",
+    "forgetting_attention": "FoX",
+}
+
+
+def run_titles(configs: Sequence[TrainConfig]) -> list[str]:
+    """Return for each of some runs what distinguishes it from the others, for tables and pictures.
+
+    Examples:
+        >>> run_titles([TrainConfig(num_householder=n) for n in (1, 2)])
+        ['N = 1', 'N = 2']
+        >>> mixers = ("path_attention", "rotary_attention")
+        >>> run_titles([TrainConfig(mixer=m, num_householder=1, num_layers=2) for m in mixers])
+        ['PaTH', 'RoPE']
+    """
+    differ = {
+        name: len({getattr(config, name) for config in configs}) > 1
+        for name in ("mixer", "num_layers", "num_householder")
+    }
+    titles = []
+    for config in configs:
+        layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
+        parts = [MIXER_TITLES[config.mixer]] if differ["mixer"] else []
+        parts += [layers] if differ["num_layers"] else []
+        parts += [f"N = {config.num_householder}"] if differ["num_householder"] else []
+        # A run alone is named by what its publication varies.
+        alone = f"N = {config.num_householder}"
+        alone = alone if config.mixer in MIXERS else MIXER_TITLES[config.mixer]
+        titles.append(", ".join(parts) or alone)
+    return titles

@@ -156,7 +156,7 @@ def _predict(
     # Without gradients there is room for more tokens at once than in a small training step.
     rows = max(1, max(config.batch_size * config.length, MIN_TOKENS) // length)
     predictions = []
-    with _evaluation_mode(model), torch.inference_mode(), autocast(config, device):
+    with evaluation_mode(model), torch.inference_mode(), autocast(config, device):
         for tokens in batch.tokens.split(rows):
             predictions.append(model(tokens.to(device)).argmax(dim=-1))
             check()
@@ -164,7 +164,8 @@ def _predict(
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
     was_training = model.training
     model.eval()
     try:

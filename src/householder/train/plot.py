@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING
 
+from householder.nn import MIXERS
+from householder.train.config import MIXER_TITLES, run_titles
 from householder.train.evaluation import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -32,7 +34,11 @@ def plot_accuracy(results: Sequence[TrainResult]) -> bytes:
     Returns:
         A PNG file.
     """
-    figure = accuracy_figure(results)
+    return to_png(accuracy_figure(results))
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     # No date and no version inside: the same curves give the same file.
     figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
@@ -116,16 +122,17 @@ def _draw_curve(axes: Axes, result: TrainResult, color: str) -> None:
 
 
 def _name_curves(axes: Axes, results: Sequence[TrainResult], longest: int) -> None:
-    """Write N and the last accuracy at each curve's end, moved apart where they would touch."""
+    """Write title and last accuracy at each curve's end, moved apart where they would touch."""
     apart, height = 0.075, -1.0
-    for result in sorted(
-        results, key=lambda r: (r.evaluation.accuracy[-1], -r.config.num_householder)
+    titles = run_titles([result.config for result in results])
+    for place, result in sorted(
+        enumerate(results), key=lambda x: (x[1].evaluation.accuracy[-1], -x[0])
     ):
         line = next(x for x in axes.get_lines() if x.get_label() == result.config.name)
         last = result.evaluation.accuracy[-1]
         height = max(last, height + apart)
         axes.annotate(
-            f"N = {result.config.num_householder}  ({last:.1%})",
+            f"{titles[place]}  ({last:.1%})",
             (longest, height),
             (8, 0),
             textcoords="offset points",
@@ -148,12 +155,17 @@ def _title(results: Sequence[TrainResult]) -> str:
 
 def _subtitle(results: Sequence[TrainResult]) -> str:
     config = results[0].config
-    layers = "one layer" if config.num_layers == 1 else f"{config.num_layers} layers"
-    mixer = "".join(word.capitalize() for word in config.mixer.split("_"))
-    beta = "β ∈ (0, 2)" if config.allow_neg_eigval else "β ∈ (0, 1)"
+    model = "one layer" if config.num_layers == 1 else f"{config.num_layers} layers"
+    if len({result.config.num_layers for result in results}) > 1:
+        model = "one to several layers"
+    if all(result.config.mixer == config.mixer for result in results):
+        model += f" of {MIXER_TITLES[config.mixer]}"
+        if config.mixer in MIXERS:
+            beta = "β ∈ (0, 2)" if config.allow_neg_eigval else "β ∈ (0, 1)"
+            model += f" with N reflections per token, {beta}"
     return (
-        f"{layers} of {mixer} with N reflections per token, {beta}, d = {config.d_model}, "
-        f"{config.num_heads} heads; {results[0].evaluation.num_samples:,} held-out sequences"
+        f"{model}, d = {config.d_model}, {config.num_heads} heads; "
+        f"{results[0].evaluation.num_samples:,} held-out sequences"
     )
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from rich.table import Table
 
+from householder.nn import MIXERS
 from householder.train.build import cpu_threads, resolve_device
 from householder.train.comparison import Comparison
+from householder.train.config import run_titles
 from householder.train.evaluation import METRIC_NAMES
 from householder.train.loop import TrainResult
 
@@ -19,17 +21,18 @@ LEARNT = 0.99
 def describe(comparison: Comparison) -> str:
     """Return a line that says what will be trained, on what, where."""
     config = comparison.configs[0]
-    numbers = ", ".join(str(c.num_householder) for c in comparison.configs)
     layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
     beta = "β in (0, 2)" if config.allow_neg_eigval else "β in (0, 1)"
+    model = f"{layers} of {config.mixer}, {beta}" if config.mixer in MIXERS else layers
     device = resolve_device(config.device)
     threads = cpu_threads(config)
     where = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     return (
-        f"[bold]{config.task}[/bold], length {config.length}: {layers} of {config.mixer}, "
-        f"N = {numbers}, {beta}, d = {config.d_model}, {config.num_heads} heads; "
+        f"[bold]{config.task}[/bold], length {config.length}: "
+        f"{'; '.join(run_titles(comparison.configs))}: {model}, d = {config.d_model}, "
+        f"{config.num_heads} heads; "
         f"{config.steps} steps of {config.batch_size} sequences; {where}"
     )
 
@@ -47,7 +50,7 @@ def results_table(results: Sequence[TrainResult]) -> Table:
     if lengths[-1] != evaluation.lengths[-1]:
         lengths.append(evaluation.lengths[-1])
     table = Table(title=f"{config.task}: {METRIC_NAMES[evaluation.metric]}", title_justify="left")
-    table.add_column("N", justify="right")
+    table.add_column("run")
     for heading in ("params", "steps", "time"):
         table.add_column(heading, justify="right")
     for length in lengths:
@@ -55,10 +58,10 @@ def results_table(results: Sequence[TrainResult]) -> Table:
         heading = f"at {length}" if times == 1 else f"at {length} ({times:.3g}×)"
         table.add_column(heading, justify="right")
     table.add_column("95% up to", justify="right")
-    for result in results:
+    for title, result in zip(run_titles([r.config for r in results]), results, strict=True):
         found = result.evaluation
         table.add_row(
-            str(result.config.num_householder),
+            title,
             f"{result.num_parameters:,}",
             str(result.steps),
             f"{result.seconds:.1f} s",
@@ -75,11 +78,11 @@ def verdict(results: Sequence[TrainResult]) -> str:
         results: runs of one comparison.
     """
     parts = []
-    for result in results:
+    for title, result in zip(run_titles([r.config for r in results]), results, strict=True):
         evaluation, config = result.evaluation, result.config
         here, end = evaluation.at(config.length), evaluation.accuracy[-1]
         learnt = here >= LEARNT
-        part = f"N = {config.num_householder} {'learns' if learnt else 'does not learn'} "
+        part = f"{title} {'learns' if learnt else 'does not learn'} "
         part += f"{config.task} ({here:.1%} at length {config.length}"
         if learnt and evaluation.lengths[-1] > config.length:
             part += f", {end:.1%} at {evaluation.lengths[-1]}"

@@ -87,6 +87,11 @@ def field_types(config: type[Settings]) -> dict[str, Any]:
     return typing.get_type_hints(config)
 
 
+def field_default(config: type[Settings], name: str) -> Any:
+    """Return the default of a field of a settings class."""
+    return next(f.default for f in dataclasses.fields(config) if f.name == name)
+
+
 def base_type(annotation: Any) -> tuple[type, bool]:
     """Split an annotation into its type and whether None is allowed.
 

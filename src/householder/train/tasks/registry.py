@@ -11,6 +11,7 @@ from typing import Any
 from householder.train.tasks import groups
 from householder.train.tasks.base import Task
 from householder.train.tasks.chomsky import BracketedArithmetic, ModularArithmetic, Parity
+from householder.train.tasks.flip_flop import FlipFlop
 from householder.train.tasks.mqar import MultiQueryAssociativeRecall
 from householder.train.tasks.word_problems import WordProblem, s5_moves
 
@@ -25,6 +26,9 @@ _TASKS: dict[str, Callable[..., Task]] = {
     ModularArithmetic.name: ModularArithmetic,
     BracketedArithmetic.name: BracketedArithmetic,
     MultiQueryAssociativeRecall.name: MultiQueryAssociativeRecall,
+    "flip-flop": FlipFlop,
+    "flip-flop-sparse": lambda: FlipFlop(p_ignore=0.98, name="flip-flop-sparse"),
+    "flip-flop-dense": lambda: FlipFlop(p_ignore=0.1, name="flip-flop-dense"),
 }
 
 # Families with a number in their name: "z60" is Z_60.
