@@ -1,0 +1,257 @@
+"""A text run: learns, resumes to the same bits, refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from householder.models import load_causal_lm
+from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, OutputError
+from householder.train.interrupt import StopRequest
+from householder.train.metrics import read_metrics
+from householder.train.settings import to_toml
+from householder.train.text.config import TextConfig
+from householder.train.text.evaluation import evaluate_text, token_losses
+from householder.train.text.folder import run_text
+from householder.train.text.observer import TextObserver
+from householder.train.text.processes import join_processes
+
+from .conftest import TINY
+
+
+def train(texts: Path, folder: Path, *, resume=False, overwrite=False, **settings: Any):
+    observer, stop = settings.pop("observer", None), settings.pop("stop", None)
+    with join_processes("cpu") as processes:
+        return run_text(
+            {**TINY, "text": [str(texts)], **settings},
+            folder,
+            processes,
+            resume=resume,
+            overwrite=overwrite,
+            observer=observer,
+            stop=stop,
+        )
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    records = read_metrics(folder / "metrics.jsonl")
+    assert records
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_causal_lm(folder / "model").state_dict()
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert timeless(folder) == timeless(other)
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+class StopAt(TextObserver):
+    def __init__(self, step: int) -> None:
+        self.step, self.request = step, StopRequest()
+
+    def stepped(self, step: int) -> None:
+        if step == self.step:
+            self.request.signum = signal.SIGTERM
+
+
+def test_run_learns_and_leaves_what_it_says(texts, tmp_path):
+    result = train(texts, tmp_path / "out", steps=60, lr=3e-3, eval_interval=30, log_interval=10)
+    losses = [r["loss"] for r in timeless(tmp_path / "out") if "loss" in r]
+    assert losses[-1] < 0.8 * losses[0]
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["context"] for row in summary["perplexity"]] == [4, 16, 64]
+    assert summary["tokens"] == 60 * 4 * 16
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.toml",
+        "corpus",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "results.json",
+    }
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
+    loaded = load_causal_lm(tmp_path / "out" / "model")
+    tokens = torch.randint(256, (1, 9))
+    torch.testing.assert_close(loaded(tokens), result.model.eval()(tokens))
+
+
+def test_stopped_and_resumed_run_is_the_whole_run(texts, tmp_path):
+    train(texts, tmp_path / "whole")
+    observer = StopAt(5)
+    with pytest.raises(Interrupted, match="SIGTERM at step 5; saved; continue with --resume"):
+        train(texts, tmp_path / "parts", observer=observer, stop=observer.request)
+    train(texts, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_parts_of_a_step_add_up(texts, tmp_path):
+    train(texts, tmp_path / "whole", pattern="delta", separate_documents=False)
+    train(texts, tmp_path / "parts", pattern="delta", separate_documents=False, accumulate=4)
+    records = (timeless(tmp_path / name) for name in ("whole", "parts"))
+    for whole, parts in zip(*records, strict=True):
+        for name in whole:
+            assert math.isclose(whole[name], parts[name], rel_tol=1e-4), name
+
+
+def test_checkpointed_and_half_precision_runs_go_on(texts, tmp_path):
+    train(texts, tmp_path / "plain", steps=3)
+    train(texts, tmp_path / "saved", steps=3, checkpoint_activations=True)
+    assert [r["loss"] for r in timeless(tmp_path / "plain") if "loss" in r] == pytest.approx(
+        [r["loss"] for r in timeless(tmp_path / "saved") if "loss" in r], rel=1e-6
+    )
+    half = train(texts, tmp_path / "half", steps=3, dtype="bfloat16", schedule="wsd")
+    assert all(math.isfinite(r.loss) for r in half.perplexities)
+
+
+def test_perplexity_is_that_of_the_logits(texts, tmp_path):
+    result = train(texts, tmp_path / "out", steps=1)
+    model = result.model.eval()
+    windows = torch.randint(256, (3, 9)).numpy()
+    losses = token_losses(model, windows)
+    tokens = torch.from_numpy(windows)
+    logp = model(tokens[:, :-1]).log_softmax(-1)
+    torch.testing.assert_close(losses, -logp.gather(-1, tokens[:, 1:, None]).squeeze(-1).detach())
+    (one,) = evaluate_text(model, windows[0], (8,), max_tokens=8, separator=None)
+    assert one.loss == pytest.approx(losses[0].mean().item(), rel=1e-5)
+
+
+def test_documents_do_not_see_one_another_in_evaluation(texts, tmp_path):
+    model = train(texts, tmp_path / "out", steps=1).model
+    windows = torch.randint(256, (1, 9))
+    windows[0, 5] = 256
+    changed = windows.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % 256
+    a, b = (token_losses(model, x.numpy(), separator=256) for x in (windows, changed))
+    assert torch.equal(a[0, 5:], b[0, 5:])
+    a, b = (token_losses(model, x.numpy()) for x in (windows, changed))
+    assert not torch.equal(a[0, 5:], b[0, 5:])
+
+
+def test_occupied_folders_are_kept(texts, tmp_path):
+    train(texts, tmp_path / "out", steps=1)
+    with pytest.raises(OutputError, match="occupied; continue with --resume"):
+        train(texts, tmp_path / "out", steps=1)
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"nothing is deleted, because thesis.tex is not"):
+        train(texts, tmp_path / "out", steps=1, overwrite=True)
+    (tmp_path / "out" / "thesis.tex").unlink()
+    train(texts, tmp_path / "out", steps=2, overwrite=True)
+    assert timeless(tmp_path / "out")[-1]["step"] == 2
+
+
+def test_resume_refuses_other_settings_text_and_folders(texts, tmp_path):
+    with pytest.raises(OutputError, match="nothing to resume"):
+        train(texts, tmp_path / "none", resume=True)
+    train(texts, tmp_path / "out", steps=3)
+    with pytest.raises(CheckpointError, match=r"lr=0\.001 there, 0.5 requested"):
+        train(texts, tmp_path / "out", steps=3, resume=True, lr=0.5)
+    with pytest.raises(CheckpointError, match="text="):
+        train(texts / "a.txt", tmp_path / "out", steps=3, resume=True)
+
+
+def test_damaged_checkpoint_is_refused(texts, tmp_path):
+    train(texts, tmp_path / "out", steps=3)
+    (file,) = (tmp_path / "out" / "checkpoints" / "step-00000003").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="distcp is damaged"):
+        train(texts, tmp_path / "out", steps=3, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(texts, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"not finite at step \d"):
+        train(texts, tmp_path / "out", lr=1e30, min_lr=0.0, grad_clip=0.0, warmup=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "mamba"}, "`pattern` must be one of"),
+        ({"accumulate": 3}, "`accumulate` must divide batch_size=4, got 3"),
+        ({"min_lr": 1.0}, "`min_lr` must be at most lr=0.001, got 1.0"),
+        ({"eval_contexts": "64,x"}, "`eval_contexts` must be numbers"),
+        ({"global_layers": "2"}, "`global_layers` must be indices from 0 to 1"),
+        ({"task": "s3"}, "unknown setting `task`"),
+        ({"dataset": "a/b"}, "one of them; got text, dataset"),
+        ({"text": []}, "one of them; got neither"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(texts, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train(texts, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_gives_a_padded_vocabulary_and_lengths():
+    config = TextConfig(context=100, eval_contexts="7, 9")
+    assert config.model_config(257).vocab_size == 320
+    assert config.lengths() == (7, 9)
+    assert TextConfig(context=100).lengths() == (25, 100, 400)
+
+
+def command(texts: Path, folder: Path, *options: str) -> list[str]:
+    config = folder.parent / "settings.toml"
+    config.write_text(to_toml({**TINY, "text": [str(texts)]}))
+    return ["-m", "householder", "train", "--config", str(config), "--out", str(folder), *options]
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_bits(texts, tmp_path):
+    train(texts, tmp_path / "whole", steps=40)
+    words = [sys.executable, *command(texts, tmp_path / "killed", "--steps", "40")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (tmp_path / "killed" / "checkpoints" / "step-00000006").exists():
+            process.kill()
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*words, "--resume"], check=True, capture_output=True, timeout=120)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_one_resumes_them(texts, tmp_path):
+    train(texts, tmp_path / "one")
+    for name, options in (("two", ()), ("begun", ("--checkpoint-interval", "4"))):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words = [*launch, "--nproc-per-node", "2", *command(texts, tmp_path / name, *options)]
+        subprocess.run(
+            words,
+            check=True,
+            capture_output=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def losses(folder: Path) -> list[float]:
+        return [r["loss"] for r in timeless(folder) if "loss" in r]
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # What two processes saved at step 4, one continues.
+    steps = sorted(p.name for p in (tmp_path / "begun" / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000008"]
+    for file in (tmp_path / "begun" / "checkpoints" / steps[1]).iterdir():
+        file.unlink()
+    (tmp_path / "begun" / "checkpoints" / steps[1]).rmdir()
+    train(texts, tmp_path / "begun", resume=True, checkpoint_interval=4)
+    assert losses(tmp_path / "begun") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
