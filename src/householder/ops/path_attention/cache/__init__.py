@@ -133,7 +133,7 @@ class PathCache:
         new = self._check_lengths(q, lengths)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         if self._store is None:
-            self._store = Store(q, k, v, w, beta, g)
+            self._store = Store(q, k, v, w, beta, g, self.max_rollback)
         self._store.check(q, k, v, g)
         return without_autocast(self._append)(q, k, v, w, beta, g, scale, sinks, window, new)
 
@@ -157,9 +157,6 @@ class PathCache:
             )
         self._recent = [recent - n for recent, n in zip(self._recent, counts, strict=True)]
         self._rollback = [most - n for most, n in zip(self._rollback, counts, strict=True)]
-        if self._store is not None and any(counts):
-            for group in self._groups([0] * self.batch_size):
-                self._store.turn_recent(group)
 
     def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
         B, T = q.shape[:2]
@@ -217,10 +214,12 @@ class PathCache:
             recent = group.recent + group.new
             blocks = max(0, (recent - self.max_rollback) // BLOCK)
             old, recent = group.old + blocks * BLOCK, recent - blocks * BLOCK
-            if blocks:
-                store.make_blocks(group, blocks)
-            if blocks or group.new > 1:
-                store.turn_recent(Group(rows, old, recent, 0))
+            if group.new > 1:
+                if blocks:
+                    store.make_blocks(group, blocks)
+                store.make_triangles(Group(rows, old, recent, 0))
+            elif blocks:
+                store.make_block(group)
             count = rows.stop - rows.start
             self._old[rows], self._recent[rows] = [old] * count, [recent] * count
         self._rollback = [
