@@ -25,6 +25,9 @@ TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
 # Elements of keys or values in half precision that a CPU converts at a time: they stay in its cache.
 CONVERTED_ELEMENTS = 1 << 17
+# What the Triton kernels for one token hold in registers.
+MAX_HEAD_DIM = 256
+MAX_RECENT = 256
 
 
 class Group(NamedTuple):
@@ -99,6 +102,50 @@ class Store:
             self.g = k.new_empty(B, H, G, 0, dtype=dtype)
             self.decays = k.new_zeros(0, B, H, G, dtype=dtype)
             self.path_decays = k.new_zeros(0, B, H, G, dtype=dtype)
+
+    def has_kernels(self) -> bool:
+        """Return whether the Triton kernels take single tokens: it depends on device and sizes."""
+        _, _, _, K, V = self.shape
+        room = self.ut.shape[-1]
+        small = max(K, V) <= MAX_HEAD_DIM and room <= MAX_RECENT
+        return self.keys.is_cuda and self.dtype == torch.float32 and small
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
+        sinks: Tensor | None,
+        window: int | None,
+        counts: Tensor,
+        new: Tensor,
+        num_tokens: int,
+    ) -> Tensor:
+        """Write one token `[B, 1, …]` behind each row's and attend with it, on a GPU.
+
+        `counts` is int32 `[2, B]`, the tokens in blocks and the recent ones, the latter counted up;
+        `new` int32 `[B]` is 1 where a row gets its token; `num_tokens` bounds the tokens in blocks.
+        """
+        from householder.ops.path_attention.cache import triton as kernels
+
+        names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
+        names += ["g", "block_decay", "path_decays"] if self.gated else []
+        o = kernels.decode(
+            *(kernels.one_token(x) for x in (q, k, v, w, beta)),
+            None if g is None else kernels.one_token(g),
+            scale,
+            sinks,
+            window,
+            {name: getattr(self, name) for name in names},
+            counts,
+            new,
+            -(-num_tokens // kernels.SPAN),
+        )
+        return o.unsqueeze(1)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
         """Raise unless new tokens are like the ones held."""
