@@ -75,6 +75,9 @@ class PathCache:
         self._recent = [0] * batch_size
         self._rollback = [0] * batch_size  # what may be taken back now; never more than is recent
         self._store: Store | None = None
+        # For the kernels: what `_old` and `_recent` say, on the device, and whether they know.
+        self._counts: Tensor | None = None
+        self._counts_known = False
 
     @property
     def lengths(self) -> list[int]:
@@ -133,7 +136,7 @@ class PathCache:
         new = self._check_lengths(q, lengths)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         if self._store is None:
-            self._store = Store(q, k, v, w, beta, g)
+            self._store = Store(q, k, v, w, beta, g, self.max_rollback)
         self._store.check(q, k, v, g)
         return without_autocast(self._append)(q, k, v, w, beta, g, scale, sinks, window, new)
 
@@ -156,10 +159,8 @@ class PathCache:
                 f"sequence, got {num_tokens}; give the cache a larger max_rollback"
             )
         self._recent = [recent - n for recent, n in zip(self._recent, counts, strict=True)]
+        self._counts_known = False
         self._rollback = [most - n for most, n in zip(self._rollback, counts, strict=True)]
-        if self._store is not None and any(counts):
-            for group in self._groups([0] * self.batch_size):
-                self._store.turn_recent(group)
 
     def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
         B, T = q.shape[:2]
@@ -205,6 +206,9 @@ class PathCache:
             max(self.lengths[row] + n for row, n in enumerate(new)),
             max(recent + n for recent, n in zip(self._recent, new, strict=True)),
         )
+        if q.shape[1] == 1 and store.has_kernels():
+            return self._append_one(store, q, k, v, w, beta, g, scale, sinks, window, new)
+        self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
         for group in list(self._groups(new)):
             if group.new == 0:
@@ -217,10 +221,12 @@ class PathCache:
             recent = group.recent + group.new
             blocks = max(0, (recent - self.max_rollback) // BLOCK)
             old, recent = group.old + blocks * BLOCK, recent - blocks * BLOCK
-            if blocks:
-                store.make_blocks(group, blocks)
-            if blocks or group.new > 1:
-                store.turn_recent(Group(rows, old, recent, 0))
+            if group.new > 1:
+                if blocks:
+                    store.make_blocks(group, blocks)
+                store.make_triangles(Group(rows, old, recent, 0))
+            elif blocks:
+                store.make_block(group)
             count = rows.stop - rows.start
             self._old[rows], self._recent[rows] = [old] * count, [recent] * count
         self._rollback = [
@@ -229,4 +235,44 @@ class PathCache:
         if sum(new) > len(new):
             # A prompt's tokens were recent for a moment, and need not leave their room behind.
             store.resize_recent(max(*self._recent, self.max_rollback + BLOCK))
+        return o
+
+    def _append_one(
+        self,
+        store: Store,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
+        sinks: Tensor | None,
+        window: int | None,
+        new: list[int],
+    ) -> Tensor:
+        """Do what `_append` does with one token for each row, or for some, on a GPU."""
+        if not self._counts_known:
+            self._counts = torch.tensor([self._old, self._recent], dtype=torch.int32).to(q.device)
+            self._counts_known = True
+        assert self._counts is not None
+        if all(new):
+            appended = torch.ones_like(self._counts[0])
+        else:
+            appended = torch.tensor(new, dtype=torch.int32, device=q.device)
+        options = (scale, sinks, window, self._counts, appended, max(self._old))
+        o = store.decode(q, k, v, w, beta, g, *options)
+        for group in list(self._groups(new)):
+            recent = group.recent + group.new
+            if recent - self.max_rollback >= BLOCK:
+                store.make_block(group)
+                count = group.rows.stop - group.rows.start
+                self._old[group.rows] = [group.old + BLOCK] * count
+                self._recent[group.rows] = [recent - BLOCK] * count
+                self._counts_known = False
+            else:
+                self._recent[group.rows] = [recent] * (group.rows.stop - group.rows.start)
+        self._rollback = [
+            min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
+        ]
         return o

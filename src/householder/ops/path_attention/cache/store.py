@@ -17,12 +17,17 @@ from householder.ops.path_attention.chunk.tree import (
     levels,
     make_chunks,
 )
-from householder.ops.wy import compute_dtype
+from householder.ops.wy import compute_dtype, inverse_unit_lower
 
 BLOCK = 64  # tokens of the smallest block
 # Elements and columns of one tile of logits of several tokens against blocks.
 TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
+# Elements of keys or values in half precision that a CPU converts at a time: they stay in its cache.
+CONVERTED_ELEMENTS = 1 << 17
+# What the Triton kernels for one token hold in registers.
+MAX_HEAD_DIM = 256
+MAX_RECENT = 256
 
 
 class Group(NamedTuple):
@@ -51,9 +56,7 @@ TOKEN_AXIS = {
     "block_decay": 3,
     "w": 2,
     "beta": 2,
-    "turned": 2,
     "g": 3,
-    "recent_decay": 3,
 }
 
 
@@ -61,7 +64,14 @@ class Store:
     """The tensors of a cache. G query heads share one of H key heads."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        max_rollback: int,
     ) -> None:
         B, _, H, K = k.shape
         G = q.shape[2] // H
@@ -73,19 +83,69 @@ class Store:
         # Of recent tokens, as they came.
         self.w = w.new_empty(B, H, 0, K)
         self.beta = beta.new_empty(B, H, 0)
-        # Of recent tokens, as of now: keys, and what brings queries to the end of the last block.
-        self.turned = k.new_empty(B, H, 0, K, dtype=dtype)
-        self.product = torch.eye(K, dtype=dtype, device=k.device).repeat(B, H, 1, 1)
-        self.products: list[Tensor] = []  # of blocks, by level: [B, H, K, K]
+        # Of recent tokens, the triangles of their compact WY form: T, and Y = tril(W Kᵀ, −1). A token
+        # adds a row to both, and what is taken back loses its rows; above the diagonal there are
+        # zeros, and remain. In float64, or the blocks made from them would be less exact than those
+        # of a prompt.
+        room = BLOCK + max_rollback
+        self.ut = k.new_zeros(B, H, room, room, dtype=torch.float64)
+        self.wk = k.new_zeros(B, H, room, room, dtype=torch.float64)
+        # Of blocks: the product F of each, by level, and what brings a query from the end of the
+        # newest block to the end of the next but i.
+        self.products = k.new_zeros(0, B, H, K, K, dtype=dtype)
+        self.paths = k.new_zeros(0, B, H, K, K, dtype=dtype)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
         if self.gated:
             self.block_decay = k.new_empty(B, H, G, 0, dtype=dtype)
             self.g = k.new_empty(B, H, G, 0, dtype=dtype)
-            self.recent_decay = k.new_empty(B, H, G, 0, dtype=dtype)
-            self.decay = k.new_zeros(B, H, G, 1, dtype=dtype)
-            self.decays: list[Tensor] = []
+            self.decays = k.new_zeros(0, B, H, G, dtype=dtype)
+            self.path_decays = k.new_zeros(0, B, H, G, dtype=dtype)
+
+    def has_kernels(self) -> bool:
+        """Return whether the Triton kernels take single tokens: it depends on device and sizes."""
+        _, _, _, K, V = self.shape
+        room = self.ut.shape[-1]
+        small = max(K, V) <= MAX_HEAD_DIM and room <= MAX_RECENT
+        return self.keys.is_cuda and self.dtype == torch.float32 and small
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
+        sinks: Tensor | None,
+        window: int | None,
+        counts: Tensor,
+        new: Tensor,
+        num_tokens: int,
+    ) -> Tensor:
+        """Write one token `[B, 1, …]` behind each row's and attend with it, on a GPU.
+
+        `counts` is int32 `[2, B]`, the tokens in blocks and the recent ones, the latter counted up;
+        `new` int32 `[B]` is 1 where a row gets its token; `num_tokens` bounds the tokens in blocks.
+        """
+        from householder.ops.path_attention.cache import triton as kernels
+
+        names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
+        names += ["g", "block_decay", "path_decays"] if self.gated else []
+        o = kernels.decode(
+            *(kernels.one_token(x) for x in (q, k, v, w, beta)),
+            None if g is None else kernels.one_token(g),
+            scale,
+            sinks,
+            window,
+            {name: getattr(self, name) for name in names},
+            counts,
+            new,
+            -(-num_tokens // kernels.SPAN),
+        )
+        return o.unsqueeze(1)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
         """Raise unless new tokens are like the ones held."""
@@ -113,12 +173,20 @@ class Store:
                 self._resize(name, max(tokens, 2 * room))
         if self._room("w") < recent:
             self.resize_recent(recent)
+        num_levels = (self._room("keys") // BLOCK).bit_length()
+        if self.products.shape[0] < num_levels:
+            names = ("products", "paths", *(("decays", "path_decays") if self.gated else ()))
+            for name in names:
+                x = getattr(self, name)
+                grown = x.new_zeros(num_levels, *x.shape[1:])
+                grown[: x.shape[0]] = x
+                setattr(self, name, grown)
 
     def resize_recent(self, room: int) -> None:
         """Set the room for recent tokens; what lies behind it is lost."""
-        gates = ("g", "recent_decay") if self.gated else ()
-        for name in ("w", "beta", "turned", *gates):
-            self._resize(name, max(room, BLOCK))
+        room = max(room, BLOCK)
+        for name in ("w", "beta", *(("g",) if self.gated else ())):
+            self._resize(name, room)
 
     def _room(self, name: str) -> int:
         return getattr(self, name).shape[TOKEN_AXIS[name]]
@@ -151,47 +219,84 @@ class Store:
         """Advance by the one token written last, and return what its query sees."""
         _, H, G, K, V = self.shape
         rows, t, r = at.rows, at.old + at.recent, at.recent
-        w = self.w[rows, :, r, :, None].to(self.dtype)
-        beta = self.beta[rows, :, r, None, None].to(self.dtype)
-        for vectors in (self.turned[rows, :, :r], self.product[rows]):
-            vectors.sub_((vectors @ w) @ (beta * w).mT)
-        self.turned[rows, :, r] = self.keys[rows, :, t].to(self.dtype)
-
+        first = 0 if window is None else max(0, t + 1 - window)
         q = q.to(self.dtype).mul(scale).reshape(-1, H, G, K)
         logits = q.new_empty(q.shape[0], H, G, t + 1)
-        logits[..., at.old :] = q @ self.turned[rows, :, : r + 1].mT
+        logits[..., at.old :], q = self._attend_recent(at, q)
         decay = None
         if self.gated:
-            g = self.g[rows, :, :, r, None]
-            self.recent_decay[rows, :, :, :r] += g
-            self.recent_decay[rows, :, :, r] = 0
-            self.decay[rows] += g
-            logits[..., at.old :] += self.recent_decay[rows, :, :, : r + 1]
-            decay = self.decay[rows]
+            g = self.g[rows, :, :, : r + 1]
+            logits[..., at.old :] += sum_after(g)
+            decay = g.sum(-1, keepdim=True)
 
-        first = 0 if window is None else max(0, t + 1 - window)
-        q = q @ self.product[rows].mT
-        for level, start in at.blocks():
+        blocks = list(at.blocks())
+        queries = [q, *(q @ self.paths[: len(blocks) - 1, rows])]
+        for i, (level, start) in enumerate(blocks):
             seen = slice(max(start, first), start + (BLOCK << level))
             if seen.start >= seen.stop:
                 break
-            logits[..., seen] = q @ self.keys[rows, :, seen].to(self.dtype).mT
+            self._block_logits(logits, rows, seen, queries[i])
             if decay is not None:
-                logits[..., seen] += self.block_decay[rows, :, :, seen] + decay
-                decay = decay + self.decays[level][rows]
-            q = q @ self.products[level][rows]
+                before = decay if i == 0 else decay + self.path_decays[i - 1, rows, :, :, None]
+                logits[..., seen] += self.block_decay[rows, :, :, seen] + before
         logits = logits[..., first:]
         if sinks is not None:
             sink = sinks.to(self.dtype).view(H, G, 1).expand(q.shape[0], -1, -1, -1)
             logits = torch.cat([logits, sink], dim=-1)
         weights = logits.softmax(-1)[..., : t + 1 - first]
-        o = weights @ self.values[rows, :, first : t + 1].to(self.dtype)
-        return o.reshape(-1, 1, H * G, V)
+        return self._weigh_values(weights, rows, slice(first, t + 1)).reshape(-1, 1, H * G, V)
+
+    def _attend_recent(self, at: Group, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest token to the triangles.
+
+        Returns:
+            The logits of its query `[b, H, G, K]` against recent keys, without gates, and the query
+            brought to the end of the newest block.
+        """
+        rows, r = at.rows, at.recent
+        w = self.w[rows, :, : r + 1].double()
+        k = self.keys[rows, :, at.old : at.old + r + 1].double()
+        ut, wk = (x[rows, :, : r + 1, : r + 1] for x in (self.ut, self.wk))
+        beta = self.beta[rows, :, r, None, None].double()
+        newest, before = w[:, :, r:], w[:, :, :r]
+        # T of the products up to the newest token: its row is −β (w Wᵀ) T, and β on the diagonal.
+        ut[:, :, r:, :r] = (newest @ before.mT @ ut[:, :, :r, :r]).mul_(-beta)
+        ut[:, :, r:, r:] = beta
+        wk[:, :, r:, :r] = newest @ k[:, :, :r].mT
+        wk[:, :, r:, r:] = 0
+        q = q.double()
+        along = q @ w.mT @ ut
+        logits, q = q @ k.mT - along @ wk, q - along @ w
+        return logits.to(self.dtype), q.to(self.dtype)
+
+    def _block_logits(self, logits: Tensor, rows: slice, seen: slice, q: Tensor) -> None:
+        """Fill in the logits of queries against the keys of a block."""
+        for columns in self._tiles(seen):
+            logits[..., columns] = q @ self.keys[rows, :, columns].to(self.dtype).mT
+
+    def _weigh_values(self, weights: Tensor, rows: slice, seen: slice) -> Tensor:
+        """Return the sum of the values seen, weighted."""
+        first, o = seen.start, None
+        for columns in self._tiles(seen):
+            values = self.values[rows, :, columns].to(self.dtype)
+            part = weights[..., columns.start - first : columns.stop - first] @ values
+            o = part if o is None else o.add_(part)
+        assert o is not None  # a query sees its own token
+        return o
+
+    def _tiles(self, seen: slice) -> Iterator[slice]:
+        """Cut tokens into as many as are converted at once: all, if nothing is to convert."""
+        size = seen.stop - seen.start
+        if not self.keys.is_cuda and self.keys.dtype != self.dtype:
+            B, H, _, K, V = self.shape
+            size = max(BLOCK, CONVERTED_ELEMENTS // (B * H * max(K, V)))
+        for start in range(seen.start, seen.stop, size):
+            yield slice(start, min(seen.stop, start + size))
 
     def attend_many(
         self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
     ) -> Tensor:
-        """Return what the queries of the tokens written last see; `turn_recent` has to follow."""
+        """Return what the queries of the tokens written last see; `make_triangles` has to follow."""
         _, H, G, K, V = self.shape
         rows, last = at.rows, at.recent + at.new
         C = chunk_tokens(K)
@@ -257,9 +362,9 @@ class Store:
                     softmax.rows(some).add_(logits, v, shift)
             if start <= first:
                 break
-            q = q @ self.products[level][rows].flatten(0, 1)
+            q = q @ self.products[level, rows].flatten(0, 1)
             if decay is not None:
-                more = self.decays[level][rows].flatten(0, 1).squeeze(-1)
+                more = self.decays[level, rows].flatten(0, 1)
                 decay = decay + more.repeat(1, at.new).unsqueeze(-1)
 
     def make_blocks(self, at: Group, count: int) -> None:
@@ -273,17 +378,36 @@ class Store:
             self.w[rows, :, :size].to(self.dtype).reshape(shape),
             self.beta[rows, :, :size].to(self.dtype).reshape(-1, BLOCK, 1),
         )
-        self.keys[rows, :, tokens] = keys.view(-1, H, size, K).to(self.keys.dtype)
-        f = f.view(-1, H, count, K, K)
+        self._make_blocks(at, count, keys.view(-1, H, size, K), f.view(-1, H, count, K, K))
+
+    def make_block(self, at: Group) -> None:
+        """Make a block of the first recent tokens, from the triangles, and drop them there."""
+        rows, rest = at.rows, at.recent + at.new - BLOCK
+        ut, wk = (x[rows, :, :BLOCK, :BLOCK] for x in (self.ut, self.wk))
+        w = self.w[rows, :, :BLOCK].double()
+        k = self.keys[rows, :, at.old : at.old + BLOCK].double()
+        keys = k - (ut @ wk).mT @ w
+        f = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - w.mT @ (ut @ w)
+        self._make_blocks(at, 1, keys, f.to(self.dtype).unsqueeze(2))
+        for x in (self.ut[rows], self.wk[rows]):
+            # The triangles of a range of tokens are the ranges of the triangles.
+            last = slice(BLOCK, BLOCK + rest)
+            x[..., :rest, :rest] = x[..., last, last].clone()
+
+    def _make_blocks(self, at: Group, count: int, keys: Tensor, f: Tensor) -> None:
+        rows, size = at.rows, count * BLOCK
+        tokens = slice(at.old, at.old + size)
+        self.keys[rows, :, tokens] = keys.to(self.keys.dtype)
         totals = None
         if self.gated:
             g = self.g[rows, :, :, :size].unflatten(-1, (count, BLOCK))
             self.block_decay[rows, :, :, tokens] = sum_after(g).flatten(-2)
             totals = g.sum(-1)
         for i in range(count):
-            total = None if totals is None else totals[..., i, None]
+            total = None if totals is None else totals[..., i]
             self._add_block(rows, at.old + i * BLOCK, f[:, :, i], total)
         self._drop_recent(at, size)
+        self._make_paths(Group(rows, at.old + size, 0, 0))
 
     def _add_block(self, rows: slice, start: int, f: Tensor, total: Tensor | None) -> None:
         """Join the smallest block, which begins at `start`, with those of its size before it."""
@@ -292,18 +416,26 @@ class Store:
             left = slice(start - (BLOCK << level), start)
             keys = self.keys[rows, :, left].to(self.dtype) @ f.mT
             self.keys[rows, :, left] = keys.to(self.keys.dtype)
-            f = f @ self.products[level][rows]
+            f = f @ self.products[level, rows]
             if total is not None:
-                self.block_decay[rows, :, :, left] += total
-                total = total + self.decays[level][rows]
+                self.block_decay[rows, :, :, left] += total.unsqueeze(-1)
+                total = total + self.decays[level, rows]
             start, count, level = left.start, count // 2, level + 1
-        if level == len(self.products):
-            self.products.append(torch.zeros_like(self.product))
-            if total is not None:
-                self.decays.append(torch.zeros_like(self.decay))
-        self.products[level][rows] = f
+        self.products[level, rows] = f
         if total is not None:
-            self.decays[level][rows] = total
+            self.decays[level, rows] = total
+
+    def _make_paths(self, at: Group) -> None:
+        """Multiply the products of the newest blocks, each with those before it."""
+        path: Tensor | None = None
+        decay: Tensor | float = 0.0
+        for i, (level, _) in enumerate(list(at.blocks())[:-1]):
+            product = self.products[level, at.rows]
+            path = product if path is None else path @ product
+            self.paths[i, at.rows] = path
+            if self.gated:
+                decay = decay + self.decays[level, at.rows]
+                self.path_decays[i, at.rows] = decay
 
     def _drop_recent(self, at: Group, size: int) -> None:
         rest = at.recent + at.new - size
@@ -311,21 +443,17 @@ class Store:
             x, dim = getattr(self, name)[at.rows], TOKEN_AXIS[name]
             x.narrow(dim, 0, rest).copy_(x.narrow(dim, size, rest).clone())
 
-    def turn_recent(self, at: Group) -> None:
-        """Make anew what the recent tokens are as of now."""
-        _, H, _, K, _ = self.shape
+    def make_triangles(self, at: Group) -> None:
+        """Make the triangles of the recent tokens anew."""
         rows, r = at.rows, at.recent
-        keys, f = turn(
-            self.keys[rows, :, at.old : at.old + r].to(self.dtype).flatten(0, 1),
-            self.w[rows, :, :r].to(self.dtype).flatten(0, 1),
-            self.beta[rows, :, :r, None].to(self.dtype).flatten(0, 1),
-        )
-        self.turned[rows, :, :r] = keys.unflatten(0, (-1, H))
-        self.product[rows] = f.mT.view(-1, H, K, K)
-        if self.gated:
-            g = self.g[rows, :, :, :r]
-            self.recent_decay[rows, :, :, :r] = sum_after(g)
-            self.decay[rows] = g.sum(-1, keepdim=True)
+        w = self.w[rows, :, :r].double()
+        k = self.keys[rows, :, at.old : at.old + r].double()
+        beta = self.beta[rows, :, :r].double()
+        # Above the diagonal, and on that of Y, there have to be zeros.
+        gram = (w @ w.mT * beta.unsqueeze(-1)).flatten(0, 1)
+        inverse = inverse_unit_lower(gram).unflatten(0, w.shape[:2])
+        self.ut[rows, :, :r, :r] = inverse.tril() * beta.unsqueeze(-2)
+        self.wk[rows, :, :r, :r] = (w @ k.mT).tril(-1)
 
 
 def turn(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

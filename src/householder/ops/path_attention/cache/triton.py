@@ -1,0 +1,390 @@
+"""One decoded token on a GPU: Triton kernels over the tensors of a `Store`.
+
+Three kernels. `enter` puts the token behind the recent ones, attends to these, and brings its
+queries to the end of every block; `attend` lets them meet the blocks' keys, in spans of tokens side
+by side; `finish` joins the parts of the softmax and counts the token. How many tokens there are is
+read from the device, so that a captured graph can be replayed as the cache grows; and a span has
+the same tokens whatever the batch, so that a row's output does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import (
+    cast_operand,
+    dot,
+    dot_add,
+    dot_precision,
+    on_its_device,
+    power_of_two,
+)
+
+# Tokens whose keys one program of `attend` sees, and how many at a time.
+SPAN = 256
+TILE = 64
+# Keys of the smallest block, as in the store.
+BLOCK = 64
+LOG2_E = 1.4426950408889634
+
+
+def one_token(x: Tensor) -> Tensor:
+    """Return `x [B, 1, H, …]` without its tokens, with contiguous vectors."""
+    x = x[:, 0]
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@on_its_device
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    window: int | None,
+    store: dict[str, Tensor],
+    counts: Tensor,
+    new: Tensor,
+    num_spans: int,
+) -> Tensor:
+    """Append one token to the rows of a batch, and return what it sees.
+
+    Args:
+        q: `[B, HQ, K]`; the other tokens likewise without their axis T, any strides.
+        k: `[B, H, K]`.
+        v: `[B, H, V]`.
+        w: `[B, H, K]`.
+        beta: `[B, H]`.
+        g: `[B, HQ]` or None.
+        scale: factor on the inner products.
+        sinks: `[HQ]` or None.
+        window: how many tokens a query sees, or None.
+        store: the store's tensors by name, contiguous, with room for one more token.
+        counts: int32 `[2, B]`: tokens in blocks and tokens after them; the second is counted up.
+        new: int32 `[B]`: 1 where a row gets its token, 0 where it is left as it is.
+        num_spans: spans of `SPAN` tokens that cover all blocks of every row.
+
+    Returns:
+        o `[B, HQ, V]` in v's dtype, zero where `new` is.
+    """
+    B, HQ, K = q.shape
+    H, V = k.shape[1], v.shape[2]
+    G = HQ // H
+    keys, values = store["keys"], store["values"]
+    paths, room = store["paths"], store["w"].shape[2]
+    gated = g is not None
+    num_paths = max(1, paths.shape[0])
+    BK, BV = power_of_two(K), power_of_two(V)
+    R = power_of_two(store["ut"].shape[2], least=BLOCK)
+    precision = dot_precision(keys, values)
+    queries = q.new_empty(B, H, num_paths + 1, G, K, dtype=torch.float32)
+    shifts = q.new_empty(B, H, num_paths + 1, G if gated else 0, dtype=torch.float32)
+    parts = q.new_empty(B, HQ, num_spans + 1, V, dtype=torch.float32)
+    tops = q.new_empty(2, B, HQ, num_spans + 1, dtype=torch.float32)
+    o = v.new_empty(B, HQ, V)
+    enter_kernel[(B * H, num_paths + 1)](
+        q, k, v, w, beta, g, counts, new,
+        keys, values, store["w"], store["beta"], store.get("g"), store["ut"], store["wk"],
+        paths, store.get("path_decays"), queries, shifts, parts, tops,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *w.stride()[:2], *beta.stride()[:2],
+        *(g.stride()[:2] if gated else (0, 0)),
+        scale * LOG2_E, 0 if window is None else window, num_spans + 1,
+        keys.shape[2], room, store["ut"].shape[2],
+        B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, R=R, KC=min(BK, 32), BLOCK=BLOCK,
+        GATED=gated, WINDOWED=window is not None,
+        num_warps=8,
+    )  # fmt: skip
+    if num_spans:
+        attend_kernel[(num_spans, B * H)](
+            keys, values, store.get("block_decay"), counts, new, queries, shifts, parts, tops,
+            0 if window is None else window, num_spans + 1, num_paths + 1, keys.shape[2],
+            B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, BG=power_of_two(G), SPAN=SPAN, TILE=TILE,
+            BLOCK=BLOCK, GATED=gated, WINDOWED=window is not None, PRECISION=precision,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    finish_kernel[(B * HQ,)](
+        parts, tops, sinks, counts, new, o, num_spans + 1,
+        B=B, HQ=HQ, V=V, BV=BV, PARTS=16, SPAN=SPAN, WITH_SINKS=sinks is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return o
+
+
+@triton.jit
+def later(o_r, values, R: tl.constexpr):
+    """Return for each of `values [R]` the sum of those after it."""
+    # A sum of terms of one sign: a difference of sums would be ∞ − ∞ after a gate of −∞.
+    after = o_r[None, :] > o_r[:, None]
+    return tl.sum(tl.where(after, values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def enter_kernel(
+    p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
+    p_keys, p_values, p_ws, p_betas, p_gs, p_ut, p_wk,
+    p_paths, p_path_decays, p_queries, p_shifts, p_parts, p_tops,
+    s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
+    scale, window, num_parts, room, recent_room, triangle_room,
+    B: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Program (row and key head, i): bring the queries to the end of the newest block but i.
+
+    The program with i = 0 also attends to recent tokens, and appends the new one. The others read
+    nothing that it writes.
+    """
+    i_bh, i_path = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = i_bh // H, i_bh % H
+    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
+    blocks = old // BLOCK
+    num_blocks = 0
+    for bit in tl.static_range(31):
+        num_blocks += (blocks >> bit) & 1
+    if tl.load(p_new + i_b) == 0 or (i_path > 0 and i_path >= num_blocks):
+        return
+
+    o_r, o_k, o_v = tl.arange(0, R), tl.arange(0, BK), tl.arange(0, BV)
+    m_r, m_k, m_v = o_r < r, o_k < K, o_v < V
+    head = i_bh.to(tl.int64)
+    w_new = tl.load(p_w + i_b * s_wb + i_h * s_wh + o_k, mask=m_k, other=0.0).to(tl.float32)
+    beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
+    ws = tl.load(
+        p_ws + (head * recent_room + o_r)[:, None] * K + o_k[None, :],
+        mask=m_r[:, None] & m_k[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    triangle = (head * triangle_room + o_r)[:, None] * triangle_room + o_r[None, :]
+    m_rr = m_r[:, None] & m_r[None, :]
+    ut = tl.load(p_ut + triangle, mask=m_rr, other=0.0).to(tl.float32)
+
+    for i_g in range(G):
+        i_hq = i_h * G + i_g
+        q = tl.load(p_q + i_b * s_qb + i_hq * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32)
+        q = q * scale
+        # The new token's reflector first; then all recent ones, q − Wᵀ Tᵀ W q.
+        turned = q - beta * tl.sum(q * w_new, 0) * w_new
+        along = tl.sum(ut * tl.sum(ws * turned[None, :], 1)[:, None], 0)
+        at_block = turned - tl.sum(ws * along[:, None], 0)
+        p_query = p_queries + ((head * tl.num_programs(1) + i_path) * G + i_g) * K
+        g_new = 0.0
+        decay = 0.0
+        g_recent = tl.zeros((R,), tl.float32)
+        if GATED:
+            g_new = tl.load(p_g + i_b * s_gb + i_hq * s_gh).to(tl.float32)
+            p_g_row = p_gs + (head * G + i_g) * recent_room
+            g_recent = tl.load(p_g_row + o_r, mask=m_r, other=0.0).to(tl.float32)
+            decay = tl.sum(g_recent, 0) + g_new
+        if i_path > 0:
+            # In parts of K, so that the product never is in registers as a whole.
+            o_c = tl.arange(0, KC)
+            p_path = p_paths + ((i_path - 1) * B * H + head) * K * K
+            brought = tl.zeros((BK,), tl.float32)
+            for start in range(0, K, KC):
+                m_c = start + o_c < K
+                w_part = tl.load(
+                    p_ws + (head * recent_room + o_r)[:, None] * K + start + o_c[None, :],
+                    mask=m_r[:, None] & m_c[None, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                q_part = tl.load(
+                    p_q + i_b * s_qb + i_hq * s_qh + start + o_c, mask=m_c, other=0.0
+                ).to(tl.float32)
+                w_new_part = tl.load(
+                    p_w + i_b * s_wb + i_h * s_wh + start + o_c, mask=m_c, other=0.0
+                ).to(tl.float32)
+                q_part = q_part * scale - beta * tl.sum(q * w_new, 0) * w_new_part
+                q_part -= tl.sum(w_part * along[:, None], 0)
+                path = tl.load(
+                    p_path + (start + o_c)[:, None] * K + o_k[None, :],
+                    mask=m_c[:, None] & m_k[None, :], other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                brought += tl.sum(q_part[:, None] * path, 0)
+            tl.store(p_query + o_k, brought, mask=m_k)
+            if GATED:
+                path_decay = p_path_decays + ((i_path - 1) * B * H + head) * G + i_g
+                decay += tl.load(path_decay).to(tl.float32)
+        else:
+            tl.store(p_query + o_k, at_block, mask=m_k)
+            tokens = head * room + old
+            rows = (tokens + o_r)[:, None]
+            k_recent = tl.load(
+                p_keys + rows * K + o_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0
+            ).to(tl.float32)
+            wk = tl.load(p_wk + triangle, mask=m_rr, other=0.0).to(tl.float32)
+            k_new = tl.load(p_k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0)
+            # As it will be read later.
+            k_new = k_new.to(p_keys.dtype.element_ty).to(tl.float32)
+            logits = tl.sum(k_recent * turned[None, :], 1) - tl.sum(wk * along[:, None], 0)
+            own = tl.sum(k_new * q, 0)
+            if GATED:
+                logits += (later(o_r, g_recent, R) + g_new) * 1.4426950408889634
+            seen = m_r
+            if WINDOWED:
+                seen = seen & (r - o_r < window)
+            logits = tl.where(seen, logits, float("-inf"))
+            top = tl.maximum(tl.max(logits, 0), own)
+            weights, own_weight = tl.exp2(logits - top), tl.exp2(own - top)
+            v_recent = tl.load(
+                p_values + rows * V + o_v[None, :], mask=m_r[:, None] & m_v[None, :], other=0.0
+            ).to(tl.float32)
+            v_new = tl.load(p_v + i_b * s_vb + i_h * s_vh + o_v, mask=m_v, other=0.0)
+            v_new = v_new.to(p_values.dtype.element_ty).to(tl.float32)
+            o = tl.sum(weights[:, None] * v_recent, 0) + own_weight * v_new
+            part = (i_b * H * G + i_hq).to(tl.int64) * num_parts
+            tl.store(p_parts + part * V + o_v, o, mask=m_v)
+            tl.store(p_tops + part, top)
+            tl.store(
+                p_tops + tl.cast(B * H * G, tl.int64) * num_parts + part,
+                tl.sum(weights, 0) + own_weight,
+            )
+            if GATED:
+                tl.store(p_gs + (head * G + i_g) * recent_room + r, g_new)
+        if GATED:
+            p_shift = p_shifts + (head * tl.num_programs(1) + i_path) * G + i_g
+            tl.store(p_shift, decay * 1.4426950408889634)
+
+    if i_path == 0:
+        tokens = head * room + old
+        k_new = tl.load(p_k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0)
+        v_new = tl.load(p_v + i_b * s_vb + i_h * s_vh + o_v, mask=m_v, other=0.0)
+        tl.store(p_keys + (tokens + r) * K + o_k, k_new, mask=m_k)
+        tl.store(p_values + (tokens + r) * V + o_v, v_new, mask=m_v)
+        tl.store(p_ws + (head * recent_room + r) * K + o_k, w_new, mask=m_k)
+        tl.store(p_betas + head * recent_room + r, beta)
+        # The row of T is −β (w Wᵀ) T, and β on the diagonal; in float64, see the store.
+        exact = tl.load(p_ut + triangle, mask=m_rr, other=0.0)
+        gram = tl.sum(ws.to(tl.float64) * w_new[None, :].to(tl.float64), 1)
+        row = -beta.to(tl.float64) * tl.sum(exact * gram[:, None], 0)
+        p_row = p_ut + (head * triangle_room + r) * triangle_room + o_r
+        tl.store(p_row, tl.where(o_r == r, beta.to(tl.float64), row), mask=o_r <= r)
+        keys = tl.load(
+            p_keys + (tokens + o_r)[:, None] * K + o_k[None, :],
+            mask=m_r[:, None] & m_k[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        row = tl.sum(keys.to(tl.float64) * w_new[None, :].to(tl.float64), 1)
+        p_row = p_wk + (head * triangle_room + r) * triangle_room + o_r
+        tl.store(p_row, tl.where(o_r == r, 0.0, row), mask=o_r <= r)
+
+
+@triton.jit
+def attend_kernel(
+    p_keys, p_values, p_block_decay, p_counts, p_new, p_queries, p_shifts, p_parts, p_tops,
+    window, num_parts, num_queries, room,
+    B: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (span, row and key head): attend to the blocks' keys of one span."""
+    i_s, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b = i_bh // H
+    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
+    first = i_s * SPAN
+    stop = tl.minimum(first + SPAN, old)
+    if WINDOWED:
+        first = tl.maximum(first, (tl.maximum(old + r + 1 - window, 0) // TILE) * TILE)
+    if tl.load(p_new + i_b) == 0:
+        return
+    o_g, o_k, o_v, o_n = tl.arange(0, BG), tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, TILE)
+    m_g, m_k, m_v = o_g < G, o_k < K, o_v < V
+    head = i_bh.to(tl.int64)
+    blocks = old // BLOCK
+    top = tl.full((BG,), float("-inf"), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    o = tl.zeros((BG, BV), tl.float32)
+    for start in range(first, stop, TILE):
+        # The block of a tile is at the first binary digit in which its number differs from the
+        # number of tiles in blocks; as many blocks are newer as there are ones behind that digit.
+        tile = start // BLOCK
+        behind = blocks ^ tile
+        for shift in tl.static_range(5):
+            behind |= behind >> (1 << shift)
+        behind = blocks & (behind >> 1)
+        i_path = 0
+        for bit in tl.static_range(31):
+            i_path += (behind >> bit) & 1
+        query = (head * num_queries + i_path) * G + o_g
+        q = tl.load(
+            p_queries + query[:, None] * K + o_k[None, :],
+            mask=m_g[:, None] & m_k[None, :], other=0.0,
+        )  # fmt: skip
+        tokens = head * room + start + o_n
+        keys = tl.load(p_keys + tokens[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0.0)
+        values = tl.load(
+            p_values + tokens[:, None] * V + o_v[None, :], mask=m_v[None, :], other=0.0
+        )
+        logits = dot(cast_operand(q, PRECISION), cast_operand(tl.trans(keys), PRECISION), PRECISION)
+        if GATED:
+            along = (head * G + o_g) * room + start
+            decay = tl.load(
+                p_block_decay + along[:, None] + o_n[None, :], mask=m_g[:, None], other=0.0
+            ).to(tl.float32)
+            shifts = tl.load(p_shifts + query, mask=m_g, other=0.0)
+            logits += decay * 1.4426950408889634 + shifts[:, None]
+        if WINDOWED:
+            far = old + r - (start + o_n) >= window
+            logits = tl.where(far[None, :], float("-inf"), logits)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # Where nothing is seen yet the top is −∞; 0 in its place leaves the weights zero.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - base[:, None])
+        rescale = tl.exp2(top - base)
+        total = total * rescale + tl.sum(weights, 1)
+        o = o * rescale[:, None]
+        o = dot_add(cast_operand(weights, PRECISION), cast_operand(values, PRECISION), o, PRECISION)
+        top = new_top
+    part = ((i_b * H + i_bh % H) * G + o_g).to(tl.int64) * num_parts + 1 + i_s
+    tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_g[:, None] & m_v[None, :])
+    tl.store(p_tops + part, top, mask=m_g)
+    tl.store(p_tops + tl.cast(B * H * G, tl.int64) * num_parts + part, total, mask=m_g)
+
+
+@triton.jit
+def finish_kernel(
+    p_parts, p_tops, p_sinks, p_counts, p_new, p_o, num_parts,
+    B: tl.constexpr, HQ: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+    SPAN: tl.constexpr, WITH_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Program (row and query head): join the parts of its softmax, in their order."""
+    row = tl.program_id(0)
+    i_b, i_hq = row // HQ, row % HQ
+    o_v, o_p = tl.arange(0, BV), tl.arange(0, PARTS)
+    m_v = o_v < V
+    if tl.load(p_new + i_b) == 0:
+        tl.store(p_o + row.to(tl.int64) * V + o_v, tl.zeros((BV,), tl.float32), mask=m_v)
+        return
+    old = tl.load(p_counts + i_b)
+    used = 1 + tl.cdiv(old, SPAN)
+    part = row.to(tl.int64) * num_parts
+    p_totals = p_tops + tl.cast(B * HQ, tl.int64) * num_parts
+    # The part of the recent tokens is never empty.
+    top = tl.load(p_tops + part)
+    total = tl.load(p_totals + part)
+    o = tl.load(p_parts + part * V + o_v, mask=m_v, other=0.0)
+    for start in range(1, used, PARTS):
+        m_p = start + o_p < used
+        tops = tl.load(p_tops + part + start + o_p, mask=m_p, other=float("-inf"))
+        totals = tl.load(p_totals + part + start + o_p, mask=m_p, other=0.0)
+        some = tl.load(
+            p_parts + (part + start + o_p)[:, None] * V + o_v[None, :],
+            mask=m_p[:, None] & m_v[None, :], other=0.0,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        rescale, weights = tl.exp2(top - new_top), tl.exp2(tops - new_top)
+        total = total * rescale + tl.sum(totals * weights, 0)
+        o = o * rescale + tl.sum(some * weights[:, None], 0)
+        top = new_top
+    if WITH_SINKS:
+        sink = tl.load(p_sinks + i_hq).to(tl.float32) * 1.4426950408889634
+        new_top = tl.maximum(top, sink)
+        rescale = tl.exp2(top - new_top)
+        total = total * rescale + tl.exp2(sink - new_top)
+        o = o * rescale
+    tl.store(p_o + row.to(tl.int64) * V + o_v, o / total, mask=m_v)
+    if i_hq == 0:
+        # All that read this count have run.
+        tl.store(p_counts + B + i_b, tl.load(p_counts + B + i_b) + 1)
