@@ -27,14 +27,15 @@ BELOW = {
     "nn": {"nn", "maps", "ops"},
     "models": {"models", "nn", "maps", "ops"},
     "adapters": {"adapters", "nn", "maps", "ops"},
+    "hf": {"hf", "models", "nn", "maps", "ops"},
     "train": {"train", "models", "nn", "maps", "ops"},
-    "recipes": {"recipes", "train", "models", "nn", "maps", "ops", ""},
-    "cli": {"cli", "recipes", "train", "models", "nn", "maps", "ops", ""},
+    "recipes": {"recipes", "train", "hf", "models", "nn", "maps", "ops", ""},
+    "cli": {"cli", "recipes", "train", "hf", "models", "nn", "maps", "ops", ""},
     "__main__": {"cli"},
     "testing": {"testing", "nn", "maps", "ops", ""},
-    # The package's own __init__ re-exports maps and ops. Only what stands above everything else
+    # The package's own __init__ re-exports maps, ops and one function of hf. Only what stands above everything else
     # may import it: below, that would be a cycle.
-    "": {"maps", "ops"},
+    "": {"hf", "maps", "ops"},
 }
 # Inside an op's folder: the forms know nothing of one another.
 BELOW_IN_OP = {

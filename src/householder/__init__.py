@@ -1,5 +1,6 @@
 """Products of Householder transformations as fast, trainable building blocks of neural networks."""
 
+from householder.hf.gated_delta import use_in_transformers
 from householder.maps import Composition, HouseholderProduct, LinearMap
 from householder.ops import (
     PathCache,
@@ -20,4 +21,5 @@ __all__ = [
     "delta_product_step",
     "householder_product",
     "path_attention",
+    "use_in_transformers",
 ]

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from householder.models.causal_lm import CausalLM
 from householder.models.causal_lm_config import CausalLMConfig
@@ -47,6 +45,8 @@ def write_causal_lm(
     config: CausalLMConfig, state_dict: dict[str, torch.Tensor], folder: Path
 ) -> None:
     """Write a model from its config and its state dict, as `save_causal_lm` does."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in state_dict.items()}
     weights, fields = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
@@ -75,6 +75,9 @@ def load_causal_lm(
     Raises:
         ValueError: the folder holds no such model, or its weights do not fit its config.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     folder = Path(folder)
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,205 @@
+"""Run the gated delta layers of transformers' own models on `delta_product`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from householder.ops import delta_product, delta_product_step
+
+MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
+"""Models known to have such layers; of others, those that are imported already are found too."""
+
+CHUNK, RECURRENT = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
+
+# What transformers adds to the squared length of a query or key before it takes the root.
+_NORM_EPS = 1e-6
+
+
+class TransformersPatch:
+    """What `use_in_transformers` replaced, and the way back.
+
+    As a context manager it goes back at the end of the block.
+
+    Attributes:
+        modules: names of the modules whose models now run on `delta_product`.
+    """
+
+    def __init__(self, replaced: list[tuple[ModuleType, str, Any, Any]]) -> None:
+        self._replaced = replaced
+        self.modules = tuple(dict.fromkeys(module.__name__ for module, *_ in replaced))
+
+    def undo(self) -> None:
+        """Put back what was there. What somebody else replaced since then stays."""
+        for module, name, original, ours in self._replaced:
+            if getattr(module, name) is ours:
+                setattr(module, name, original)
+        self._replaced = []
+
+    def __enter__(self) -> TransformersPatch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"TransformersPatch(modules={self.modules})"
+
+
+def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
+    """Run gated delta layers in transformers (Qwen3-Next and its successors) on `delta_product`.
+
+    The models' two functions, over a whole sequence and for one token, are replaced in their
+    modules: models that exist already and those made later, in training and in decoding, on CPU and
+    GPU, without the fallback that transformers warns of. Packed sequences
+    (`cu_seq_lens_q`), which the fallback mixes up, stay apart. Called twice it replaces nothing
+    more.
+
+    Args:
+        impl: the form of `delta_product` over whole sequences; see there.
+
+    Returns:
+        A handle whose `undo()` puts back what was there.
+
+    Raises:
+        ImportError: transformers is not installed.
+        NotImplementedError: the installed transformers has no such model, or keeps its functions
+            elsewhere.
+
+    Examples:
+        >>> import householder
+        >>> patch = householder.use_in_transformers()
+        >>> "transformers.models.qwen3_next.modeling_qwen3_next" in patch.modules
+        True
+        >>> patch.undo()
+
+    References:
+        Gated Delta Networks: Improving Mamba2 with Delta Rule (Yang, Kautz, Hatamizadeh, 2024),
+        https://arxiv.org/abs/2412.06464
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(
+            "use_in_transformers: transformers must be installed, and is not; "
+            "pip install transformers"
+        )
+    ours = {CHUNK: _over_sequences(impl), RECURRENT: _over_tokens(impl)}
+    replaced = []
+    found = False
+    for module in _modules():
+        for name, function in ours.items():
+            original = getattr(module, name)
+            found = True
+            if not hasattr(original, "_householder"):
+                setattr(module, name, function)
+                replaced.append((module, name, original, function))
+    if not found:
+        import transformers
+
+        raise NotImplementedError(
+            f"use_in_transformers: transformers must have one of {', '.join(MODELS)} with the "
+            f"functions {CHUNK} and {RECURRENT}, and {transformers.__version__} has none; use "
+            "version 5.20 to 5.23"
+        )
+    return TransformersPatch(replaced)
+
+
+def _modules() -> list[ModuleType]:
+    """Return the modules that have both functions, importing those of `MODELS` that exist."""
+    for name in MODELS:
+        package = f"transformers.models.{name}"
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(f"{package}.modeling_{name}")
+    loaded = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("transformers.models.") and ".modeling_" in name
+    ]
+    # Looked up in `vars`: transformers' lazy packages would import whatever they are asked for.
+    return [m for m in loaded if {CHUNK, RECURRENT} <= vars(m).keys()]
+
+
+def _over_sequences(impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def chunk_gated_delta_rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        chunk_size: int = 64,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answer as transformers' function does; `chunk_size` is of no account."""
+        return delta_product(
+            query,
+            key.unsqueeze(2),
+            value.unsqueeze(2),
+            beta.unsqueeze(2),
+            g,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            qk_norm="l2" if use_qk_l2norm_in_kernel else None,
+            qk_norm_eps=_NORM_EPS,
+            impl=impl,
+        )
+
+    chunk_gated_delta_rule._householder = True  # type: ignore[attr-defined]
+    return chunk_gated_delta_rule
+
+
+def _over_tokens(impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    over_sequences = _over_sequences(impl)
+
+    def recurrent_gated_delta_rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answer as transformers' function does."""
+        if initial_state is None or query.shape[1] != 1:
+            return over_sequences(
+                query,
+                key,
+                value,
+                g,
+                beta,
+                initial_state=initial_state,
+                output_final_state=output_final_state,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+                **options,
+            )
+        o, state = delta_product_step(
+            query.squeeze(1),
+            key,  # its axis of one token is that of one reflection
+            value,
+            beta,
+            g.squeeze(1),
+            state=initial_state,
+            qk_norm="l2" if use_qk_l2norm_in_kernel else None,
+            qk_norm_eps=_NORM_EPS,
+        )
+        return o.unsqueeze(1), state if output_final_state else None
+
+    recurrent_gated_delta_rule._householder = True  # type: ignore[attr-defined]
+    return recurrent_gated_delta_rule

@@ -1,0 +1,138 @@
+"""Models of transformers with gated delta layers give the same answers on our ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import householder
+from householder.hf import gated_delta
+
+transformers = pytest.importorskip("transformers")
+
+
+def qwen3_next(**changed):
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        **changed,
+    )
+    return Qwen3NextForCausalLM(config).eval()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count how often the two ops are asked."""
+    calls = {"delta_product": 0, "delta_product_step": 0}
+    for name in calls:
+        function = getattr(gated_delta, name)
+
+        def call(*args, _name=name, _function=function, **options):
+            calls[_name] += 1
+            return _function(*args, **options)
+
+        monkeypatch.setattr(gated_delta, name, call)
+    return calls
+
+
+def tokens(*shape):
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_and_gradients_are_equal(counted):
+    model, batch = qwen3_next(), tokens(2, 75)
+    results = []
+    for patched in (False, True):
+        model.zero_grad()
+        with householder.use_in_transformers() if patched else torch.enable_grad():
+            output = model(batch, labels=batch)
+            output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.logits.detach(), gradients))
+    assert counted["delta_product"] == 3  # three of the four layers, in one forward pass
+    (plain, plain_gradients), (ours, our_gradients) = results
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    assert our_gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_greedy_and_padded_decoding_are_equal(counted):
+    model, batch = qwen3_next(), tokens(2, 9)
+    mask = torch.ones_like(batch)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(batch, **options)
+    with householder.use_in_transformers():
+        ours = model.generate(batch, **options)
+    assert torch.equal(ours, plain)
+    assert counted == {"delta_product": 3, "delta_product_step": 3 * 7}
+
+
+def test_half_precision_is_as_near_to_the_exact_as_the_fallback():
+    batch = tokens(1, 70)
+    exact = qwen3_next()(batch).logits.double()
+    half = qwen3_next().bfloat16()
+    plain = half(batch).logits
+    with householder.use_in_transformers():
+        ours = half(batch).logits
+    error, plain_error = ((x.double() - exact).abs().max() for x in (ours, plain))
+    assert error <= 2 * plain_error
+
+
+def test_packed_sequences_stay_apart():
+    function = gated_delta._over_sequences("auto")
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(1, 12, 2, 8, generator=generator) for _ in range(2))
+    v, g, beta = (
+        torch.randn(1, 12, 4, 6, generator=generator),
+        -torch.rand(1, 12, 4, generator=generator),
+        torch.rand(1, 12, 4, generator=generator),
+    )
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed, _ = function(q, k, v, g, beta, use_qk_l2norm_in_kernel=True, cu_seqlens=bounds)
+    alone, _ = function(*(x[:, 5:] for x in (q, k, v, g, beta)), use_qk_l2norm_in_kernel=True)
+    torch.testing.assert_close(packed[:, 5:], alone)
+
+
+def test_undo_puts_everything_back_and_twice_is_once():
+    modules = gated_delta._modules()
+    assert len(modules) >= 1
+    names = (gated_delta.CHUNK, gated_delta.RECURRENT)
+    before = [getattr(m, n) for m in modules for n in names]
+    first = householder.use_in_transformers()
+    second = householder.use_in_transformers()
+    assert all(hasattr(getattr(m, n), "_householder") for m in modules for n in names)
+    assert second.modules == ()
+    second.undo()
+    assert hasattr(getattr(modules[0], names[0]), "_householder")
+    first.undo()
+    assert [getattr(m, n) for m in modules for n in names] == before
+
+
+def test_an_unknown_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(gated_delta, "_modules", list)
+    with pytest.raises(NotImplementedError, match=r"must have one of qwen3_next.* has none"):
+        householder.use_in_transformers()
+
+
+def test_without_transformers_it_says_so(monkeypatch):
+    monkeypatch.setattr(gated_delta.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        householder.use_in_transformers()
