@@ -21,6 +21,7 @@ from householder.train.config import TrainConfig, base_type, field_types, read_t
 from householder.train.errors import ConfigError, Interrupted, RunError
 from householder.train.interrupt import stop_on_signals
 from householder.train.loop import TrainResult
+from householder.train.storage import write_atomically
 
 app = typer.Typer(
     help="Train sequence models whose memory is updated by products of Householder reflections.",
@@ -289,6 +290,10 @@ def _flip_flop(
     results = _run(comparison, folder, resume=resume, overwrite=overwrite)
     found = [errors for result in results for errors in flip_flop.measure(result, size)]
     flip_flop.write_errors(found, folder)
+    for result in results:
+        if result.config.mixer == "path_attention":
+            picture = flip_flop.transitions_picture(result)
+            write_atomically(folder / "transitions.png", picture)
     Console().print(flip_flop.published_beside_measured(found))
 
 

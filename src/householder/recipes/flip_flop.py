@@ -25,6 +25,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from householder.recipes.transitions import record_transitions, transitions_figure
 from householder.train.build import resolve_device
 from householder.train.config import TrainConfig, run_titles
 from householder.train.data import generator_for
@@ -266,6 +267,26 @@ def _by_octave(reads: Tensor, wrong: Tensor) -> tuple[list[float], list[float]]:
             middles.append((low * (high - 1)) ** 0.5)
             shares.append(100 * wrong[low:high].sum().item() / count)
     return middles, shares
+
+
+def transitions_picture(result: TrainResult, num_tokens: int = 48) -> bytes:
+    """Draw what the first layer of a trained PaTH model does with a short held-out sequence.
+
+    Args:
+        result: a run with mixer "path_attention".
+        num_tokens: how long the sequence is, even.
+
+    Returns:
+        A PNG file.
+    """
+    task, device = make_task("flip-flop"), resolve_device(result.config.device)
+    assert isinstance(task, FlipFlop)
+    generator = generator_for(result.config.seed, "picture", num_tokens)
+    tokens = task.sample(1, num_tokens, generator).tokens[0]
+    found = record_transitions(result.model.to(device), tokens.to(device))
+    labels = [task.symbols[token] for token in tokens.tolist()]
+    title = "PaTH, trained on flip-flop: attention and β on one sequence"
+    return to_png(transitions_figure(found, labels, title))
 
 
 def published_beside_measured(found: Sequence[ReadErrors]) -> Table:

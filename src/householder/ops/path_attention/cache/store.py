@@ -134,8 +134,13 @@ class Store:
 
         names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
         names += ["g", "block_decay", "path_decays"] if self.gated else []
+        q, k, v, w, beta = (kernels.one_token(x) for x in (q, k, v, w, beta))
         o = kernels.decode(
-            *(kernels.one_token(x) for x in (q, k, v, w, beta)),
+            q,
+            k,
+            v,
+            w,
+            beta,
             None if g is None else kernels.one_token(g),
             scale,
             sinks,

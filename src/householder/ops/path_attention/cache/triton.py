@@ -94,7 +94,7 @@ def decode(
         keys, values, store["w"], store["beta"], store.get("g"), store["ut"], store["wk"],
         paths, store.get("path_decays"), queries, shifts, parts, tops,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *w.stride()[:2], *beta.stride()[:2],
-        *(g.stride()[:2] if gated else (0, 0)),
+        *((0, 0) if g is None else g.stride()[:2]),
         scale * LOG2_E, 0 if window is None else window, num_spans + 1,
         keys.shape[2], room, store["ut"].shape[2],
         B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, R=R, KC=min(BK, 32), BLOCK=BLOCK,
