@@ -28,6 +28,7 @@ from householder.train.settings import (
     field_types,
     read_toml,
 )
+from householder.train.storage import write_atomically
 from householder.train.text.config import TextConfig
 from householder.train.text.folder import (
     SOURCES,
@@ -430,6 +431,10 @@ def _flip_flop(
     results = _run(comparison, folder, resume=resume, overwrite=overwrite)
     found = [errors for result in results for errors in flip_flop.measure(result, size)]
     flip_flop.write_errors(found, folder)
+    for result in results:
+        if result.config.mixer == "path_attention":
+            picture = flip_flop.transitions_picture(result)
+            write_atomically(folder / "transitions.png", picture)
     Console().print(flip_flop.published_beside_measured(found))
 
 

@@ -22,6 +22,9 @@ def test_names():
         "mod-arithmetic",
         "mod-arithmetic-brackets",
         "mqar",
+        "flip-flop",
+        "flip-flop-sparse",
+        "flip-flop-dense",
     ]
 
 
@@ -30,7 +33,9 @@ def test_every_name_makes_its_task(name):
     task = make_task(name)
     assert isinstance(task, Task)
     assert task.name == name
-    tokens, labels = task.sample(3, 33 if name != "mqar" else 34, torch.Generator().manual_seed(0))
+    tokens, labels = task.sample(
+        3, 34 if "flip" in name or name == "mqar" else 33, torch.Generator().manual_seed(0)
+    )
     assert tokens.shape == labels.shape
     assert tokens.max() < task.vocab_size
     assert labels.max() < task.num_classes

@@ -146,14 +146,23 @@ class SoftmaxAttention(nn.Module):
             )
         if state is not None:
             self._check_state(state, batch_size)
+        q, k, v = self.project(x)
+        o, new_state = self._attend(x, q, k, v, state, cu_seqlens, return_state)
+        y = self.o_proj(o.flatten(-2))
+        return (y, new_state) if return_state else y
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries `[B, T, HQ, K]`, keys and values `[B, T, H, K]` of `x [B, T, d_model]`.
+
+        They are what the layer attends with in training, prefill and decoding alike: normalised, if
+        it normalises, and without positions.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         if self.qk_norm:
             q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(v.dtype)
             k = self.k_norm(k.to(self.k_norm.weight.dtype)).to(v.dtype)
-        o, new_state = self._attend(x, q, k, v, state, cu_seqlens, return_state)
-        y = self.o_proj(o.flatten(-2))
-        return (y, new_state) if return_state else y
+        return q, k, v
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Attend with one more token of each sequence.

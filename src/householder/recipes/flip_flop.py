@@ -25,6 +25,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from householder.recipes.transitions import record_transitions, transitions_figure
 from householder.train.build import resolve_device
 from householder.train.config import TrainConfig, run_titles
 from householder.train.data import generator_for
@@ -56,10 +57,11 @@ SIZES = ("cpu", "gpu")
 _GPU: dict[str, Any] = {
     "length": 512,
     "eval_length": 2048,
+    "num_samples": 192_000,
     "d_model": 64,
     "num_heads": 2,
     "num_layers": 1,
-    "steps": 10_000,
+    "steps": 3_000,
     "batch_size": 64,
     "lr": 2e-3,
     "warmup": 100,
@@ -73,6 +75,7 @@ _CPU: dict[str, Any] = {
     **_GPU,
     "length": 128,
     "eval_length": 512,
+    "num_samples": None,
     "steps": 600,
     "batch_size": 32,
     "warmup": 50,
@@ -84,7 +87,8 @@ _TEST_SAMPLES = {
     "gpu": {"flip-flop": 16_000, "flip-flop-sparse": 160_000, "flip-flop-dense": 4_000},
     "cpu": {"flip-flop": 1_000, "flip-flop-sparse": 10_000, "flip-flop-dense": 250},
 }
-TEST_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 19}  # at once
+DRAWN = 1000  # sequences drawn at once, whatever the device
+TEST_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 19}  # that a model reads at once
 
 
 def settings(size: str) -> dict[str, Any]:
@@ -148,15 +152,16 @@ def count_errors(result: TrainResult, test: str, num: int) -> ReadErrors:
     config, model = result.config, result.model
     task, device = make_task(test), resolve_device(config.device)
     assert isinstance(task, FlipFlop)
-    generator = generator_for(config.seed, f"test/{test}", config.length)
     model.to(device)
     pairs = config.length // 2
     reads, wrong = torch.zeros(2, pairs, dtype=torch.int64)
     at_once = max(1, TEST_TOKENS[device.type] // config.length)
     with evaluation_mode(model), torch.inference_mode(), autocast(config, device):
-        for first in range(0, num, at_once):
-            tokens, labels = task.sample(min(at_once, num - first), config.length, generator)
-            answers = model(tokens.to(device)).argmax(dim=-1).cpu()
+        for first in range(0, num, DRAWN):
+            generator = generator_for(config.seed, f"test/{test}/{config.length}", first)
+            tokens, labels = task.sample(min(DRAWN, num - first), config.length, generator)
+            parts = tokens.to(device).split(at_once)
+            answers = torch.cat([model(part).argmax(dim=-1) for part in parts]).cpu()
             distance = pairs_since_write(tokens)
             asked = tokens[:, ::2] == task.read
             missed = asked & (answers[:, ::2] != labels[:, ::2])
@@ -262,6 +267,26 @@ def _by_octave(reads: Tensor, wrong: Tensor) -> tuple[list[float], list[float]]:
             middles.append((low * (high - 1)) ** 0.5)
             shares.append(100 * wrong[low:high].sum().item() / count)
     return middles, shares
+
+
+def transitions_picture(result: TrainResult, num_tokens: int = 48) -> bytes:
+    """Draw what the first layer of a trained PaTH model does with a short held-out sequence.
+
+    Args:
+        result: a run with mixer "path_attention".
+        num_tokens: how long the sequence is, even.
+
+    Returns:
+        A PNG file.
+    """
+    task, device = make_task("flip-flop"), resolve_device(result.config.device)
+    assert isinstance(task, FlipFlop)
+    generator = generator_for(result.config.seed, "picture", num_tokens)
+    tokens = task.sample(1, num_tokens, generator).tokens[0]
+    found = record_transitions(result.model.to(device), tokens.to(device))
+    labels = [task.symbols[token] for token in tokens.tolist()]
+    title = "PaTH, trained on flip-flop: attention and β on one sequence"
+    return to_png(transitions_figure(found, labels, title))
 
 
 def published_beside_measured(found: Sequence[ReadErrors]) -> Table:

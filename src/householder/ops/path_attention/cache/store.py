@@ -23,7 +23,7 @@ BLOCK = 64  # tokens of the smallest block
 # Elements and columns of one tile of logits of several tokens against blocks.
 TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
-# Elements of keys or values in half precision that a CPU converts at a time: they stay in its cache.
+# Elements of half-precision keys or values that a CPU converts at a time: they stay in its cache.
 CONVERTED_ELEMENTS = 1 << 17
 # What the Triton kernels for one token hold in registers.
 MAX_HEAD_DIM = 256
@@ -83,10 +83,10 @@ class Store:
         # Of recent tokens, as they came.
         self.w = w.new_empty(B, H, 0, K)
         self.beta = beta.new_empty(B, H, 0)
-        # Of recent tokens, the triangles of their compact WY form: T, and Y = tril(W Kᵀ, −1). A token
-        # adds a row to both, and what is taken back loses its rows; above the diagonal there are
-        # zeros, and remain. In float64, or the blocks made from them would be less exact than those
-        # of a prompt.
+        # Of recent tokens, the triangles of their compact WY form: T, and Y = tril(W Kᵀ, −1). A
+        # token adds a row to both, and what is taken back loses its rows; above the diagonal there
+        # are zeros, and remain. In float64, or the blocks made from them would be less exact than
+        # those of a prompt.
         room = BLOCK + max_rollback
         self.ut = k.new_zeros(B, H, room, room, dtype=torch.float64)
         self.wk = k.new_zeros(B, H, room, room, dtype=torch.float64)
@@ -134,8 +134,13 @@ class Store:
 
         names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
         names += ["g", "block_decay", "path_decays"] if self.gated else []
+        q, k, v, w, beta = (kernels.one_token(x) for x in (q, k, v, w, beta))
         o = kernels.decode(
-            *(kernels.one_token(x) for x in (q, k, v, w, beta)),
+            q,
+            k,
+            v,
+            w,
+            beta,
             None if g is None else kernels.one_token(g),
             scale,
             sinks,
@@ -296,7 +301,7 @@ class Store:
     def attend_many(
         self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
     ) -> Tensor:
-        """Return what the queries of the tokens written last see; `make_triangles` has to follow."""
+        """Return what the queries of the tokens written last see; `make_triangles` follows."""
         _, H, G, K, V = self.shape
         rows, last = at.rows, at.recent + at.new
         C = chunk_tokens(K)

@@ -83,6 +83,7 @@ def decode(
     BK, BV = power_of_two(K), power_of_two(V)
     R = power_of_two(store["ut"].shape[2], least=BLOCK)
     precision = dot_precision(keys, values)
+    tile_bytes = TILE * (BK + BV) * keys.element_size()
     queries = q.new_empty(B, H, num_paths + 1, G, K, dtype=torch.float32)
     shifts = q.new_empty(B, H, num_paths + 1, G if gated else 0, dtype=torch.float32)
     parts = q.new_empty(B, HQ, num_spans + 1, V, dtype=torch.float32)
@@ -93,7 +94,7 @@ def decode(
         keys, values, store["w"], store["beta"], store.get("g"), store["ut"], store["wk"],
         paths, store.get("path_decays"), queries, shifts, parts, tops,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *w.stride()[:2], *beta.stride()[:2],
-        *(g.stride()[:2] if gated else (0, 0)),
+        *((0, 0) if g is None else g.stride()[:2]),
         scale * LOG2_E, 0 if window is None else window, num_spans + 1,
         keys.shape[2], room, store["ut"].shape[2],
         B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, R=R, KC=min(BK, 32), BLOCK=BLOCK,
@@ -106,7 +107,7 @@ def decode(
             0 if window is None else window, num_spans + 1, num_paths + 1, keys.shape[2],
             B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, BG=power_of_two(G), SPAN=SPAN, TILE=TILE,
             BLOCK=BLOCK, GATED=gated, WINDOWED=window is not None, PRECISION=precision,
-            num_warps=4, num_stages=3,
+            num_warps=4, num_stages=3 if tile_bytes <= 1 << 15 else 1,
         )  # fmt: skip
     finish_kernel[(B * HQ,)](
         parts, tops, sinks, counts, new, o, num_spans + 1,
