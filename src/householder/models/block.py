@@ -142,11 +142,16 @@ class Block(nn.Module):
         *,
         state: Any = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_state: bool = False,
     ) -> Any:
         """Run the block on whole sequences; arguments and results as in the mixer's `forward`."""
         mixed = self.mixer(
-            self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens, return_state=return_state
+            self.mixer_norm(x),
+            state=state,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+            return_state=return_state,
         )
         if not return_state:
             return self._add_mlp(x + mixed)

@@ -93,6 +93,7 @@ class CausalLM(nn.Module):
         *,
         states: Sequence[Any] | None = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_states: bool = False,
     ) -> Any:
         """Return the logits of the next token at every position.
@@ -102,6 +103,8 @@ class CausalLM(nn.Module):
             states: where the sequences continue from, one per layer; `None` for their beginning.
                 Those of softmax attention are used up.
             cu_seqlens: int32 `[S + 1]`, where the packed sequences begin and end.
+            mask: bool `[B, T]`, False for what fills rows up in front of shorter sequences; only
+                where the sequences begin.
             return_states: also return the states after the last token.
 
         Returns:
@@ -112,7 +115,7 @@ class CausalLM(nn.Module):
             ValueError: a shape or `cu_seqlens` does not fit.
         """
         hidden = self.hidden(
-            tokens, states=states, cu_seqlens=cu_seqlens, return_states=return_states
+            tokens, states=states, cu_seqlens=cu_seqlens, mask=mask, return_states=return_states
         )
         if not return_states:
             return self.logits(hidden)
@@ -125,6 +128,7 @@ class CausalLM(nn.Module):
         *,
         states: Sequence[Any] | None = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_states: bool = False,
     ) -> Any:
         """Return what the head reads, `[B, T, d_model]`; arguments and results as in `forward`."""
@@ -133,9 +137,11 @@ class CausalLM(nn.Module):
         save_memory = self.checkpoint_activations and self.training and not return_states
         for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
             if save_memory:
-                x = checkpoint(layer, x, state=state, cu_seqlens=cu_seqlens, use_reentrant=False)
+                x = checkpoint(
+                    layer, x, state=state, cu_seqlens=cu_seqlens, mask=mask, use_reentrant=False
+                )
                 continue
-            x = layer(x, state=state, cu_seqlens=cu_seqlens, return_state=return_states)
+            x = layer(x, state=state, cu_seqlens=cu_seqlens, mask=mask, return_state=return_states)
             if return_states:
                 x, new_state = x
                 new_states.append(new_state)

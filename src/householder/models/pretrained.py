@@ -64,7 +64,7 @@ def load_causal_lm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> CausalLM:
-    """Read a model that `save_causal_lm` wrote, in evaluation mode.
+    """Read a model that `save_causal_lm` or transformers wrote, in evaluation mode.
 
     Args:
         folder: with `config.json` and `model.safetensors`.
@@ -81,13 +81,16 @@ def load_causal_lm(
     folder = Path(folder)
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
+        files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
+        tensors = {name: x for file in files for name, x in load_file(file).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"load_causal_lm: `folder` must hold config.json and model.safetensors, {folder} does "
             f"not: {error}; give the folder `model` of a training run"
         ) from error
     model = CausalLM(config_from_json(fields, folder), impl=impl, device="meta")
+    # transformers' model holds ours as `model`, and writes large ones in several files.
+    tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

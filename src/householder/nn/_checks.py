@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from householder.ops._checks import check_cu_seqlens
@@ -61,6 +62,22 @@ def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | N
     if cu_seqlens is None:
         return x.shape[0]
     return check_cu_seqlens(where, cu_seqlens, x.shape[0], x.shape[1])
+
+
+def check_mask(
+    where: str, mask: Tensor, x: Tensor, state: object, cu_seqlens: Tensor | None
+) -> None:
+    """Raise unless `mask` says which tokens of `x [B, T, D]` fill rows up in front."""
+    if state is not None or cu_seqlens is not None:
+        raise ValueError(
+            f"{where}: `mask` must come at the beginning of rows of a batch, got it with "
+            f"{'`cu_seqlens`' if state is None else 'a state'}; give it to the first call alone"
+        )
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"{where}: `mask` must be bool {list(x.shape[:2])}, got {mask.dtype} "
+            f"{list(mask.shape)}; give True for every token and False in front of them"
+        )
 
 
 def check_state_tensor(where: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:

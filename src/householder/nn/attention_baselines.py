@@ -21,11 +21,25 @@ class KeyValueState(NamedTuple):
         k: keys `[B, T, H, K]`, rotated in `RotaryAttention`.
         v: values `[B, T, H, K]`.
         g: log forget gates `[B, T, HQ]` in `ForgettingAttention`, else `None`.
+        mask: bool `[B, T]`, False for what fills rows up in front; `None` where nothing does.
     """
 
     k: Tensor
     v: Tensor
     g: Tensor | None
+    mask: Tensor | None = None
+
+    def extended(self, k: Tensor, v: Tensor, g: Tensor | None) -> KeyValueState:
+        """Return the state with more tokens behind."""
+        mask = self.mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(k.shape[:2])], dim=1)
+        return KeyValueState(
+            torch.cat([self.k, k], dim=1),
+            torch.cat([self.v, v], dim=1),
+            None if self.g is None or g is None else torch.cat([self.g, g], dim=1),
+            mask,
+        )
 
 
 class KeyValueAttention(SoftmaxAttention):
@@ -132,6 +146,7 @@ class RotaryAttention(KeyValueAttention):
         v: Tensor,
         state: KeyValueState | None,
         cu_seqlens: Tensor | None,
+        mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
         first = 0 if state is None else state.k.shape[1]
@@ -139,9 +154,10 @@ class RotaryAttention(KeyValueAttention):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KeyValueState]:
             position = torch.arange(first, first + q.shape[1], device=q.device)
             q, k = (rotate(y, position, self.base) for y in (q, k))
+            seen = KeyValueState(k, v, None, mask)
             if state is not None:
-                k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
-            return causal_attention(q, k, v, None, self.window), KeyValueState(k, v, None)
+                seen = state.extended(k, v, None)
+            return causal_attention(q, seen.k, seen.v, None, self.window, seen.mask), seen
 
         return for_each_sequence(attend, cu_seqlens, q, k, v)
 
@@ -229,20 +245,22 @@ class ForgettingAttention(KeyValueAttention):
         v: Tensor,
         state: KeyValueState | None,
         cu_seqlens: Tensor | None,
+        mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
         logits = self.f_proj(x)
         g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
         def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, KeyValueState]:
-            if state is not None and state.g is not None:
-                k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
-                g = torch.cat([state.g, g], dim=1)
+            seen = KeyValueState(k, v, g, mask)
+            if state is not None:
+                seen = state.extended(k, v, g)
+            assert seen.g is not None
             # In float64, or a weak gate after a strong one would drown in the sum's rounding.
-            total = g.double().cumsum(1).transpose(1, 2)
+            total = seen.g.double().cumsum(1).transpose(1, 2)
             bias = total[:, :, -q.shape[1] :, None] - total[:, :, None]
-            o = causal_attention(q, k, v, bias.to(q.dtype), self.window)
-            return o, KeyValueState(k, v, g)
+            bias = bias.to(q.dtype)
+            return causal_attention(q, seen.k, seen.v, bias, self.window, seen.mask), seen
 
         return for_each_sequence(attend, cu_seqlens, q, k, v, g)
 
@@ -276,7 +294,12 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    window: int | None = None,
+    keys_mask: Tensor | None = None,
 ) -> Tensor:
     """Attend with the last tokens of a sequence, on PyTorch's own kernels.
 
@@ -286,6 +309,7 @@ def causal_attention(
         v: `[B, T, H, V]`.
         bias: added to the logits, `[B, HQ, T', T]`, or None.
         window: how many tokens a query sees, its own included; all earlier ones if None.
+        keys_mask: bool `[B, T]`, False for keys that only their own query sees, or None.
 
     Returns:
         `[B, T', HQ, V]`.
@@ -296,15 +320,19 @@ def causal_attention(
         seen = window + num_queries - 1
         k, v = k[:, -seen:], v[:, -seen:]
         bias = None if bias is None else bias[..., -seen:]
+        keys_mask = None if keys_mask is None else keys_mask[:, -seen:]
     num_keys = k.shape[1]
     windowed = window is not None and num_queries > 1 and window < num_keys
     mask = None
-    if bias is not None or windowed or 1 < num_queries < num_keys:
+    if bias is not None or keys_mask is not None or windowed or 1 < num_queries < num_keys:
         ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
         mask = ones.tril(num_keys - num_queries)
         if windowed:
             assert window is not None
             mask = mask.triu(num_keys - num_queries - window + 1)
+        if keys_mask is not None:
+            own = ones.tril(num_keys - num_queries).triu(num_keys - num_queries)
+            mask = mask & (keys_mask[:, None, None] | own)
         if bias is not None:
             mask = bias.masked_fill(~mask, float("-inf"))
     o = F.scaled_dot_product_attention(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from householder.nn._checks import (
     check_choice,
+    check_mask,
     check_positive_float,
     check_positive_int,
     check_sequences,
@@ -287,6 +288,7 @@ class DeltaProductMixer(nn.Module):
         *,
         state: MixerState | None = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MixerState]:
         """Mix whole sequences, or continue them from a state.
@@ -298,6 +300,8 @@ class DeltaProductMixer(nn.Module):
                 for their beginning. It is not changed.
             cu_seqlens: int32 `[S + 1]`, 0 = c_0 <= c_1 <= … <= c_S = T: sequence s is in the tokens
                 c_s … c_{s+1} − 1.
+            mask: bool `[B, T]`, True for tokens and False for what fills a row up in front of them,
+                in a batch of different lengths; only where the sequences begin.
             return_state: also return the state after the last token.
 
         Returns:
@@ -305,9 +309,13 @@ class DeltaProductMixer(nn.Module):
             run in order with the state handed on, give what the whole sequence gives.
 
         Raises:
-            ValueError: a shape or `cu_seqlens` does not fit.
+            ValueError: a shape, `cu_seqlens` or `mask` does not fit.
         """
         self._check_inputs(x, state, cu_seqlens)
+        if mask is not None:
+            check_mask(type(self).__name__, mask, x, state, cu_seqlens)
+            # Keys and values of nothing are zero, and leave a state of zeros as it is.
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         q, k, v, conv = self._queries_keys_values(x, state, cu_seqlens)
         o, matrix = delta_product(
             q,

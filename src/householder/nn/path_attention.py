@@ -219,16 +219,49 @@ class PaTHAttention(SoftmaxAttention):
         v: Tensor,
         state: PaTHState | None,
         cu_seqlens: Tensor | None,
+        mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, PaTHState | None]:
         past = None if state is None else state.conv
         w, beta, g, conv = self.transitions(x, past, cu_seqlens)
         options: dict[str, Any] = {"sinks": self.sinks, "window": self.window}
+        if mask is not None:
+            return self._attend_rows(mask, (q, k, v, w, beta, g), conv, options, return_state)
         if state is None and not return_state:
             options.update(cu_seqlens=cu_seqlens, impl=self.impl)
             return path_attention(q, k, v, w, beta, g, **options), None
         cache = self.init_state(x.shape[0]).cache if state is None else state.cache
         return cache.append(q, k, v, w, beta, g, **options), PaTHState(cache, conv)
+
+    def _attend_rows(
+        self,
+        mask: Tensor,
+        tensors: tuple[Tensor | None, ...],
+        conv: Tensor | None,
+        options: dict[str, Any],
+        return_state: bool,
+    ) -> tuple[Tensor, PaTHState | None]:
+        """Attend in rows that are filled up in front: behind, what fills them is seen by nobody."""
+        num_tokens = mask.shape[1]
+        lengths = mask.sum(1)
+        position = torch.arange(num_tokens, device=mask.device)
+        to_front = (position + (num_tokens - lengths)[:, None]) % num_tokens
+        to_end = (position - (num_tokens - lengths)[:, None]) % num_tokens
+        rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
+        q, k, v, w, beta, g = (None if x is None else x[rows, to_front] for x in tensors)
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert w is not None
+        assert beta is not None
+        state = None
+        if return_state:
+            cache = self.init_state(mask.shape[0]).cache
+            o = cache.append(q, k, v, w, beta, g, lengths=lengths.tolist(), **options)
+            state = PaTHState(cache, conv)
+        else:
+            o = path_attention(q, k, v, w, beta, g, impl=self.impl, **options)
+        return o[rows, to_end], state
 
     def _check_state(self, state: PaTHState, batch_size: int) -> None:
         if state.cache.batch_size != batch_size or (state.conv is None) != (self.w_conv1d is None):

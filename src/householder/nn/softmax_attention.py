@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from householder.nn._checks import (
+    check_mask,
     check_positive_float,
     check_positive_int,
     check_sequences,
@@ -117,6 +118,7 @@ class SoftmaxAttention(nn.Module):
         *,
         state: Any = None,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_state: bool = False,
     ) -> Any:
         """Attend over whole sequences, or continue them from a state.
@@ -127,6 +129,8 @@ class SoftmaxAttention(nn.Module):
             state: where the sequences continue from; `None` for their beginning. It is used up.
             cu_seqlens: int32 `[S + 1]`, 0 = c_0 <= c_1 <= … <= c_S = T: sequence s is in the tokens
                 c_s … c_{s+1} − 1.
+            mask: bool `[B, T]`, True for tokens and False for what fills a row up in front of them,
+                in a batch of different lengths; only where the sequences begin.
             return_state: also return the state after the last token.
 
         Returns:
@@ -134,7 +138,7 @@ class SoftmaxAttention(nn.Module):
             run in order with the state handed on, give what the whole sequence gives.
 
         Raises:
-            ValueError: a shape or `cu_seqlens` does not fit.
+            ValueError: a shape, `cu_seqlens` or `mask` does not fit.
             NotImplementedError: `cu_seqlens` comes with a state.
         """
         where = type(self).__name__
@@ -146,8 +150,11 @@ class SoftmaxAttention(nn.Module):
             )
         if state is not None:
             self._check_state(state, batch_size)
+        if mask is not None:
+            check_mask(where, mask, x, state, cu_seqlens)
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         q, k, v = self.project(x)
-        o, new_state = self._attend(x, q, k, v, state, cu_seqlens, return_state)
+        o, new_state = self._attend(x, q, k, v, state, cu_seqlens, mask, return_state)
         y = self.o_proj(o.flatten(-2))
         return (y, new_state) if return_state else y
 
@@ -202,6 +209,7 @@ class SoftmaxAttention(nn.Module):
         v: Tensor,
         state: Any,
         cu_seqlens: Tensor | None,
+        mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, Any]:
         """Return `o [B, T, HQ, K]` and the new state, which may be None if not asked for."""

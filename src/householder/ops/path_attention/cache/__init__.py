@@ -162,6 +162,20 @@ class PathCache:
         self._counts_known = False
         self._rollback = [most - n for most, n in zip(self._rollback, counts, strict=True)]
 
+    def select(self, rows: Tensor) -> PathCache:
+        """Return a cache of some of the sequences, in any order and as often as asked.
+
+        Args:
+            rows: int64 `[B']`, which of the B sequences each of the new ones is.
+        """
+        chosen = PathCache(rows.shape[0], max_rollback=self.max_rollback)
+        order = rows.tolist()
+        chosen._old = [self._old[row] for row in order]
+        chosen._recent = [self._recent[row] for row in order]
+        chosen._rollback = [self._rollback[row] for row in order]
+        chosen._store = None if self._store is None else self._store.select(rows)
+        return chosen
+
     def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
         B, T = q.shape[:2]
         if self.batch_size != B:

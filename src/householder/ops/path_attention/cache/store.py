@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -60,6 +61,9 @@ TOKEN_AXIS = {
 }
 
 
+_OF_BLOCKS = ("products", "paths", "decays", "path_decays")
+
+
 class Store:
     """The tensors of a cache. G query heads share one of H key heads."""
 
@@ -102,6 +106,16 @@ class Store:
             self.g = k.new_empty(B, H, G, 0, dtype=dtype)
             self.decays = k.new_zeros(0, B, H, G, dtype=dtype)
             self.path_decays = k.new_zeros(0, B, H, G, dtype=dtype)
+
+    def select(self, rows: Tensor) -> Store:
+        """Return a store of some rows of the batch; nothing is shared with this one."""
+        chosen = copy.copy(self)
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                # What belongs to blocks has their levels in front of the batch.
+                setattr(chosen, name, x.index_select(1 if name in _OF_BLOCKS else 0, rows))
+        chosen.shape = (rows.shape[0], *self.shape[1:])
+        return chosen
 
     def has_kernels(self) -> bool:
         """Return whether the Triton kernels take single tokens: it depends on device and sizes."""
