@@ -14,7 +14,7 @@ from torch import Tensor
 
 from householder.models import Block, SequenceTagger, SequenceTaggerConfig, SwiGLU
 from householder.models.block import default_mlp_width
-from householder.nn import MIXERS, DeltaNet, MixerState
+from householder.nn import ATTENTIONS, MIXERS, DeltaNet, MixerState
 
 # Each field away from its default at least once; valid for the mixer of its name.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -175,6 +175,31 @@ def test_initial_weights_are_the_published_ones() -> None:
             assert 0.99 * bound < p.abs().max() <= bound, name
         else:
             assert abs(p.std() / 0.02 - 1) < 0.06, name
+
+
+@pytest.mark.parametrize("mixer", ATTENTIONS)
+def test_attentions_by_name(mixer: str) -> None:
+    options = {"d_model": 24, "num_heads": 2, "num_layers": 2, "mlp_width": 16, "mixer": mixer}
+    torch.manual_seed(0)
+    model, tokens = SequenceTagger(7, 5, **options, dtype=torch.float64), make_tokens(2, 9)
+    logits = model(tokens)
+    assert_close(logits, run_definition(model, tokens))
+    rebuilt = SequenceTagger.from_config(model.config.to_dict(), dtype=torch.float64)
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt(tokens), logits)
+    with torch.no_grad():
+        first, states = model(tokens[:, :4], return_states=True)
+        rest = []
+        for tokens_t in tokens[:, 4:].unbind(1):
+            logits_t, states = model.step(tokens_t, states)
+            rest.append(logits_t)
+    assert_close(torch.cat([first, torch.stack(rest, dim=1)], dim=1), logits.detach())
+
+
+def test_attentions_refuse_options_of_the_delta_rule() -> None:
+    for option, value in (("num_householder", 2), ("use_short_conv", True), ("qk_norm", "none")):
+        with pytest.raises(ValueError, match=f"`{option}` must be left at .* 'rotary_attention'"):
+            SequenceTagger(7, 5, d_model=24, mixer="rotary_attention", **{option: value})
 
 
 def test_heads_keep_their_size_under_every_mixer() -> None:

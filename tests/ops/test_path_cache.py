@@ -273,8 +273,28 @@ class TestErrors:
             PathCache(1, max_rollback=-1)
 
 
+def test_reserved_room_is_not_moved():
+    inputs = path_attention_inputs(T=200)
+    cache = PathCache(2)
+    cache.reserve(200)
+    cache.append(*part(inputs, 0, 70))
+    before = cache._store.addresses()
+    agree(append_in_parts_from(cache, inputs, 70, 200), path_attention(**inputs)[:, 70:])
+    assert cache._store.addresses() == before
+    with pytest.raises(ValueError, match=r"reserve: `num_tokens` must be at least 200, .* got 10"):
+        cache.reserve(10)
+    with pytest.raises(TypeError, match="`num_tokens` must be an int"):
+        cache.reserve(300.0)
+    with pytest.raises(RuntimeError, match="capture it again"):
+        cache.replayed()
+
+
+def append_in_parts_from(cache, inputs, lo, hi):
+    return torch.cat([cache.append(*part(inputs, t, t + 1)) for t in range(lo, hi)], dim=1)
+
+
 def test_every_argument_is_documented():
-    for function in (PathCache, PathCache.append, PathCache.rollback):
+    for function in (PathCache, PathCache.append, PathCache.rollback, PathCache.reserve):
         documentation = inspect.getdoc(function)
         for name in inspect.signature(function).parameters:
             assert name == "self" or f"{name}: " in documentation

@@ -7,7 +7,9 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
+from householder.models import SequenceTagger
 from householder.recipes import flip_flop
+from householder.recipes.transitions import record_transitions, transitions_figure
 from householder.train import Comparison, ConfigError, Evaluation, TrainConfig, TrainResult
 from householder.train.tasks import make_task
 
@@ -96,3 +98,27 @@ def test_files_and_table(tmp_path):
     text = console.file.getvalue()
     for part in ("PaTH", "RoPE", "0.0001 / 0", f"40.3 / {found[4].percent:.3g}"):
         assert part in text
+
+
+def test_transitions_are_those_of_the_layer():
+    torch.manual_seed(0)
+    task = make_task("flip-flop")
+    model = SequenceTagger(5, 2, d_model=16, num_heads=2, mixer="path_attention", init_std=None)
+    tokens = task.sample(1, 20, torch.Generator().manual_seed(0)).tokens[0]
+    found = record_transitions(model, tokens)
+    assert found.attention.shape == (2, 20, 20)
+    torch.testing.assert_close(found.attention.sum(-1), torch.ones(2, 20))
+    assert not found.attention.triu(1).any()
+    # What the layer makes of its values, weighted so, is what it returns.
+    layer = model.layers[0]
+    x = layer.mixer_norm(model.embeddings(tokens))[None]
+    _, _, v = layer.mixer.project(x)
+    o = torch.einsum("hij,jhv->ihv", found.attention, v[0])
+    torch.testing.assert_close(layer.mixer.o_proj(o.flatten(1)), layer.mixer(x)[0])
+    w, beta, _, _ = layer.mixer.transitions(x)
+    torch.testing.assert_close(found.beta, beta[0])
+    torch.testing.assert_close(found.overlap[1, 3, 4], (w[0, 3, 1] @ w[0, 4, 1]).abs())
+    picture = transitions_figure(found, list("w1i0r1w0i1" * 2), "title")
+    assert len(picture.axes) == 4
+    with pytest.raises(ValueError, match="one of the model's 1 PaTH layers, got 1"):
+        record_transitions(model, tokens, layer=1)

@@ -38,6 +38,23 @@ def test_the_stored_settings_make_the_same_comparison(pair, tmp_path):
     assert Comparison.from_settings(stored_settings(tmp_path / "out")) == pair
 
 
+def test_runs_may_differ_in_mixer_and_depth(tmp_path):
+    tiny = {"task": "z2", "length": 3, "d_model": 8, "num_heads": 2, "mlp_width": 8, "steps": 2}
+    tiny |= {"batch_size": 4, "eval_samples": 4, "device": "cpu", "threads": 1}
+    lists = {"mixer": ["path_attention", "forgetting_attention"], "num_layers": [1, 2]}
+    comparison = Comparison.from_settings({**tiny, **lists})
+    assert comparison.settings().items() >= {**tiny, **lists, "num_householder": [1]}.items()
+    done = run_comparison(comparison, tmp_path)
+    names = [f"z2-{m}-attention{depth}" for m in ("path", "forgetting") for depth in ("", "-L2")]
+    assert [result.config.name for result in done] == names
+    assert Comparison.from_settings(stored_settings(tmp_path)) == comparison
+    again = run_comparison(comparison, tmp_path, resume=True)
+    assert [r.evaluation for r in again] == [r.evaluation for r in done]
+    other = Comparison.from_settings({**tiny, **lists, "num_layers": [1, 3]})
+    with pytest.raises(CheckpointError, match=r"num_layers=\[1, 2\] there, \[1, 3\] requested"):
+        open_folder(other, tmp_path, resume=True)
+
+
 def test_resume_after_the_second_run_was_interrupted(pair, tmp_path):
     whole = run_comparison(pair, tmp_path / "whole")
     out = tmp_path / "out"

@@ -52,7 +52,7 @@ def record_transitions(model: nn.Module, tokens: Tensor, layer: int = 0) -> Tran
     inputs: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        with evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.no_grad():
             model(tokens[None])
             q, k, v = attention.project(inputs[0])
             w, beta, g, _ = attention.transitions(inputs[0])

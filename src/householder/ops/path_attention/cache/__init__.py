@@ -75,9 +75,12 @@ class PathCache:
         self._recent = [0] * batch_size
         self._rollback = [0] * batch_size  # what may be taken back now; never more than is recent
         self._store: Store | None = None
-        # For the kernels: what `_old` and `_recent` say, on the device, and whether they know.
+        self._reserved = 0
+        # For the kernels: what `_old` and `_recent` say, on the device, and whether it does.
         self._counts: Tensor | None = None
         self._counts_known = False
+        # Where the store's memory was when an append was captured in a CUDA graph.
+        self._captured: tuple[int, ...] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -139,6 +142,55 @@ class PathCache:
             self._store = Store(q, k, v, w, beta, g, self.max_rollback)
         self._store.check(q, k, v, g)
         return without_autocast(self._append)(q, k, v, w, beta, g, scale, sinks, window, new)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many tokens of each sequence, those held included.
+
+        Up to there single tokens are appended without moving memory. An append of one token to
+        every sequence, on a GPU and after a first one that was not captured, can then be captured
+        in a CUDA graph; call `replayed` after each replay. Appending several tokens at once moves
+        memory again.
+
+        Args:
+            num_tokens: how many; at least as many as are held.
+
+        Raises:
+            TypeError: it is no int.
+            ValueError: it is less than what is held.
+        """
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+            raise TypeError(
+                f"PathCache.reserve: `num_tokens` must be an int, got {num_tokens!r}; give a count"
+            )
+        if num_tokens < max(self.lengths):
+            raise ValueError(
+                f"PathCache.reserve: `num_tokens` must be at least {max(self.lengths)}, which are "
+                f"held, got {num_tokens}; give a larger one"
+            )
+        self._reserved = num_tokens
+        if self._store is not None:
+            self._store.reserve(num_tokens, max(self._recent))
+
+    def replayed(self) -> None:
+        """Count the token that the replay of a captured `append` has added to each sequence.
+
+        Raises:
+            RuntimeError: no append is captured that fits the memory of now, or there was no room.
+        """
+        store = self._store
+        if store is None or self._captured != store.addresses():
+            raise RuntimeError(
+                "PathCache.replayed: one append must have been captured since memory was last "
+                "moved, and none was; capture it again"
+            )
+        if max(self.lengths) >= store.room():
+            raise RuntimeError(
+                f"PathCache.replayed: there must be room for another token, got {store.room()} "
+                "tokens held of as many; reserve more before capturing"
+            )
+        self._count_one(store, [1] * self.batch_size)
+        if not self._counts_known:
+            self._tell_counts(store.keys.device)
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Forget the last tokens, as if they had never been appended.
@@ -216,8 +268,10 @@ class PathCache:
     ) -> Tensor:
         store = self._store
         assert store is not None
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._capture_one(store, q, k, v, w, beta, g, scale, sinks, window, new)
         store.reserve(
-            max(self.lengths[row] + n for row, n in enumerate(new)),
+            max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
             max(recent + n for recent, n in zip(self._recent, new, strict=True)),
         )
         if q.shape[1] == 1 and store.has_kernels():
@@ -267,26 +321,60 @@ class PathCache:
     ) -> Tensor:
         """Do what `_append` does with one token for each row, or for some, on a GPU."""
         if not self._counts_known:
-            self._counts = torch.tensor([self._old, self._recent], dtype=torch.int32).to(q.device)
-            self._counts_known = True
+            self._tell_counts(q.device)
         assert self._counts is not None
-        if all(new):
-            appended = torch.ones_like(self._counts[0])
-        else:
-            appended = torch.tensor(new, dtype=torch.int32, device=q.device)
+        appended = None if all(new) else torch.tensor(new, dtype=torch.int32, device=q.device)
         options = (scale, sinks, window, self._counts, appended, max(self._old))
         o = store.decode(q, k, v, w, beta, g, *options)
+        self._count_one(store, new)
+        return o
+
+    def _capture_one(
+        self,
+        store: Store,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        scale: float,
+        sinks: Tensor | None,
+        window: int | None,
+        new: list[int],
+    ) -> Tensor:
+        """Launch the kernels for one token of every row, without counting it."""
+        ready = self._counts_known and store.has_kernels() and max(self.lengths) < store.room()
+        if q.shape[1] != 1 or not all(new) or not ready:
+            raise RuntimeError(
+                "PathCache.append: what a CUDA graph captures must be one token for every "
+                "sequence, after one that was not captured, and with room, got tokens "
+                f"{list(q.shape[:2])} and room for {store.room() - max(self.lengths)}; call "
+                "reserve, and append a single token first"
+            )
+        self._captured = store.addresses()
+        options = (scale, sinks, window, self._counts, None, store.room())
+        return store.decode(q, k, v, w, beta, g, *options)
+
+    def _tell_counts(self, device: torch.device) -> None:
+        """Bring the device's counts up to date, where they are."""
+        counts = torch.tensor([self._old, self._recent], dtype=torch.int32)
+        if self._counts is None:
+            self._counts = counts.to(device)
+        else:
+            self._counts.copy_(counts)
+        self._counts_known = True
+
+    def _count_one(self, store: Store, new: list[int]) -> None:
+        """Count single tokens that the kernels have appended, and make blocks of the oldest."""
         for group in list(self._groups(new)):
-            recent = group.recent + group.new
+            old, recent = group.old, group.recent + group.new
             if recent - self.max_rollback >= BLOCK:
                 store.make_block(group)
-                count = group.rows.stop - group.rows.start
-                self._old[group.rows] = [group.old + BLOCK] * count
-                self._recent[group.rows] = [recent - BLOCK] * count
+                old, recent = old + BLOCK, recent - BLOCK
                 self._counts_known = False
-            else:
-                self._recent[group.rows] = [recent] * (group.rows.stop - group.rows.start)
+            count = group.rows.stop - group.rows.start
+            self._old[group.rows], self._recent[group.rows] = [old] * count, [recent] * count
         self._rollback = [
             min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
         ]
-        return o

@@ -96,6 +96,7 @@ class Store:
         self.wk = k.new_zeros(B, H, room, room, dtype=torch.float64)
         # Of blocks: the product F of each, by level, and what brings a query from the end of the
         # newest block to the end of the next but i.
+        self.every_row = torch.ones(B, dtype=torch.int32, device=k.device)
         self.products = k.new_zeros(0, B, H, K, K, dtype=dtype)
         self.paths = k.new_zeros(0, B, H, K, K, dtype=dtype)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
@@ -135,15 +136,19 @@ class Store:
         scale: float,
         sinks: Tensor | None,
         window: int | None,
-        counts: Tensor,
-        new: Tensor,
+        counts: Tensor | None,
+        new: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
         """Write one token `[B, 1, …]` behind each row's and attend with it, on a GPU.
 
         `counts` is int32 `[2, B]`, the tokens in blocks and the recent ones, the latter counted up;
-        `new` int32 `[B]` is 1 where a row gets its token; `num_tokens` bounds the tokens in blocks.
+        `new` int32 `[B]` is 1 where a row gets its token, None if all do; `num_tokens` bounds the
+        tokens in blocks.
         """
+        assert counts is not None
+        if new is None:
+            new = self.every_row
         from householder.ops.path_attention.cache import triton as kernels
 
         names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
@@ -165,6 +170,14 @@ class Store:
             -(-num_tokens // kernels.SPAN),
         )
         return o.unsqueeze(1)
+
+    def room(self) -> int:
+        """Return for how many tokens there is room."""
+        return self._room("keys")
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the memory is that single tokens are written to."""
+        return tuple(x.data_ptr() for x in (self.keys, self.values, self.w, self.paths))
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
         """Raise unless new tokens are like the ones held."""

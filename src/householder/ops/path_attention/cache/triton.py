@@ -144,6 +144,8 @@ def enter_kernel(
     i_bh, i_path = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
+    # Replays of a graph that nobody counted must not write outside.
+    r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
     blocks = old // BLOCK
     num_blocks = 0
     for bit in tl.static_range(31):

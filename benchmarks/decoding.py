@@ -1,0 +1,219 @@
+"""Time one decoded token of `path_attention`, and measure how decoding drifts.
+
+    python benchmarks/decoding.py                      # both, on a GPU if there is one
+    python benchmarks/decoding.py latency              # or one of them: latency, drift
+    python benchmarks/decoding.py --results /tmp/out   # where the CSV files are appended to
+
+Latency: `PathCache.append` of one token beside one query of PyTorch's
+`scaled_dot_product_attention` over as many keys, which has no positions to keep. The cache holds
+about T tokens, few short of a power of two: there is a block of every size and, on a GPU, the most
+recent tokens there can be, which is when a token costs most. There the calls are replayed from a
+CUDA graph with the L2 cache cleared in between (`us`), and called as they are (`called_us`); on a
+CPU they take turns. `error` is that of 70 tokens decoded after 300, against float64.
+
+Drift: reflections (β = 2), bfloat16, one head of 64. The outputs of the 128 tokens before T against
+those of float64, decoded one by one, after a prefill in one go, and by the full forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from householder import PathCache, path_attention
+from householder.testing import relative_error
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# B, T, H, K = V
+LATENCY = {
+    "cuda": [(B, T, 16, 128) for B in (1, 16) for T in (4096, 16384, 65536)],
+    "cpu": [(1, T, 8, 64) for T in (4096, 16384)],
+}
+REPEATS = 41  # on a CPU; so few that no block is made among them
+DRIFT_TOKENS = (1024, 2048, 4096, 8192, 16384)
+COLUMNS = {
+    "latency": (
+        *("date", "dtype", "B", "T", "H", "K", "variant", "us", "called_us", "error"),
+        *("device", "torch", "commit"),
+    ),
+    "drift": (
+        *("date", "dtype", "T", "decoded", "prefilled", "forward"),
+        *("device", "torch", "commit"),
+    ),
+}
+
+
+def make_tokens(B: int, T: int, H: int, K: int, dtype: torch.dtype, beta: float) -> list[Tensor]:
+    """Draw q, k, v, w and β of T tokens on the device, w unit vectors."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.randn(B, T, H, K, generator=generator, device=DEVICE)
+
+    q, k, v = (normal().to(dtype) for _ in range(3))
+    w = F.normalize(normal(), dim=-1)
+    return [q, k, v, w, torch.full((B, T, H), beta, device=DEVICE)]
+
+
+def part(tokens: list[Tensor], lo: int, hi: int) -> list[Tensor]:
+    return [x[:, lo:hi] for x in tokens]
+
+
+def decode(tokens: list[Tensor], prompt: int) -> Tensor:
+    """Append a prompt and then one token after the other; return the outputs of all."""
+    cache, T = PathCache(tokens[0].shape[0]), tokens[0].shape[1]
+    outputs = [cache.append(*part(tokens, 0, prompt))] if prompt else []
+    outputs += [cache.append(*part(tokens, t, t + 1)) for t in range(prompt, T)]
+    return torch.cat(outputs, dim=1)
+
+
+def full_cache(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> PathCache:
+    """Return a cache that holds T random tokens, without the work of a prefill."""
+    cache = PathCache(B)
+    cache.append(*make_tokens(B, 2, H, K, dtype, 2.0))
+    cache.reserve(T + 64)
+    store = cache._store
+    assert store is not None
+    for name in ("keys", "values", "paths", "w"):
+        getattr(store, name).normal_()
+    store.paths *= K**-0.5
+    cache._old, cache._recent = [T // 64 * 64] * B, [T % 64] * B
+    cache._counts_known = False
+    return cache
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """Return what replays a call from a CUDA graph."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def alternating_us(*runs: Callable[[], object]) -> list[float]:
+    """Return the median time of each call on a CPU, taking turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(REPEATS):
+        for run, of_run in zip(runs, times, strict=True):
+            begun = time.perf_counter()
+            run()
+            of_run.append(1e6 * (time.perf_counter() - begun))
+    return [statistics.median(of_run) for of_run in times]
+
+
+def measure_latency(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> list[dict[str, object]]:
+    """Time one token for B sequences of T tokens, ours and PyTorch's."""
+    checked = make_tokens(B, 370, H, K, dtype, 1.9)
+    exact = path_attention(*(x.double() for x in checked))
+    error = relative_error(decode(checked, 300)[:, 300:], exact[:, 300:])
+
+    held = T - 2 if DEVICE == "cuda" else T - 2 - REPEATS
+    cache, token = full_cache(B, held, H, K, dtype), make_tokens(B, 1, H, K, dtype, 2.0)
+    query = token[0].transpose(1, 2)
+    # Memory of its own, compact, as a cache of plain attention would have.
+    keys, values = torch.randn(2, B, H, T, K, device=DEVICE).to(dtype)
+
+    def plain() -> Tensor:
+        return F.scaled_dot_product_attention(query, keys, values)
+
+    def ours() -> Tensor:
+        return cache.append(*token)
+
+    rows = [
+        {"variant": "householder", "error": f"{error:.1e}"},
+        {"variant": "torch SDPA", "error": ""},
+    ]
+    if DEVICE == "cpu":
+        times = alternating_us(ours, plain)
+        for row, us in zip(rows, times, strict=True):
+            row["us"] = row["called_us"] = f"{us:.1f}"
+    else:
+        import triton
+
+        ours()
+        for row, run in zip(rows, (ours, plain), strict=True):
+            row["us"] = f"{1e3 * triton.testing.do_bench(captured(run), return_mode='median'):.2f}"
+        for row, run in zip(rows, (ours, plain), strict=True):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for _ in range(100):
+                run()
+            torch.cuda.synchronize()
+            row["called_us"] = f"{1e4 * (time.perf_counter() - begun):.1f}"
+    size = {"dtype": str(dtype).removeprefix("torch."), "B": B, "T": T, "H": H, "K": K}
+    return [{**size, **row} for row in rows]
+
+
+def measure_drift() -> list[dict[str, object]]:
+    """Return the errors of the 128 tokens before each of `DRIFT_TOKENS`."""
+    tokens = make_tokens(1, DRIFT_TOKENS[-1], 1, 64, torch.bfloat16, 2.0)
+    exact = path_attention(*(x.double() for x in tokens), impl="chunk")
+    forward = path_attention(*tokens)
+    decoded = decode(tokens, 0)
+    rows = []
+    for T in DRIFT_TOKENS:
+        tail = slice(T - 128, T)
+        cache = PathCache(1)
+        cache.append(*part(tokens, 0, T - 128))
+        prefilled = cache.append(*part(tokens, T - 128, T))
+        found = {"decoded": decoded[:, tail], "prefilled": prefilled, "forward": forward[:, tail]}
+        errors = {name: f"{relative_error(o, exact[:, tail]):.2e}" for name, o in found.items()}
+        rows.append({"dtype": "bfloat16", "T": T, **errors})
+    return rows
+
+
+def append(path: Path, columns: tuple[str, ...], rows: list[dict[str, object]]) -> None:
+    """Print rows and append them to a CSV file."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    environment = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(row | environment)
+            print(*(f"{name}={row[name]}" for name in columns if name in row), flush=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure what is asked for and append its rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="*", default=["latency", "drift"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
+    arguments = parser.parse_args()
+    kind = "gpu" if DEVICE == "cuda" else "cpu"
+    if "latency" in arguments.what:
+        for dtype in arguments.dtype:
+            for size in LATENCY[DEVICE]:
+                path = arguments.results / f"decoding-{kind}.csv"
+                append(path, COLUMNS["latency"], measure_latency(*size, getattr(torch, dtype)))
+    if "drift" in arguments.what:
+        path = arguments.results / f"decoding-drift-{kind}.csv"
+        append(path, COLUMNS["drift"], measure_drift())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The Triton kernels of `PathCache` under Triton's interpreter: float32, tiny, on the CPU.
+
+Whether kernels are interpreted is settled when they are imported, and so this file also runs as a
+script in a process of its own, where the cases are computed; the test looks at its answers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Arguments of `path_attention_inputs`, and of the cache. The tokens before the last six are a
+# prompt; among the six a block is made and joined with another.
+CASES = {
+    "plain": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "decay": None},
+    "grouped heads, gates, sinks": {"B": 1, "HQ": 3, "H": 1, "K": 16, "V": 24, "with_sinks": True,
+                                    "max_rollback": 3},
+    "not powers of two": {"B": 1, "HQ": 2, "H": 2, "K": 40, "V": 12, "decay": None},
+    "a window over blocks": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "window": 90},
+    "a window of recent tokens": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "window": 3},
+    "two rows, one left out at times": {"B": 2, "HQ": 1, "H": 1, "K": 16, "V": 16, "skip": True},
+}  # fmt: skip
+PROMPT = 64 * 5 + 61
+
+
+def compute(case: dict) -> str:
+    """Run one case; return what breaks the accuracy rule, or an empty string."""
+    import math
+
+    import torch
+
+    from householder import PathCache, path_attention
+    from householder.ops.path_attention.cache.store import Store
+    from householder.testing import assert_as_accurate, path_attention_inputs
+
+    case = dict(case)
+    window, skip = case.pop("window", None), case.pop("skip", False)
+    max_rollback = case.pop("max_rollback", 0)
+    T = PROMPT + 6
+    inputs = path_attention_inputs(**case, T=T, dtype=torch.float32)
+    if inputs["g"] is not None:
+        inputs["g"][:, 70] = -math.inf  # hides what is before, and must not become NaN
+    wide = {n: None if x is None else x.double() for n, x in inputs.items()}
+    expected = path_attention(**wide, window=window)
+    plain = path_attention(**inputs, window=window)
+
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # so that memory comes filled with NaN
+    Store.has_kernels = lambda self: True  # on the CPU too
+    cache = PathCache(case["B"], max_rollback=max_rollback)
+    options = {"sinks": inputs["sinks"], "window": window}
+    tokens = [inputs[n] for n in ("q", "k", "v", "w", "beta", "g")]
+
+    def part(lo: int, hi: int) -> list:
+        return [None if x is None else x[:, lo:hi] for x in tokens]
+
+    cache.append(*part(0, PROMPT), **options)
+    outputs = []
+    for t in range(PROMPT, T):
+        if skip:
+            # The second row gets nothing, and then its token alone.
+            o = cache.append(*part(t, t + 1), **options, lengths=[1, 0])
+            if o[1].any():
+                return "a row left out has an output"
+            o = o + cache.append(*part(t, t + 1), **options, lengths=[0, 1])
+        else:
+            o = cache.append(*part(t, t + 1), **options)
+        outputs.append(o)
+        if t == T - 3 and max_rollback:
+            cache.rollback(2)
+            del outputs[-2:]
+            outputs += [cache.append(*part(s, s + 1), **options) for s in (t - 1, t)]
+    if cache.lengths != [T] * case["B"]:
+        return f"lengths {cache.lengths}"
+    try:
+        actual = torch.cat(outputs, dim=1)
+        assert_as_accurate(actual, plain[:, PROMPT:], expected[:, PROMPT:], factor=3.0)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def test_single_tokens_are_as_accurate_as_the_whole():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve())],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers == dict.fromkeys(CASES, "")
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compute(case) for name, case in CASES.items()}))
