@@ -340,6 +340,23 @@ def _generate(
     typer.echo()
 
 
+@app.command("convert")
+def _convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a model.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not hold anything.")],
+) -> None:
+    """Turn a checkpoint of flash-linear-attention into one of ours, or one of ours into theirs.
+
+    Theirs: delta_net, gated_deltanet, gated_deltaproduct and path_attn, saved as safetensors.
+    """
+    from householder.hf.fla import ConversionError, convert
+
+    try:
+        typer.echo(convert(source, target))
+    except ConversionError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _stored(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Return the settings that a resumed run starts from: those it was started with."""
     if resume and overwrite:

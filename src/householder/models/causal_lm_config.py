@@ -75,10 +75,17 @@ class CausalLMConfig:
         use_output_gate: gate the recurrent mixers' output; `None` for what the mixer publishes.
         use_short_conv: convolve q, k and v (in PaTH, w) over a few tokens.
         conv_size: how many, in the recurrent mixers.
+        qk_activation: of queries and keys in the recurrent mixers: "silu", "relu", "elu" or
+            "identity".
+        qk_norm: of the same: "l2", "sum" or "none".
         attention_heads: HQ of the attention layers; `None` for d_model / attention_head_dim.
         attention_key_heads: heads of keys and values, a divisor of HQ; `None` for HQ.
         attention_head_dim: size of a query; `None` for head_dim.
         attention_qk_norm: normalise queries and keys by their root mean square.
+        attention_norm_eps: added to the mean square of queries and keys, and to the squared length
+            of PaTH's reflectors.
+        path_w_rank: rank of the projection to PaTH's reflectors.
+        path_gate_scale: factor on the log gates of PaTH.
         window: tokens that a sliding window holds.
         rope_base: base of the rotary angles.
         mlp_width: hidden size of the SwiGLU; `None` for 8/3 · d_model rounded up to a multiple of
@@ -109,10 +116,15 @@ class CausalLMConfig:
     use_output_gate: bool | None = None
     use_short_conv: bool = True
     conv_size: int = 4
+    qk_activation: str = "silu"
+    qk_norm: str = "l2"
     attention_heads: int | None = None
     attention_key_heads: int | None = None
     attention_head_dim: int | None = None
     attention_qk_norm: bool = False
+    attention_norm_eps: float = 1e-6
+    path_w_rank: int = 32
+    path_gate_scale: float = 1.0
     window: int = 2048
     rope_base: float = 10_000.0
     mlp_width: int | None = None
@@ -232,6 +244,8 @@ class CausalLMConfig:
             "num_value_heads": self.num_value_heads,
             "use_short_conv": self.use_short_conv,
             "conv_size": self.conv_size,
+            "qk_activation": self.qk_activation,
+            "qk_norm": self.qk_norm,
             "impl": impl,
         }
         if name.endswith("product"):
@@ -249,11 +263,17 @@ class CausalLMConfig:
             "head_dim": head_dim,
             "qk_norm": self.attention_qk_norm,
         }
+        shared = {**shared, "norm_eps": self.attention_norm_eps}
         if name == SLIDING_WINDOW:
             name = "rotary_attention"
             options["window"] = self.window
         if name.endswith("path_attention"):
-            options |= {"use_short_conv": self.use_short_conv, "impl": impl}
+            options |= {
+                "use_short_conv": self.use_short_conv,
+                "w_rank": self.path_w_rank,
+                "gate_scale": self.path_gate_scale,
+                "impl": impl,
+            }
         elif name == "rotary_attention":
             options["base"] = self.rope_base
         return ATTENTIONS[name](self.d_model, **options, **shared)

@@ -75,15 +75,11 @@ def load_causal_lm(
     Raises:
         ValueError: the folder holds no such model, or its weights do not fit its config.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
-        tensors = {name: x for file in files for name, x in load_file(file).items()}
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = read_weights(folder)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"load_causal_lm: `folder` must hold config.json and model.safetensors, {folder} does "
             f"not: {error}; give the folder `model` of a training run"
@@ -96,6 +92,23 @@ def load_causal_lm(
     except RuntimeError as error:
         raise ValueError(f"load_causal_lm: {folder}: weights and config differ: {error}") from error
     return model.to(device=device, dtype=dtype).eval()
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in the folder's `model*.safetensors`, one file or several.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: one is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
+    try:
+        return {name: x for file in files for name, x in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def config_from_json(fields: dict[str, Any], folder: Path) -> CausalLMConfig:

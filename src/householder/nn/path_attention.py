@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from householder.nn._checks import check_positive_int, check_state_tensor
+from householder.nn._checks import (
+    check_positive_float,
+    check_positive_int,
+    check_state_tensor,
+)
 from householder.nn.short_convolution import ShortConvolution
 from householder.nn.softmax_attention import SoftmaxAttention
 from householder.ops import PathCache, path_attention
@@ -76,6 +80,8 @@ class PaTHAttention(SoftmaxAttention):
         norm_eps: added to the mean square of q and k, and to the squared length of w.
         window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
             holds all keys all the same.
+        gate_scale: factor on the log gates; the published layer has 1, another implementation of it
+            scales gates like inner products, by K^(−1/2).
         use_sinks: give each query head one more logit, learnt, that takes part in the softmax and
             has no value, so that a head may attend to nothing.
         init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
@@ -119,6 +125,7 @@ class PaTHAttention(SoftmaxAttention):
         use_short_conv: bool = True,
         conv_size: int = 3,
         use_forget_gate: bool = False,
+        gate_scale: float = 1.0,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         window: int | None = None,
@@ -145,8 +152,10 @@ class PaTHAttention(SoftmaxAttention):
         )
         check_positive_int("PaTHAttention", "w_rank", w_rank)
         check_positive_int("PaTHAttention", "conv_size", conv_size)
+        check_positive_float("PaTHAttention", "gate_scale", gate_scale)
         PathCache(1, max_rollback=max_rollback)  # raises if it is no count
         self.norm_eps = norm_eps
+        self.gate_scale = gate_scale
         self.max_rollback = max_rollback
         self.impl = impl
         key_dim = self.num_key_heads * self.head_dim
@@ -208,7 +217,9 @@ class PaTHAttention(SoftmaxAttention):
         dtype = torch.promote_types(w.dtype, torch.float32)
         w = F.silu(w).to(dtype).unflatten(-1, (-1, self.head_dim))
         beta = 2 * self.b_proj(x).to(dtype).sigmoid()
-        g = None if self.f_proj is None else F.logsigmoid(self.f_proj(x).to(dtype))
+        g = None
+        if self.f_proj is not None:
+            g = self.gate_scale * F.logsigmoid(self.f_proj(x).to(dtype))
         return l2_normalize(w, self.norm_eps), beta, g, conv
 
     def _attend(
