@@ -29,28 +29,35 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_LOW,
     TO_END,
     TOKEN_FROM_START,
-    NOTHING,
     Problem,
     locate_chunk,
     strides,
 )
-from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, pick
+from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, exp, pick
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
-# Sums over a chunk of which the gates' gradient consists, R numbers in each place.
+# What the gates' gradient of a chunk is made of, in places of R numbers, each in parts: what rows
+# write to the chunk's end, what they take from its start, what goes from rows before a token to
+# rows and queries from it on, what queries take from the start, and what S keeps.
 WRITTEN = gl.constexpr(0)
-READ = gl.constexpr(2)
-GIVEN = gl.constexpr(4)
-TAKEN = gl.constexpr(6)
-ASKED = gl.constexpr(10)
-GIVEN_QUERIES = gl.constexpr(14)
-TAKEN_QUERIES = gl.constexpr(16)
-KEPT = gl.constexpr(18)
-PARTS = gl.constexpr(19 * 64)
+TAKEN = gl.constexpr(2)
+CROSSING = gl.constexpr(4)
+ASKED = gl.constexpr(6)
+KEPT = gl.constexpr(10)
+KEPT_PARTS = gl.constexpr(16)
+
+
+@gluon.jit
+def hide(i):
+    """Return a number whose origin the compiler does not see.
+
+    It would keep one pointer for every access, counted on from chunk to chunk, in memory.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], gl.int32, True, 1)
 
 
 @gluon.jit
@@ -160,7 +167,7 @@ def store_column_sums(pointer, x, PARTS: gl.constexpr):
 
 @gluon.jit
 def pair_decay(rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr):
-    """Return Γ from rows to later queries, or rows; not above one, whichever is the later.
+    """Return Γ from rows to later queries, or rows; anything where the query is not later.
 
     In `later`, sums of log gates begin at LINE, and behind them what is left of each.
     """
@@ -168,7 +175,7 @@ def pair_decay(rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexp
     log -= pick(rows, LOG_HIGH, R, R, gl.SliceLayout(1, LAYOUT))[:, None]
     rest = pick(later, LINE + 1, BC, BC, gl.SliceLayout(0, LAYOUT))[None, :]
     rest -= pick(rows, LOG_LOW, R, R, gl.SliceLayout(1, LAYOUT))[:, None]
-    return gl.exp(gl.minimum(log + rest, 0.0))
+    return exp(log + rest)
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -256,6 +263,11 @@ def hopper_sweep_kernel(
     if GATED and N > 1:
         query_logs = gl.allocate_shared_memory(gl.float32, [2, 2 * BC], vector)
     by_column: gl.constexpr = gl.SliceLayout(0, tall_r)
+    here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
+    if GATED:
+        # Pairs for the gates' gradient stand where A and T have been read for the last time.
+        rows_tile = t_tile
+        queries_tile = a_tile
     # dS' has been read for the last time when dQ and dK are laid out for their way to memory.
     dq_tile = reinterpret(stage, BC, BK, sh_ck)
     dk_tile = d_tile
@@ -285,13 +297,14 @@ def hopper_sweep_kernel(
     copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
     copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
     copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
-    copy_rows(t_tile, ut + i_ch * (R * R), n * R, 1, R, 0, R, narrow)
     copy_coefficients(tables.index(0), table + i_ch * WIDTH, n, WIDTH, WARPS)
     if GATED and N > 1:
         copy_query_logs(query_logs.index(0), table + i_ch * WIDTH, n, C, N, R, WARPS)
     async_copy.commit_group()
+    copy_rows(t_tile, ut + i_ch * (R * R), n * R, 1, R, 0, R, narrow)
+    async_copy.commit_group()
     for step in tl.range(num_chunks, disable_licm=True):
-        i = num_chunks - 1 - step
+        i = hide(num_chunks - 1 - step)
         n = gl.minimum(length - i * C, C)
         start = i.to(gl.int64) * C
         i_ch = (chunk + i) * HV + i_h
@@ -303,11 +316,11 @@ def hopper_sweep_kernel(
         coefficients = tables.index(step % 2 if GATED else 0)
         b_dsh = b_ds.to(bf16)
         ds_operand = gl.convert_layout(b_dsh, gl.DotOperandLayout(0, tall_r, 2))
-        async_copy.wait_group(0)
+        async_copy.wait_group(1 if GATED else 0)
         publish()
         ds_tile.store(b_dsh)
         if GATED:
-            p_parts = parts + i_ch * PARTS
+            p_parts = parts + i_ch * (KEPT * R + KEPT_PARTS)
             logs = query_logs.index(step % 2)
             # Waiting for no product pins the scaling here, before the first one is started.
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
@@ -357,6 +370,7 @@ def hopper_sweep_kernel(
             b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
             to_end = pick(coefficients, TO_END, R, R, by_column)
             b_du *= to_end[None, :]
+            async_copy.wait_group(2)  # T came last
         publish()
         b_du = multiply_add(do_t_tile, a_tile.permute((1, 0)), b_du)
         if FLAT:
@@ -376,7 +390,8 @@ def hopper_sweep_kernel(
             b_dk *= pick(coefficients, TO_END, R, R, gl.SliceLayout(1, flat_k))[:, None]
             # Pairs of one token cross no gate.
             later = row_of_query[:, None] < column_of_query[None, :]
-            crossing = gl.where(later, b_at * b_a.to(gl.float32), 0.0).to(bf16)
+            crossing = b_at * a_tile.load(pair_c).to(gl.float32)
+            crossing = gl.where(later, crossing, 0.0).to(bf16)
             b_at *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
         b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
@@ -431,29 +446,37 @@ def hopper_sweep_kernel(
         m_tile.store(b_m.to(bf16))
         if GATED:
             b_kk = warpgroup_mma_wait(2, [b_kk])
-            # What rows give to later rows and queries: sums over these, and over the givers.
             later = row_of_pair[:, None] // N < column_of_pair[None, :] // N
             b_kk = gl.where(later, b_kk * b_m, 0.0)
             if N == 1:
                 b_kk += crossing.to(gl.float32)
             else:
-                store_row_sums(p_parts + GIVEN_QUERIES * R, crossing.to(gl.float32), GROUPS)
-                store_column_sums(p_parts + TAKEN_QUERIES * R, crossing.to(gl.float32), 4)
-            store_row_sums(p_parts + GIVEN * R, b_kk, GROUPS)
-            store_column_sums(p_parts + TAKEN * R, b_kk, 4)
+                queries_tile.store(crossing)
+            rows_tile.store(b_kk.to(bf16))
             b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
             b_read *= pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
-            store_row_sums(p_parts + READ * R, b_read * k_tile.load(flat_k).to(gl.float32), GROUPS)
+            store_row_sums(p_parts + TAKEN * R, b_read * k_tile.load(flat_k).to(gl.float32), GROUPS)
             b_dk += b_read
         publish()
         if GATED:
+            # What rows give to others at or after each token, from before it: sums over the later
+            # ones by products with ones. A token's sum stands in all its rows.
+            o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
+            o_r = gl.arange(0, R, layout=gl.SliceLayout(0, here_r)) // N
+            here_on = gl.where(o_r[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
+            b_crossing = multiply(here_on, rows_tile.permute((1, 0)), pair_r)
+            queries_on = here_on
+            if N > 1:
+                o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
+                queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
+                b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
             if FLAT_Q:
                 b_dq = multiply(do_tile, s_tile, flat_k)
             else:
                 b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
         copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
-        copy_rows(t_tile, ut + i_before * R * R, n_before * R, 1, R, 0, R, narrow)
         if not GATED:
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow)
             copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
         async_copy.commit_group()
         if FLAT:
@@ -465,7 +488,12 @@ def hopper_sweep_kernel(
             b_dk = multiply_add(k_t_tile, m_tile.permute((1, 0)), b_dk)
             b_dk = multiply_add(q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk)
         if GATED:
-            b_dq = warpgroup_mma_wait(3, [b_dq])
+            b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
+                3, [b_crossing, b_dq, here_on, queries_on]
+            )
+            earlier = column_of_pair[None, :] // N < row_of_pair[:, None] // N
+            b_crossing = gl.where(earlier, b_crossing, 0.0)
+            store_row_sums(p_parts + CROSSING * R, b_crossing, GROUPS)
             if FLAT_Q:
                 from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(1, flat_k))
                 b_dq *= from_start[:, None]
@@ -493,6 +521,9 @@ def hopper_sweep_kernel(
                 barrier()
             dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
         barrier()
+        if GATED:
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow)
+            async_copy.commit_group()
         store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
         store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
 
@@ -504,7 +535,7 @@ def hopper_sweep_kernel(
 
 @triton.jit
 def gate_kernel(
-    parts, g, dg, cu_seqlens, chunk_sequence, first_chunk, scale, T, g_b, g_t, g_h, HV,
+    parts, dg, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -520,33 +551,23 @@ def gate_kernel(
     o_r = tl.arange(0, R)
     o_c = tl.arange(0, BC)
     written = tl.zeros((R,), tl.float32)
-    later = tl.zeros((R,), tl.float32)
+    taken = tl.zeros((R,), tl.float32)
+    b_dg = tl.sum(tl.load(p + KEPT * R + tl.arange(0, KEPT_PARTS)), axis=0)
     for i in tl.static_range(GROUPS):
-        written += tl.load(p + WRITTEN * R + i * R + o_r)
-        later += tl.load(p + READ * R + i * R + o_r) - tl.load(p + GIVEN * R + i * R + o_r)
-    for i in tl.static_range(4):
-        later += tl.load(p + TAKEN * R + i * R + o_r)
-    if N == 1:
-        for i in tl.static_range(GROUPS):
-            later += tl.load(p + ASKED * R + i * R + o_r)
-    else:
+        written += tl.load(p + (WRITTEN + i) * R + o_r)
+        taken += tl.load(p + (TAKEN + i) * R + o_r)
+        if N == 1:
+            taken += tl.load(p + (ASKED + i) * R + o_r)
+        b_dg += tl.load(p + (CROSSING + i) * R + o_c * N, mask=o_c < C, other=0.0)
+    after = (o_r // N)[None, :] >= o_c[:, None]
+    b_dg += tl.sum(tl.where(after, taken[None, :], written[None, :]), axis=1)
+    if N > 1:
         asked = tl.zeros((BC,), tl.float32)
-        for i in tl.static_range(GROUPS):
-            later -= tl.load(p + GIVEN_QUERIES * R + i * R + o_r)
-        for i in tl.static_range(4):
-            asked += tl.load(p + TAKEN_QUERIES * R + i * BC + o_c)
         for i in tl.static_range(4 * GROUPS):
             asked += tl.load(p + ASKED * R + i * BC + o_c)
-    after = (o_r // N)[None, :] >= o_c[:, None]
-    b_dg = tl.sum(tl.where(after, later[None, :], written[None, :]), axis=1)
-    if N > 1:
         b_dg += tl.sum(tl.where(o_c[None, :] >= o_c[:, None], asked[None, :], 0.0), axis=1)
-    b_dg += tl.sum(tl.load(p + KEPT * R + tl.arange(0, 16)), axis=0)
-    m_c = o_c < n
-    b_g = tl.load(g + batch * g_b + (start + o_c) * g_t + i_h * g_h, mask=m_c, other=0.0)
-    b_dg = tl.where(b_g.to(tl.float32) < NOTHING, 0.0, b_dg * scale)
     p_dg = dg + (batch * T + start + o_c) * HV + i_h
-    tl.store(p_dg, b_dg.to(dg.dtype.element_ty), mask=m_c)
+    tl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=o_c < n)
 
 
 def hopper_sweep(
@@ -576,9 +597,9 @@ def hopper_sweep(
         for x in (do, p.q, p.k)
     )
     constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
-    parts = None
+    parts, size = None, KEPT.value * config.CHUNK_ROWS + KEPT_PARTS.value
     if p.g is not None:
-        parts = table.new_empty(p.num_chunks * p.heads, PARTS.value)
+        parts = table.new_empty(p.num_chunks * p.heads, size)
     hopper_sweep_kernel[(segments.number * p.heads,)](
         do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
         segments.bounds, segments.first_chunk, scale, p.v.shape[1],
@@ -589,6 +610,6 @@ def hopper_sweep(
     if parts is not None and dg is not None and p.num_chunks:
         sizes = {name: constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
         gate_kernel[(p.num_chunks * p.heads,)](
-            parts, p.g, dg, *p.packing, scale, p.v.shape[1], *p.g.stride(), p.heads, **sizes,
-            SIZE=PARTS.value, GROUPS=launch.num_warps // 4, num_warps=1,
+            parts, dg, *p.packing, scale, p.v.shape[1], p.heads, **sizes,
+            SIZE=size, GROUPS=launch.num_warps // 4, num_warps=1,
         )  # fmt: skip
