@@ -33,7 +33,7 @@ from householder.ops.delta_product.triton.chunks import (
     locate_chunk,
     strides,
 )
-from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, exp, pick
+from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, async_load, barrier, exp2, pick
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.
@@ -100,10 +100,10 @@ def reinterpret(smem, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.cons
 
 @gluon.jit
 def copy_rows(
-    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr, LAYOUT: gl.constexpr
+    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr, LAYOUT: gl.constexpr, z=0
 ):
     """Start copying rows of D elements to a tile; zero beyond the first `valid` rows."""
-    o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
     o_d = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = row_offsets(o_r, N, stride_t, stride_n)[:, None] + o_d[None, :]
@@ -132,9 +132,9 @@ def copy_query_logs(
 
 
 @gluon.jit
-def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
+def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr, z=0):
     """Store rows of a tile in `LAYOUT`."""
-    o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
     o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = o_r[:, None] * stride + o_d[None, :]
@@ -142,15 +142,23 @@ def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr)
 
 
 @gluon.jit
-def store_row_sums(pointer, x, PARTS: gl.constexpr):
-    """Store the sums of a product's rows, in PARTS that are those of different warps."""
+def sum_rows(x, PARTS: gl.constexpr):
+    """Return the sums of a product's rows, `[rows, PARTS]`: those of different warps apart."""
     ROWS: gl.constexpr = x.shape[0]
     COLUMNS: gl.constexpr = x.shape[1]
-    sums = gl.sum(x.reshape([ROWS, PARTS, COLUMNS // PARTS]), axis=2)
-    layout: gl.constexpr = sums.type.layout
-    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(0, layout))
-    gl.store(pointer + o_p[None, :] * ROWS + o_r[:, None], sums)
+    return gl.sum(x.reshape([ROWS, PARTS, COLUMNS // PARTS]), axis=2)
+
+
+@gluon.jit
+def store_row_sums(pointer, x, PARTS: gl.constexpr, coefficients=None, LINE: gl.constexpr = 0):
+    """Store such sums, times coefficients of the rows, if there are any."""
+    sums = sum_rows(x, PARTS)
+    ROWS: gl.constexpr = x.shape[0]
+    by_row: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(0, sums.type.layout))
+    if coefficients is not None:
+        sums *= pick(coefficients, LINE, ROWS, ROWS, by_row)[:, None]
+    gl.store(pointer + o_p[None, :] * ROWS + gl.arange(0, ROWS, layout=by_row)[:, None], sums)
 
 
 @gluon.jit
@@ -166,16 +174,19 @@ def store_column_sums(pointer, x, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def pair_decay(rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr):
+def pair_decay(
+    rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr
+):
     """Return Γ from rows to later queries, or rows; anything where the query is not later.
 
     In `later`, sums of log gates begin at LINE, and behind them what is left of each.
     """
     log = pick(later, LINE, BC, BC, gl.SliceLayout(0, LAYOUT))[None, :]
     log -= pick(rows, LOG_HIGH, R, R, gl.SliceLayout(1, LAYOUT))[:, None]
-    rest = pick(later, LINE + 1, BC, BC, gl.SliceLayout(0, LAYOUT))[None, :]
-    rest -= pick(rows, LOG_LOW, R, R, gl.SliceLayout(1, LAYOUT))[:, None]
-    return exp(log + rest)
+    # The first difference is exact, the second one small: both are taken before they are joined.
+    rest = (pick(later, LINE + 1, BC, BC, gl.SliceLayout(0, LAYOUT)) * LOG2_E)[None, :]
+    rest -= (pick(rows, LOG_LOW, R, R, gl.SliceLayout(1, LAYOUT)) * LOG2_E)[:, None]
+    return exp2(log * LOG2_E + rest)
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -308,6 +319,7 @@ def hopper_sweep_kernel(
         n = gl.minimum(length - i * C, C)
         start = i.to(gl.int64) * C
         i_ch = (chunk + i) * HV + i_h
+        z = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], gl.int32, True, 1)
         k_tile = k_tiles.index(step % 2)
         q_tile = q_tiles.index(step % 2)
         do_tile = do_tiles.index(step % 2)
@@ -326,33 +338,33 @@ def hopper_sweep_kernel(
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
             b_decay = b_decay.load(gl.SliceLayout(0, tall_k))[None, :]
             b_ds = warpgroup_mma_wait(0, [b_ds * b_decay])
-            do_layout: gl.constexpr = gl.DotOperandLayout(0, tall_k, 2)
-            b_decay = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, do_layout))
-            do_operand = do_t_tile.load(do_layout).to(gl.float32)
-            do_operand = (do_operand * b_decay[None, :]).to(bf16)
 
         # dU = dS' Kᵀ + dOᵀ A, with A's transpose made on the way; dS gets what the queries give.
         b_a = multiply(k_tile, q_tile.permute((1, 0)), pair_c)
         b_du = multiply(ds_operand, k_t_tile, tall_r)
         if GATED:
+            do_layout: gl.constexpr = gl.DotOperandLayout(0, tall_k, 2)
+            b_decay = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, do_layout))
+            do_operand = do_t_tile.load(do_layout).to(gl.float32)
+            do_operand = (do_operand * b_decay[None, :]).to(bf16)
             b_ds = multiply_add(do_operand, q_tile, b_ds)
         else:
             do_operand = ds_operand
             b_ds = multiply_add(do_t_tile, q_tile, b_ds)
 
         # The next chunk's tiles, and this one's state, are on their way meanwhile.
-        copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide)
+        copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide, z)
         async_copy.commit_group()
         before = gl.maximum(i - 1, 0)
         n_before = gl.minimum(i, 1) * C
         start_before = before.to(gl.int64) * C
         i_before = (chunk + before) * HV + i_h
         p = p_k + start_before * k_t
-        copy_rows(k_tiles.index(1 - step % 2), p, n_before * N, N, k_t, k_n, K, wide)
+        copy_rows(k_tiles.index(1 - step % 2), p, n_before * N, N, k_t, k_n, K, wide, z)
         p = p_q + start_before * q_t
-        copy_rows(q_tiles.index(1 - step % 2), p, n_before, 1, q_t, 0, K, wide)
+        copy_rows(q_tiles.index(1 - step % 2), p, n_before, 1, q_t, 0, K, wide, z)
         p = p_do + start_before * do_t
-        copy_rows(do_tiles.index(1 - step % 2), p, n_before, 1, do_t, 0, V, wide)
+        copy_rows(do_tiles.index(1 - step % 2), p, n_before, 1, do_t, 0, V, wide, z)
         p = table + i_before * WIDTH
         if GATED:
             copy_coefficients(tables.index(1 - step % 2), p, n_before, WIDTH, WARPS)
@@ -364,8 +376,7 @@ def hopper_sweep_kernel(
         seen = row_of_query[:, None] <= column_of_query[None, :]
         if GATED:
             b_a *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
-        b_a = gl.where(seen, b_a, 0.0).to(bf16)
-        a_tile.store(b_a)
+        a_tile.store(gl.where(seen, b_a, 0.0).to(bf16))
         if GATED:
             b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
             to_end = pick(coefficients, TO_END, R, R, by_column)
@@ -388,10 +399,7 @@ def hopper_sweep_kernel(
         b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
         if GATED:
             b_dk *= pick(coefficients, TO_END, R, R, gl.SliceLayout(1, flat_k))[:, None]
-            # Pairs of one token cross no gate.
-            later = row_of_query[:, None] < column_of_query[None, :]
-            crossing = b_at * a_tile.load(pair_c).to(gl.float32)
-            crossing = gl.where(later, crossing, 0.0).to(bf16)
+            crossing = (b_at * a_tile.load(pair_c).to(gl.float32)).to(bf16)
             b_at *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
         b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
@@ -417,7 +425,7 @@ def hopper_sweep_kernel(
 
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
-        store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide)
+        store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
         if GATED:
             # What rows and S give to the next chunk's state.
             store_row_sums(p_parts, b_dk * k_tile.load(flat_k).to(gl.float32), GROUPS)
@@ -433,11 +441,16 @@ def hopper_sweep_kernel(
 
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
         b_m = warpgroup_mma_wait(3 if GATED else 4, [b_m])
-        b_beta_row = pick(coefficients, BETA, R, R, gl.SliceLayout(1, pair_r))
-        b_dbeta = b_m * (-scale / (b_beta_row * b_beta_row))[:, None]
         on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
-        pointers = p_dbeta + p_row + row_of_pair[:, None] * HV + column_of_pair[None, :] * 0
-        mask = on_diagonal & (row_of_pair < n * N)[:, None]
+        b_dbeta = sum_rows(gl.where(on_diagonal, b_m, 0.0), GROUPS)
+        by_row: gl.constexpr = gl.SliceLayout(1, b_dbeta.type.layout)
+        o_r = gl.arange(0, R, layout=by_row)
+        o_p = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, b_dbeta.type.layout))
+        b_beta = pick(coefficients, BETA, R, R, by_row)
+        b_dbeta *= (-scale / (b_beta * b_beta))[:, None]
+        pointers = p_dbeta + p_row + o_r[:, None] * HV + o_p[None, :] * 0
+        mask = (o_r // (R // GROUPS))[:, None] == o_p[None, :]
+        mask = mask & (o_r < n * N)[:, None]
         gl.store(pointers, b_dbeta.to(dbeta.dtype.element_ty), mask=mask)
         above = row_of_pair[:, None] < column_of_pair[None, :]
         if GATED:
@@ -446,17 +459,17 @@ def hopper_sweep_kernel(
         m_tile.store(b_m.to(bf16))
         if GATED:
             b_kk = warpgroup_mma_wait(2, [b_kk])
-            later = row_of_pair[:, None] // N < column_of_pair[None, :] // N
-            b_kk = gl.where(later, b_kk * b_m, 0.0)
+            b_kk *= b_m
             if N == 1:
                 b_kk += crossing.to(gl.float32)
             else:
                 queries_tile.store(crossing)
             rows_tile.store(b_kk.to(bf16))
             b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
-            b_read *= pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
-            store_row_sums(p_parts + TAKEN * R, b_read * k_tile.load(flat_k).to(gl.float32), GROUPS)
-            b_dk += b_read
+            from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
+            k_rows = k_tile.load(flat_k).to(gl.float32)
+            store_row_sums(p_parts + TAKEN * R, b_read * k_rows, GROUPS, coefficients, FROM_START)
+            b_dk += b_read * from_start
         publish()
         if GATED:
             # What rows give to others at or after each token, from before it: sums over the later
@@ -474,9 +487,9 @@ def hopper_sweep_kernel(
                 b_dq = multiply(do_tile, s_tile, flat_k)
             else:
                 b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
-        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
+        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide, z)
         if not GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow)
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
             copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
         async_copy.commit_group()
         if FLAT:
@@ -522,10 +535,10 @@ def hopper_sweep_kernel(
             dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
         barrier()
         if GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow)
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
             async_copy.commit_group()
-        store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
-        store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
+        store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide, z)
+        store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide, z)
 
     async_copy.wait_group(0)
     if dinitial is not None:
