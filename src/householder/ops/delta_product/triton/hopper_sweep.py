@@ -61,6 +61,15 @@ def hide(i):
 
 
 @gluon.jit
+def hidden_zero(i):
+    """Return zero, which the compiler takes for something made of `i`.
+
+    What is made of it is made anew in every chunk, where registers are rather for accumulators.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], gl.int32, True, 1)
+
+
+@gluon.jit
 def multiply(a, b, LAYOUT: gl.constexpr):
     """Start the product of two tiles."""
     zero = gl.full([a.shape[0], b.shape[1]], 0.0, gl.float32, layout=LAYOUT)
@@ -213,9 +222,8 @@ def hopper_sweep_kernel(
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     bf16: gl.constexpr = gl.bfloat16
     SLICE: gl.constexpr = 16
-    # Beside gates dK and, where there are as many queries as rows, dQ are held by rows: then sums
-    # over K need no other warp.
-    FLAT: gl.constexpr = GATED
+    # dK and, beside gates and where there are as many queries as rows, dQ are held by rows: then
+    # sums over K need no other warp.
     FLAT_Q: gl.constexpr = GATED and BC == R
     sh_rk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, BK], bf16)
     sh_kk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BK], bf16)
@@ -319,7 +327,9 @@ def hopper_sweep_kernel(
         n = gl.minimum(length - i * C, C)
         start = i.to(gl.int64) * C
         i_ch = (chunk + i) * HV + i_h
-        z = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], gl.int32, True, 1)
+        z = 0
+        if GATED:
+            z = hidden_zero(i)
         k_tile = k_tiles.index(step % 2)
         q_tile = q_tiles.index(step % 2)
         do_tile = do_tiles.index(step % 2)
@@ -384,10 +394,7 @@ def hopper_sweep_kernel(
             async_copy.wait_group(2)  # T came last
         publish()
         b_du = multiply_add(do_t_tile, a_tile.permute((1, 0)), b_du)
-        if FLAT:
-            b_dk = multiply(u_tile, ds_tile, flat_k)
-        else:
-            b_dk = multiply(ds_tile.permute((1, 0)), u_tile.permute((1, 0)), tall_r)
+        b_dk = multiply(u_tile, ds_tile, flat_k)
         b_at = multiply(u_tile, do_t_tile, pair_c)
         b_du, b_ds, ds_operand, do_operand = warpgroup_mma_wait(
             2, [b_du, b_ds, ds_operand, do_operand]
@@ -419,26 +426,13 @@ def hopper_sweep_kernel(
         if GATED:
             b_read = multiply(d_tile, s_tile, flat_k)
         else:
-            b_dk = multiply_add(s_t_tile, d_tile.permute((1, 0)), b_dk)
+            b_dk = multiply_add(d_tile, s_tile, b_dk)
             b_dq = multiply(s_t_tile, do_t_tile, tall_c)
             b_dq = multiply_add(k_t_tile, at_tile, b_dq)
 
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
-        if GATED:
-            # What rows and S give to the next chunk's state.
-            store_row_sums(p_parts, b_dk * k_tile.load(flat_k).to(gl.float32), GROUPS)
-            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
-            for part in gl.static_range(BK // SLICE):
-                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                b_kept += s_part * ds_part
-            o_part = gl.arange(0, SLICE, layout=gl.SliceLayout(1, wide))
-            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
-            b_kept = gl.sum(b_kept, axis=1) * b_decay.load(gl.SliceLayout(1, wide))
-            gl.store(p_parts + KEPT * R + o_part, b_kept)
-
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
         b_m = warpgroup_mma_wait(3 if GATED else 4, [b_m])
         on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
@@ -465,6 +459,17 @@ def hopper_sweep_kernel(
             else:
                 queries_tile.store(crossing)
             rows_tile.store(b_kk.to(bf16))
+            # What rows and S give to the next chunk's state.
+            store_row_sums(p_parts, b_dk * k_tile.load(flat_k).to(gl.float32), GROUPS)
+            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
+            for part in gl.static_range(BK // SLICE):
+                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
+                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
+                b_kept += s_part * ds_part
+            o_part = gl.arange(0, SLICE, layout=gl.SliceLayout(1, wide))
+            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
+            b_kept = gl.sum(b_kept, axis=1) * b_decay.load(gl.SliceLayout(1, wide))
+            gl.store(p_parts + KEPT * R + o_part, b_kept)
             b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
             from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
             k_rows = k_tile.load(flat_k).to(gl.float32)
@@ -492,14 +497,9 @@ def hopper_sweep_kernel(
             copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
             copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
         async_copy.commit_group()
-        if FLAT:
-            b_dk = multiply_add(m_tile, k_tile, b_dk)
-            b_dk = multiply_add(m_tile.permute((1, 0)), k_tile, b_dk)
-            b_dk = multiply_add(at_tile, q_tile, b_dk)
-        else:
-            b_dk = multiply_add(k_t_tile, m_tile, b_dk)
-            b_dk = multiply_add(k_t_tile, m_tile.permute((1, 0)), b_dk)
-            b_dk = multiply_add(q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk)
+        b_dk = multiply_add(m_tile, k_tile, b_dk)
+        b_dk = multiply_add(m_tile.permute((1, 0)), k_tile, b_dk)
+        b_dk = multiply_add(at_tile, q_tile, b_dk)
         if GATED:
             b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
                 3, [b_crossing, b_dq, here_on, queries_on]
@@ -532,7 +532,7 @@ def hopper_sweep_kernel(
             b_dk = warpgroup_mma_wait(0, [b_dk])
             if BK == R:
                 barrier()
-            dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
+            dk_tile.store((b_dk * scale).to(bf16))
         barrier()
         if GATED:
             copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
