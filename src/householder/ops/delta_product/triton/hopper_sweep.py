@@ -159,7 +159,7 @@ def sum_rows(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def store_row_sums(pointer, x, PARTS: gl.constexpr, coefficients=None, LINE: gl.constexpr = 0):
+def store_row_sums(pointer, x, z, PARTS: gl.constexpr, coefficients=None, LINE: gl.constexpr = 0):
     """Store such sums, times coefficients of the rows, if there are any."""
     sums = sum_rows(x, PARTS)
     ROWS: gl.constexpr = x.shape[0]
@@ -167,7 +167,8 @@ def store_row_sums(pointer, x, PARTS: gl.constexpr, coefficients=None, LINE: gl.
     o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(0, sums.type.layout))
     if coefficients is not None:
         sums *= pick(coefficients, LINE, ROWS, ROWS, by_row)[:, None]
-    gl.store(pointer + o_p[None, :] * ROWS + gl.arange(0, ROWS, layout=by_row)[:, None], sums)
+    o_r = gl.arange(0, ROWS, layout=by_row) + z
+    gl.store(pointer + o_p[None, :] * ROWS + o_r[:, None], sums)
 
 
 @gluon.jit
@@ -433,12 +434,24 @@ def hopper_sweep_kernel(
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
+        if GATED:
+            # What S keeps to the chunk's end.
+            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
+            for part in gl.static_range(BK // SLICE):
+                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
+                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
+                b_kept += s_part * ds_part
+            o_part = gl.arange(0, SLICE, layout=gl.SliceLayout(1, wide)) + z
+            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
+            b_kept = gl.sum(b_kept, axis=1) * b_decay.load(gl.SliceLayout(1, wide))
+            gl.store(p_parts + KEPT * R + o_part, b_kept)
+
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
         b_m = warpgroup_mma_wait(3 if GATED else 4, [b_m])
         on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
         b_dbeta = sum_rows(gl.where(on_diagonal, b_m, 0.0), GROUPS)
         by_row: gl.constexpr = gl.SliceLayout(1, b_dbeta.type.layout)
-        o_r = gl.arange(0, R, layout=by_row)
+        o_r = gl.arange(0, R, layout=by_row) + z
         o_p = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, b_dbeta.type.layout))
         b_beta = pick(coefficients, BETA, R, R, by_row)
         b_dbeta *= (-scale / (b_beta * b_beta))[:, None]
@@ -459,24 +472,25 @@ def hopper_sweep_kernel(
             else:
                 queries_tile.store(crossing)
             rows_tile.store(b_kk.to(bf16))
-            # What rows and S give to the next chunk's state.
-            store_row_sums(p_parts, b_dk * k_tile.load(flat_k).to(gl.float32), GROUPS)
-            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
-            for part in gl.static_range(BK // SLICE):
-                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                b_kept += s_part * ds_part
-            o_part = gl.arange(0, SLICE, layout=gl.SliceLayout(1, wide))
-            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
-            b_kept = gl.sum(b_kept, axis=1) * b_decay.load(gl.SliceLayout(1, wide))
-            gl.store(p_parts + KEPT * R + o_part, b_kept)
-            b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
-            from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
-            k_rows = k_tile.load(flat_k).to(gl.float32)
-            store_row_sums(p_parts + TAKEN * R, b_read * k_rows, GROUPS, coefficients, FROM_START)
-            b_dk += b_read * from_start
         publish()
         if GATED:
+            if FLAT_Q:
+                b_dq = multiply(do_tile, s_tile, flat_k)
+            else:
+                b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
+        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide, z)
+        if not GATED:
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
+            copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
+        async_copy.commit_group()
+        if GATED:
+            # What rows write to the chunk's end, and what they take from its start.
+            store_row_sums(p_parts, b_dk * k_tile.load(flat_k).to(gl.float32), z, GROUPS)
+            b_read, b_ds, d_operand = warpgroup_mma_wait(1, [b_read, b_ds, d_operand])
+            from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
+            k_rows = k_tile.load(flat_k).to(gl.float32)
+            store_row_sums(p_parts + TAKEN * R, b_read * k_rows, z, GROUPS, coefficients, FROM_START)
+            b_dk += b_read * from_start
             # What rows give to others at or after each token, from before it: sums over the later
             # ones by products with ones. A token's sum stands in all its rows.
             o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
@@ -488,30 +502,16 @@ def hopper_sweep_kernel(
                 o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
                 queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
                 b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
-            if FLAT_Q:
-                b_dq = multiply(do_tile, s_tile, flat_k)
-            else:
-                b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
-        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide, z)
-        if not GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
-            copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
-        async_copy.commit_group()
         b_dk = multiply_add(m_tile, k_tile, b_dk)
         b_dk = multiply_add(m_tile.permute((1, 0)), k_tile, b_dk)
         b_dk = multiply_add(at_tile, q_tile, b_dk)
         if GATED:
-            b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
-                3, [b_crossing, b_dq, here_on, queries_on]
-            )
-            earlier = column_of_pair[None, :] // N < row_of_pair[:, None] // N
-            b_crossing = gl.where(earlier, b_crossing, 0.0)
-            store_row_sums(p_parts + CROSSING * R, b_crossing, GROUPS)
+            b_dq = warpgroup_mma_wait(4 if N == 1 else 5, [b_dq])
             if FLAT_Q:
                 from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(1, flat_k))
                 b_dq *= from_start[:, None]
                 q_rows = q_tile.load(flat_k).to(gl.float32)
-                store_row_sums(p_parts + ASKED * R, b_dq * q_rows, GROUPS)
+                store_row_sums(p_parts + ASKED * R, b_dq * q_rows, z, GROUPS)
                 b_dq = multiply_add(at_tile.permute((1, 0)), k_tile, b_dq)
             else:
                 from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, tall_c))
@@ -519,7 +519,15 @@ def hopper_sweep_kernel(
                 q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
                 store_column_sums(p_parts + ASKED * R, b_dq * q_columns, WARPS)
                 b_dq = multiply_add(k_t_tile, at_tile, b_dq)
+            b_crossing, here_on, queries_on = warpgroup_mma_wait(
+                4, [b_crossing, here_on, queries_on]
+            )
+            earlier = column_of_pair[None, :] // N < row_of_pair[:, None] // N
+            b_crossing = gl.where(earlier, b_crossing, 0.0)
+            store_row_sums(p_parts + CROSSING * R, b_crossing, z, GROUPS)
             b_dk = warpgroup_mma_wait(1, [b_dk])
+            if BK == R:
+                barrier()
             dk_tile.store((b_dk * scale).to(bf16))
             b_dq = warpgroup_mma_wait(0, [b_dq])
             if FLAT_Q:
@@ -561,26 +569,23 @@ def gate_kernel(
     batch = tl.cast(batch, tl.int64)
     start = start.to(tl.int64)
     p = parts + (i_chunk * HV + i_h) * SIZE
+    # A token's gate is crossed by what rows before its first one write, and by what it and rows
+    # behind it take: sums of both are read at that row.
     o_r = tl.arange(0, R)
-    o_c = tl.arange(0, BC)
-    written = tl.zeros((R,), tl.float32)
-    taken = tl.zeros((R,), tl.float32)
-    b_dg = tl.sum(tl.load(p + KEPT * R + tl.arange(0, KEPT_PARTS)), axis=0)
+    first = o_r % N == 0
+    earlier = tl.zeros((R,), tl.float32)
+    later = tl.zeros((R,), tl.float32)
+    b_dg = tl.zeros((R,), tl.float32)
     for i in tl.static_range(GROUPS):
-        written += tl.load(p + (WRITTEN + i) * R + o_r)
-        taken += tl.load(p + (TAKEN + i) * R + o_r)
-        if N == 1:
-            taken += tl.load(p + (ASKED + i) * R + o_r)
-        b_dg += tl.load(p + (CROSSING + i) * R + o_c * N, mask=o_c < C, other=0.0)
-    after = (o_r // N)[None, :] >= o_c[:, None]
-    b_dg += tl.sum(tl.where(after, taken[None, :], written[None, :]), axis=1)
-    if N > 1:
-        asked = tl.zeros((BC,), tl.float32)
-        for i in tl.static_range(4 * GROUPS):
-            asked += tl.load(p + ASKED * R + i * BC + o_c)
-        b_dg += tl.sum(tl.where(o_c[None, :] >= o_c[:, None], asked[None, :], 0.0), axis=1)
-    p_dg = dg + (batch * T + start + o_c) * HV + i_h
-    tl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=o_c < n)
+        earlier += tl.load(p + (WRITTEN + i) * R + o_r - 1, mask=o_r > 0, other=0.0)
+        later += tl.load(p + (TAKEN + i) * R + o_r)
+        b_dg += tl.load(p + (CROSSING + i) * R + o_r)
+    for i in tl.static_range(GROUPS if N == 1 else 4 * GROUPS):
+        later += tl.load(p + ASKED * R + i * BC + o_r // N, mask=first, other=0.0)
+    b_dg += tl.cumsum(earlier, axis=0) + tl.cumsum(later, axis=0, reverse=True)
+    b_dg += tl.sum(tl.load(p + KEPT * R + tl.arange(0, KEPT_PARTS)), axis=0)
+    p_dg = dg + (batch * T + start + o_r // N) * HV + i_h
+    tl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=first & (o_r < n * N))
 
 
 def hopper_sweep(
