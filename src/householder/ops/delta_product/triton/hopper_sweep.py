@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -48,7 +49,7 @@ TAKEN = gl.constexpr(2)
 CROSSING = gl.constexpr(4)
 ASKED = gl.constexpr(6)
 KEPT = gl.constexpr(10)
-KEPT_PARTS = gl.constexpr(16)
+KEPT_PARTS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -183,6 +184,38 @@ def store_column_sums(pointer, x, PARTS: gl.constexpr):
     gl.store(pointer + o_p[:, None] * COLUMNS + o_c[None, :], sums)
 
 
+@gluon.constexpr_function
+def rows_of_warps(columns, warps, row_last):
+    """Return how warps hold 16 rows each as factors of small products, and those of 8 rows."""
+    registers = [[0, 1], [8, 0], [0, 8]] if row_last else [[0, 1], [0, 8], [8, 0]]
+    registers += [[0, 16 << i] for i in range((columns // 16).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    bases = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, bases, [], [16 * warps, columns])
+
+
+@gluon.jit
+def inner_product(a, b, WARPS: gl.constexpr):
+    """Return the inner product of two tiles in shared memory, in `[WARPS]` parts.
+
+    The rows' are the diagonals of small products: cheaper than to unpack both tiles.
+    """
+    COLUMNS: gl.constexpr = a.shape[1]
+    small: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, small, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, small, 2)
+    a = a.load(rows_of_warps(COLUMNS, WARPS, True)).reshape([WARPS, 16, COLUMNS])
+    b = b.load(rows_of_warps(COLUMNS, WARPS, False)).reshape([WARPS, 16, COLUMNS])
+    b = b.permute((0, 2, 1))
+    none = gl.zeros([WARPS, 16, 16], gl.float32, layout=small)
+    x = mma_v2(gl.convert_layout(a, left), gl.convert_layout(b, right), none)
+    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, small))
+    by_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, small))
+    row = gl.arange(0, 16, layout=by_row)[None, :][:, :, None]
+    column = gl.arange(0, 16, layout=by_column)[None, :][:, None, :]
+    return gl.sum(gl.sum(gl.where(row == column, x, 0.0), axis=2), axis=1)
+
+
 @gluon.jit
 def pair_decay(
     rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr
@@ -222,7 +255,6 @@ def hopper_sweep_kernel(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     bf16: gl.constexpr = gl.bfloat16
-    SLICE: gl.constexpr = 16
     # dK and, beside gates and where there are as many queries as rows, dQ are held by rows: then
     # sums over K need no other warp.
     FLAT_Q: gl.constexpr = GATED and BC == R
@@ -436,14 +468,10 @@ def hopper_sweep_kernel(
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
         if GATED:
             # What S keeps to the chunk's end.
-            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
-            for part in gl.static_range(BK // SLICE):
-                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                b_kept += s_part * ds_part
-            o_part = gl.arange(0, SLICE, layout=gl.SliceLayout(1, wide)) + z
+            b_kept = inner_product(s_tile, ds_tile, WARPS)
+            o_part = gl.arange(0, WARPS, layout=b_kept.type.layout) + z
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
-            b_kept = gl.sum(b_kept, axis=1) * b_decay.load(gl.SliceLayout(1, wide))
+            b_kept *= b_decay.load(b_kept.type.layout)
             gl.store(p_parts + KEPT * R + o_part, b_kept)
 
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
@@ -583,7 +611,7 @@ def gate_kernel(
     for i in tl.static_range(GROUPS if N == 1 else 4 * GROUPS):
         later += tl.load(p + ASKED * R + i * BC + o_r // N, mask=first, other=0.0)
     b_dg += tl.cumsum(earlier, axis=0) + tl.cumsum(later, axis=0, reverse=True)
-    b_dg += tl.sum(tl.load(p + KEPT * R + tl.arange(0, KEPT_PARTS)), axis=0)
+    b_dg += tl.sum(tl.load(p + KEPT * R + tl.arange(0, 4 * GROUPS)), axis=0)
     p_dg = dg + (batch * T + start + o_r // N) * HV + i_h
     tl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=first & (o_r < n * N))
 
