@@ -8,12 +8,10 @@ them, so that dS, dU and D go from one product into the next without leaving the
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -27,29 +25,30 @@ from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
     LOG_HIGH,
-    LOG_LOW,
     TO_END,
     TOKEN_FROM_START,
     Problem,
-    locate_chunk,
     strides,
 )
-from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, async_load, barrier, exp2, pick
+from householder.ops.delta_product.triton.hopper_gates import (
+    ASKED,
+    CROSSING,
+    KEPT,
+    KEPT_PARTS,
+    TAKEN,
+    WRITTEN,
+    gate_kernel,
+    inner_product,
+    pair_decay,
+    store_column_sums,
+    store_row_sums,
+    sum_rows,
+)
+from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, pick
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-# What the gates' gradient of a chunk is made of, in places of R numbers, each in parts: what rows
-# write to the chunk's end, what they take from its start, what goes from rows before a token to
-# rows and queries from it on, what queries take from the start, and what S keeps.
-WRITTEN = gl.constexpr(0)
-TAKEN = gl.constexpr(2)
-CROSSING = gl.constexpr(4)
-ASKED = gl.constexpr(6)
-KEPT = gl.constexpr(10)
-KEPT_PARTS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -110,9 +109,13 @@ def reinterpret(smem, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.cons
 
 @gluon.jit
 def copy_rows(
-    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr, LAYOUT: gl.constexpr, z=0
-):
-    """Start copying rows of D elements to a tile; zero beyond the first `valid` rows."""
+    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr,
+    LAYOUT: gl.constexpr, z=0,
+):  # fmt: skip
+    """Start copying rows of D elements to a tile; zero beyond the first `valid` rows.
+
+    `z` is zero, or what `hidden_zero` returns.
+    """
     o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
     o_d = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
@@ -149,87 +152,6 @@ def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr,
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = o_r[:, None] * stride + o_d[None, :]
     gl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def sum_rows(x, PARTS: gl.constexpr):
-    """Return the sums of a product's rows, `[rows, PARTS]`: those of different warps apart."""
-    ROWS: gl.constexpr = x.shape[0]
-    COLUMNS: gl.constexpr = x.shape[1]
-    return gl.sum(x.reshape([ROWS, PARTS, COLUMNS // PARTS]), axis=2)
-
-
-@gluon.jit
-def store_row_sums(pointer, x, z, PARTS: gl.constexpr, coefficients=None, LINE: gl.constexpr = 0):
-    """Store such sums, times coefficients of the rows, if there are any."""
-    sums = sum_rows(x, PARTS)
-    ROWS: gl.constexpr = x.shape[0]
-    by_row: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
-    o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(0, sums.type.layout))
-    if coefficients is not None:
-        sums *= pick(coefficients, LINE, ROWS, ROWS, by_row)[:, None]
-    o_r = gl.arange(0, ROWS, layout=by_row) + z
-    gl.store(pointer + o_p[None, :] * ROWS + o_r[:, None], sums)
-
-
-@gluon.jit
-def store_column_sums(pointer, x, PARTS: gl.constexpr):
-    """Store the sums of a product's columns, in PARTS that are those of different warps."""
-    ROWS: gl.constexpr = x.shape[0]
-    COLUMNS: gl.constexpr = x.shape[1]
-    sums = gl.sum(x.reshape([PARTS, ROWS // PARTS, COLUMNS]), axis=1)
-    layout: gl.constexpr = sums.type.layout
-    o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    gl.store(pointer + o_p[:, None] * COLUMNS + o_c[None, :], sums)
-
-
-@gluon.constexpr_function
-def rows_of_warps(columns, warps, row_last):
-    """Return how warps hold 16 rows each as factors of small products, and those of 8 rows."""
-    registers = [[0, 1], [8, 0], [0, 8]] if row_last else [[0, 1], [0, 8], [8, 0]]
-    registers += [[0, 16 << i] for i in range((columns // 16).bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    bases = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, bases, [], [16 * warps, columns])
-
-
-@gluon.jit
-def inner_product(a, b, WARPS: gl.constexpr):
-    """Return the inner product of two tiles in shared memory, in `[WARPS]` parts.
-
-    The rows' are the diagonals of small products: cheaper than to unpack both tiles.
-    """
-    COLUMNS: gl.constexpr = a.shape[1]
-    small: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, small, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, small, 2)
-    a = a.load(rows_of_warps(COLUMNS, WARPS, True)).reshape([WARPS, 16, COLUMNS])
-    b = b.load(rows_of_warps(COLUMNS, WARPS, False)).reshape([WARPS, 16, COLUMNS])
-    b = b.permute((0, 2, 1))
-    none = gl.zeros([WARPS, 16, 16], gl.float32, layout=small)
-    x = mma_v2(gl.convert_layout(a, left), gl.convert_layout(b, right), none)
-    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, small))
-    by_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, small))
-    row = gl.arange(0, 16, layout=by_row)[None, :][:, :, None]
-    column = gl.arange(0, 16, layout=by_column)[None, :][:, None, :]
-    return gl.sum(gl.sum(gl.where(row == column, x, 0.0), axis=2), axis=1)
-
-
-@gluon.jit
-def pair_decay(
-    rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Return Γ from rows to later queries, or rows; anything where the query is not later.
-
-    In `later`, sums of log gates begin at LINE, and behind them what is left of each.
-    """
-    log = pick(later, LINE, BC, BC, gl.SliceLayout(0, LAYOUT))[None, :]
-    log -= pick(rows, LOG_HIGH, R, R, gl.SliceLayout(1, LAYOUT))[:, None]
-    # The first difference is exact, the second one small: both are taken before they are joined.
-    rest = (pick(later, LINE + 1, BC, BC, gl.SliceLayout(0, LAYOUT)) * LOG2_E)[None, :]
-    rest -= (pick(rows, LOG_LOW, R, R, gl.SliceLayout(1, LAYOUT)) * LOG2_E)[:, None]
-    return exp2(log * LOG2_E + rest)
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -309,7 +231,9 @@ def hopper_sweep_kernel(
     if BC < R:
         m_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tables = gl.allocate_shared_memory(gl.float32, [2 if GATED else 1, 8 * R if GATED else R], vector)
+    # With gates, the next chunk's coefficients come with its tiles: rows of a table of six, or β.
+    TABLES: gl.constexpr = 2 if GATED else 1
+    tables = gl.allocate_shared_memory(gl.float32, [TABLES, 8 * R if GATED else R], vector)
     query_logs = tables
     LOGS: gl.constexpr = LOG_HIGH if N == 1 else 0
     if GATED and N > 1:
@@ -427,8 +351,8 @@ def hopper_sweep_kernel(
             async_copy.wait_group(2)  # T came last
         publish()
         b_du = multiply_add(do_t_tile, a_tile.permute((1, 0)), b_du)
-        b_dk = multiply(u_tile, ds_tile, flat_k)
         b_at = multiply(u_tile, do_t_tile, pair_c)
+        b_dk = multiply(u_tile, ds_tile, flat_k)
         b_du, b_ds, ds_operand, do_operand = warpgroup_mma_wait(
             2, [b_du, b_ds, ds_operand, do_operand]
         )
@@ -436,13 +360,14 @@ def hopper_sweep_kernel(
         # −β D, from registers into dS and through shared memory into all else.
         du_operand = gl.convert_layout(b_du.to(bf16), gl.DotOperandLayout(0, tall_r, 2))
         b_d = multiply(du_operand, t_tile, tall_r)
-        b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
         if GATED:
-            b_dk *= pick(coefficients, TO_END, R, R, gl.SliceLayout(1, flat_k))[:, None]
+            b_kk = multiply(k_tile, k_t_tile, pair_r)
+        b_at = warpgroup_mma_wait(3 if GATED else 2, [b_at])
+        if GATED:
             crossing = (b_at * a_tile.load(pair_c).to(gl.float32)).to(bf16)
             b_at *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
-        b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
+        b_d, b_dk, du_operand = warpgroup_mma_wait(1 if GATED else 0, [b_d, b_dk, du_operand])
         b_d *= -pick(coefficients, BETA, R, R, by_column)[None, :]
         b_dh = b_d.to(bf16)
         d_tile.permute((1, 0)).store(b_dh)
@@ -450,7 +375,6 @@ def hopper_sweep_kernel(
         publish()
         b_m = multiply(u_tile, d_tile.permute((1, 0)), pair_r)
         if GATED:
-            b_kk = multiply(k_tile, k_t_tile, pair_r)
             from_start = pick(coefficients, FROM_START, R, R, by_column)
             b_dh = (b_d * from_start[None, :]).to(bf16)
         d_operand = gl.convert_layout(b_dh, gl.DotOperandLayout(0, tall_k, 2))
@@ -468,6 +392,7 @@ def hopper_sweep_kernel(
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
         if GATED:
             # What S keeps to the chunk's end.
+            b_kk = warpgroup_mma_wait(3, [b_kk])
             b_kept = inner_product(s_tile, ds_tile, WARPS)
             o_part = gl.arange(0, WARPS, layout=b_kept.type.layout) + z
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
@@ -475,7 +400,7 @@ def hopper_sweep_kernel(
             gl.store(p_parts + KEPT * R + o_part, b_kept)
 
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
-        b_m = warpgroup_mma_wait(3 if GATED else 4, [b_m])
+        b_m = warpgroup_mma_wait(2 if GATED else 4, [b_m])
         on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
         b_dbeta = sum_rows(gl.where(on_diagonal, b_m, 0.0), GROUPS)
         by_row: gl.constexpr = gl.SliceLayout(1, b_dbeta.type.layout)
@@ -493,7 +418,6 @@ def hopper_sweep_kernel(
         b_m = gl.where(above, b_m, 0.0)
         m_tile.store(b_m.to(bf16))
         if GATED:
-            b_kk = warpgroup_mma_wait(2, [b_kk])
             b_kk *= b_m
             if N == 1:
                 b_kk += crossing.to(gl.float32)
@@ -513,12 +437,15 @@ def hopper_sweep_kernel(
         async_copy.commit_group()
         if GATED:
             # What rows write to the chunk's end, and what they take from its start.
-            store_row_sums(p_parts, b_dk * k_tile.load(flat_k).to(gl.float32), z, GROUPS)
+            k_rows = k_tile.load(flat_k).to(gl.float32)
+            store_row_sums(p_parts + WRITTEN * R, b_dk * k_rows, z, GROUPS, coefficients, TO_END)
             b_read, b_ds, d_operand = warpgroup_mma_wait(1, [b_read, b_ds, d_operand])
             from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
             k_rows = k_tile.load(flat_k).to(gl.float32)
-            store_row_sums(p_parts + TAKEN * R, b_read * k_rows, z, GROUPS, coefficients, FROM_START)
-            b_dk += b_read * from_start
+            p_taken = p_parts + TAKEN * R
+            store_row_sums(p_taken, b_read * k_rows, z, GROUPS, coefficients, FROM_START)
+            to_end = pick(coefficients, TO_END, R, R, gl.SliceLayout(1, flat_k))[:, None]
+            b_dk = b_dk * to_end + b_read * from_start
             # What rows give to others at or after each token, from before it: sums over the later
             # ones by products with ones. A token's sum stands in all its rows.
             o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
@@ -580,40 +507,6 @@ def hopper_sweep_kernel(
     if dinitial is not None:
         b_ds = (b_ds * scale).to(dinitial.dtype.element_ty)
         gl.store(dinitial + i_sh * K * V + o_k * V + o_v, b_ds, mask=in_state)
-
-
-@triton.jit
-def gate_kernel(
-    parts, dg, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
-    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
-    SIZE: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Put the parts of the gates' gradient together for one chunk and value head."""
-    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
-    i_h = (tl.program_id(0) % HV).to(tl.int64)
-    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
-    if n <= 0:
-        return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
-    p = parts + (i_chunk * HV + i_h) * SIZE
-    # A token's gate is crossed by what rows before its first one write, and by what it and rows
-    # behind it take: sums of both are read at that row.
-    o_r = tl.arange(0, R)
-    first = o_r % N == 0
-    earlier = tl.zeros((R,), tl.float32)
-    later = tl.zeros((R,), tl.float32)
-    b_dg = tl.zeros((R,), tl.float32)
-    for i in tl.static_range(GROUPS):
-        earlier += tl.load(p + (WRITTEN + i) * R + o_r - 1, mask=o_r > 0, other=0.0)
-        later += tl.load(p + (TAKEN + i) * R + o_r)
-        b_dg += tl.load(p + (CROSSING + i) * R + o_r)
-    for i in tl.static_range(GROUPS if N == 1 else 4 * GROUPS):
-        later += tl.load(p + ASKED * R + i * BC + o_r // N, mask=first, other=0.0)
-    b_dg += tl.cumsum(earlier, axis=0) + tl.cumsum(later, axis=0, reverse=True)
-    b_dg += tl.sum(tl.load(p + KEPT * R + tl.arange(0, 4 * GROUPS)), axis=0)
-    p_dg = dg + (batch * T + start + o_r // N) * HV + i_h
-    tl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=first & (o_r < n * N))
 
 
 def hopper_sweep(

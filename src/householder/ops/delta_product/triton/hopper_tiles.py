@@ -73,9 +73,7 @@ def add(a, b):
 @gluon.jit
 def exp2(x):
     """Power of two by the chip's own instruction, which takes what is next to nothing for zero."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1
-    )
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
 @gluon.jit
