@@ -23,6 +23,7 @@ SHAPES = {
     "strong gate": (2, 300, 1, 2, 2, 128, 128, 20.0, None),
     "two reflections, grouped heads": (2, 300, 2, 2, 4, 128, 128, 0.1, None),
     "three reflections": (2, 300, 3, 2, 2, 128, 128, None, None),
+    "three reflections, gated": (2, 300, 3, 2, 2, 128, 128, 0.1, None),
     "four reflections": (2, 300, 4, 2, 2, 128, 128, 0.1, None),
     "five reflections": (1, 200, 5, 1, 1, 96, 160, 0.1, None),
     "six reflections": (1, 200, 6, 1, 1, 64, 64, None, None),
@@ -136,6 +137,25 @@ def test_gradients_without_the_kernel_for_hopper(name, kernels, monkeypatch):
     for label, a, e in zip(OUTPUTS, run(kernels, inputs), expected, strict=True):
         if e is not None:
             assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+
+
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("g", [0.0, -20.0, -float("inf")])
+def test_gates_of_any_strength(g, N, kernels):
+    """Gradients keep their digits, each for itself, beside strong gates and at resets."""
+    inputs = arrange((2, 300, N, 2, 2, 128, 128, 0.1, None), torch.bfloat16)
+    inputs["initial_state"] = torch.zeros_like(inputs["initial_state"])
+    gates = inputs["g"]
+    gates[:, 3::7] = g
+    actual = dict(zip(OUTPUTS, run(kernels, inputs), strict=True))
+    expected = dict(zip(OUTPUTS, run(chunk, inputs, torch.float64), strict=True))
+    for label, e in expected.items():
+        assert relative_error(actual[label], e) < LIMITS[torch.bfloat16], label
+    strong, exact = actual["dg"][:, 3::7].double(), expected["dg"][:, 3::7]
+    if g == -float("inf"):
+        assert not strong.any()
+    else:
+        assert ((strong - exact).abs() / exact.abs()).median() < LIMITS[torch.bfloat16]
 
 
 def test_a_sequence_does_not_depend_on_its_batch(kernels):

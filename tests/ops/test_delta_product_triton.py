@@ -49,6 +49,13 @@ HIDDEN = {
     "weak gate does not": (-0.5, 1.0, False),
     "strong gate, long keys": (-2.0, 6.0, False),
 }
+# N, and whether sequences are packed.
+GATE_PARTS = {
+    "gate parts": (1, False),
+    "gate parts, packed": (1, True),
+    "gate parts, two reflections": (2, False),
+    "gate parts, three reflections, packed": (3, True),
+}
 OUTPUTS = ("o", "final_state", "dq", "dk", "dv", "dbeta", "dg", "dinitial_state")
 # A chunk solves for 64 rows at once what the definition does one by one, here in 16 dimensions.
 FACTOR = 4.0
@@ -158,6 +165,56 @@ def compute_hidden(g: float, strength: float) -> list[bool]:
     return [bool(x[:, 128:256].isfinite().all()) for x in (o, dv)]
 
 
+def compute_gate_parts(N: int, packed: bool) -> float:
+    """Put random parts of the gates' gradient together; return the error relative to plain sums."""
+    import torch
+
+    from householder.ops.delta_product.triton import hopper_gates as parts
+    from householder.ops.delta_product.triton.chunks import make_problem
+    from householder.testing import relative_error
+
+    torch.manual_seed(0)
+    lengths, HV, groups = ([0, 70, 3] if packed else [70]), 2, 2
+    T, C, BC = sum(lengths), 64 // N, 64 if N == 1 else 32
+    q, k, v = (torch.zeros(1, T, *shape, HV, 16) for shape in ((), (N,), (N,)))
+    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    g = torch.zeros(1, T, HV)
+    p = make_problem(q, k, v, torch.zeros(1, T, N, HV), g, bounds)
+    size = parts.KEPT.value * 64 + parts.KEPT_PARTS.value
+    x = torch.randn(p.num_chunks, HV, size)
+    # Behind a chunk's last token there is nothing.
+    for place in (parts.TAKEN.value, parts.TAKEN.value + 1):
+        x[:, :, 64 * place + C * N : 64 * (place + 1)] = 0.0
+    if N > 1:
+        x[:, :, 64 * parts.ASKED.value :][..., : 4 * groups * BC].unflatten(2, (-1, BC))[
+            ..., C:
+        ] = 0
+    dg = torch.full_like(g, torch.nan)
+    parts.gate_kernel[(p.num_chunks * HV,)](
+        x, dg, *p.packing, 0.3, T, HV, N=N, C=C, R=64, BC=BC, PACKED=packed, SIZE=size,
+        GROUPS=groups,
+    )  # fmt: skip
+
+    def lines(place: int, number: int, width: int = 64) -> torch.Tensor:
+        return (
+            x[:, :, 64 * place :][..., : number * width].double().unflatten(2, (-1, width)).sum(2)
+        )
+
+    written, taken, crossing = (
+        lines(place.value, groups) for place in (parts.WRITTEN, parts.TAKEN, parts.CROSSING)
+    )
+    asked = lines(parts.ASKED.value, groups if N == 1 else 4 * groups, BC)
+    kept = x[:, :, 64 * parts.KEPT.value :][..., : 4 * groups].double().sum(2)
+    chunks = [(length, at) for length in lengths for at in range(0, length, C)]
+    expected = []
+    for i, (length, at) in enumerate(chunks):
+        for t in range(min(C, length - at)):
+            before, after = written[i, :, : t * N].sum(1), taken[i, :, t * N : C * N].sum(1)
+            rest = asked[i, :, t:C].sum(1) + crossing[i, :, t * N] + kept[i]
+            expected.append(0.3 * (before + after + rest))
+    return relative_error(dg[0], torch.stack(expected))
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict[str, str]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -176,6 +233,11 @@ def test_kernels_are_as_accurate_as_the_definition(name, answers):
 @pytest.mark.parametrize("name", HIDDEN)
 def test_a_segment_sees_what_gates_leave_of_those_before_it(name, answers):
     assert answers[name] == [HIDDEN[name][2]] * 2
+
+
+@pytest.mark.parametrize("name", GATE_PARTS)
+def test_parts_of_the_gates_gradient_are_put_together(name, answers):
+    assert answers[name] < 1e-6
 
 
 @pytest.mark.parametrize("N", range(1, 9))
@@ -221,4 +283,5 @@ def test_segments_are_where_their_sequence_has_them(monkeypatch):
 if __name__ == "__main__":
     answers = {name: compute(case) for name, case in CASES.items()}
     answers |= {name: compute_hidden(g, strength) for name, (g, strength, _) in HIDDEN.items()}
+    answers |= {name: compute_gate_parts(*case) for name, case in GATE_PARTS.items()}
     print(json.dumps(answers))

@@ -35,19 +35,12 @@ from householder.ops.delta_product.triton.hopper_tiles import (
     barrier,
     buffers,
     copy_tile,
+    exp,
     pick,
     product_layout,
     row_layout,
     tile_rows,
 )
-
-
-@gluon.jit
-def exp(x):
-    """Exponential by the chip's own instruction, which takes what is next to nothing for zero."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], gl.float32, True, 1
-    )
 
 
 @gluon.jit

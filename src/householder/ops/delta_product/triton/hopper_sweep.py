@@ -22,19 +22,51 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from householder.ops._triton import has_wide_rows
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
+    BETA,
     FROM_START,
     LOG_HIGH,
-    LOG_LOW,
     TO_END,
     TOKEN_FROM_START,
     Problem,
     strides,
 )
-from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier
+from householder.ops.delta_product.triton.hopper_gates import (
+    ASKED,
+    CROSSING,
+    KEPT,
+    KEPT_PARTS,
+    TAKEN,
+    WRITTEN,
+    gate_kernel,
+    inner_product,
+    pair_decay,
+    store_column_sums,
+    store_row_sums,
+    sum_rows,
+)
+from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, pick
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def hide(i):
+    """Return a number whose origin the compiler does not see.
+
+    It would keep one pointer for every access, counted on from chunk to chunk, in memory.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], gl.int32, True, 1)
+
+
+@gluon.jit
+def hidden_zero(i):
+    """Return zero, which the compiler takes for something made of `i`.
+
+    What is made of it is made anew in every chunk, where registers are rather for accumulators.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], gl.int32, True, 1)
 
 
 @gluon.jit
@@ -77,10 +109,14 @@ def reinterpret(smem, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.cons
 
 @gluon.jit
 def copy_rows(
-    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Start copying rows of D elements to a tile; zero beyond the first `valid` rows."""
-    o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr,
+    LAYOUT: gl.constexpr, z=0,
+):  # fmt: skip
+    """Start copying rows of D elements to a tile; zero beyond the first `valid` rows.
+
+    `z` is zero, or what `hidden_zero` returns.
+    """
+    o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
     o_d = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = row_offsets(o_r, N, stride_t, stride_n)[:, None] + o_d[None, :]
@@ -88,42 +124,39 @@ def copy_rows(
 
 
 @gluon.jit
-def copy_vector(smem, pointer, WARPS: gl.constexpr):
-    """Start copying a vector of coefficients."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    async_load(smem, pointer + gl.arange(0, smem.shape[0], layout=layout))
+def copy_coefficients(smem, pointer, left, WIDTH: gl.constexpr, WARPS: gl.constexpr):
+    """Start copying a chunk's table of coefficients, if `left` is not zero."""
+    vector: gl.constexpr = 2 if smem.shape[0] == 64 else 4
+    layout: gl.constexpr = gl.BlockedLayout([vector], [32], [WARPS], [0])
+    o = gl.arange(0, smem.shape[0], layout=layout)
+    async_load(smem, pointer + o, mask=o < gl.minimum(left, 1) * WIDTH)
 
 
 @gluon.jit
-def load_vector(smem, pointer, R: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load coefficients from their tile, or from `pointer` if there is none."""
-    if smem is None:
-        return gl.load(pointer + gl.arange(0, R, layout=LAYOUT))
-    else:
-        return smem.load(LAYOUT)
+def copy_query_logs(
+    smem, p_table, left, C: gl.constexpr, N: gl.constexpr, R: gl.constexpr, WARPS: gl.constexpr
+):
+    """Start copying the sums of log gates, in two parts, that a chunk's queries have."""
+    BC: gl.constexpr = smem.shape[0] // 2
+    o = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    # Those of its token's rows; past the chunk's end there is no query.
+    o_log = (LOG_HIGH + o // BC) * R + gl.minimum(o % BC, C - 1) * N
+    async_load(smem, p_table + o_log, mask=o < gl.minimum(left, 1) * (2 * BC))
 
 
 @gluon.jit
-def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
+def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr, z=0):
     """Store rows of a tile in `LAYOUT`."""
-    o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
     o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
     offsets = o_r[:, None] * stride + o_d[None, :]
     gl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
 
 
-@gluon.jit
-def pair_decay(table, later, earlier, R: gl.constexpr):
-    """Return Γ between two rows of a chunk; not above one, whichever is the later."""
-    high = gl.load(table + LOG_HIGH * R + later) - gl.load(table + LOG_HIGH * R + earlier)
-    low = gl.load(table + LOG_LOW * R + later) - gl.load(table + LOG_LOW * R + earlier)
-    return gl.exp(gl.minimum(high + low, 0.0))
-
-
 @gluon.jit(do_not_specialize=["T"])
 def hopper_sweep_kernel(
-    do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
+    do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
     cu_seqlens, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
     HV: gl.constexpr, do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
@@ -138,12 +171,15 @@ def hopper_sweep_kernel(
     tall_r: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
     tall_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BC, 16])
     tall_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    flat_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BK // GROUPS, 16])
     pair_r: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, R // GROUPS, 16])
     pair_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     bf16: gl.constexpr = gl.bfloat16
-    SLICE: gl.constexpr = 32
+    # dK and, beside gates and where there are as many queries as rows, dQ are held by rows: then
+    # sums over K need no other warp.
+    FLAT_Q: gl.constexpr = GATED and BC == R
     sh_rk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([R, BK], bf16)
     sh_kk: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BK], bf16)
     sh_ck: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], bf16)
@@ -190,19 +226,24 @@ def hopper_sweep_kernel(
     d_tile = gl.allocate_shared_memory(bf16, [R, BK], sh_rk)
     a_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
     at_tile = gl.allocate_shared_memory(bf16, [R, BC], sh_rc)
-    m_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
-    # Two programs of 64 columns share a multiprocessor; beside gates no room is left for these.
-    STAGED: gl.constexpr = BK > R or not GATED
+    # When pairs of rows are stored, those of queries and rows have been read for the last time.
+    m_tile = a_tile
+    if BC < R:
+        m_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    # With gates, the next chunk's coefficients come with its tiles: rows of a table of six, or β.
+    TABLES: gl.constexpr = 2 if GATED else 1
+    tables = gl.allocate_shared_memory(gl.float32, [TABLES, 8 * R if GATED else R], vector)
+    query_logs = tables
+    LOGS: gl.constexpr = LOG_HIGH if N == 1 else 0
+    if GATED and N > 1:
+        query_logs = gl.allocate_shared_memory(gl.float32, [2, 2 * BC], vector)
     by_column: gl.constexpr = gl.SliceLayout(0, tall_r)
-    beta_tile = None
-    from_start_tile = None
-    to_end_tile = None
-    if STAGED:
-        beta_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
-        if GATED:
-            from_start_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
-            to_end_tile = gl.allocate_shared_memory(gl.float32, [R], vector)
+    here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
+    if GATED:
+        # Pairs for the gates' gradient stand where A and T have been read for the last time.
+        rows_tile = t_tile
+        queries_tile = a_tile
     # dS' has been read for the last time when dQ and dK are laid out for their way to memory.
     dq_tile = reinterpret(stage, BC, BK, sh_ck)
     dk_tile = d_tile
@@ -214,16 +255,6 @@ def hopper_sweep_kernel(
     row_of_pair_c = gl.arange(0, R, layout=gl.SliceLayout(1, pair_c))
     row_of_query = row_of_pair_c // N
     column_of_query = gl.arange(0, BC, layout=gl.SliceLayout(0, pair_c))
-    # A query's gates are those of its token's rows; past the chunk's end there is no query.
-    query = gl.minimum(column_of_query, C - 1) * N
-    if GATED:
-        # Pairs for the gates' gradient stand where A and T have been read for the last time.
-        rows_tile = a_tile
-        if BC < R:
-            rows_tile = gl.allocate_shared_memory(bf16, [R, R], sh_rr)
-        queries_tile = reinterpret(t_tile, R, BC, sh_rc)
-        here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
-
     b_ds = gl.zeros([BK, BK], gl.float32, layout=tall_k)
     o_v = gl.arange(0, BK, layout=gl.SliceLayout(1, tall_k))[:, None]
     o_k = gl.arange(0, BK, layout=gl.SliceLayout(0, tall_k))[None, :]
@@ -232,6 +263,7 @@ def hopper_sweep_kernel(
         b_ds = gl.load(dfinal + i_sh * K * V + o_k * V + o_v, mask=in_state, other=0.0)
         b_ds = b_ds.to(gl.float32) * (1.0 / scale)
 
+    WIDTH: gl.constexpr = 6 * R if GATED else R
     num_chunks = (length + C - 1) // C
     i = num_chunks - 1
     n = gl.minimum(length - i * C, C) * (num_chunks > 0).to(gl.int32)
@@ -241,87 +273,86 @@ def hopper_sweep_kernel(
     copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
     copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
     copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
+    copy_coefficients(tables.index(0), table + i_ch * WIDTH, n, WIDTH, WARPS)
+    if GATED and N > 1:
+        copy_query_logs(query_logs.index(0), table + i_ch * WIDTH, n, C, N, R, WARPS)
     async_copy.commit_group()
     copy_rows(t_tile, ut + i_ch * (R * R), n * R, 1, R, 0, R, narrow)
-    if num_chunks > 0:
-        p_table = table + i_ch * (6 * R if GATED else R)
-        if STAGED:
-            copy_vector(beta_tile, p_table, WARPS)
-        if STAGED and GATED:
-            copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
-            copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
     async_copy.commit_group()
     for step in tl.range(num_chunks, disable_licm=True):
-        i = num_chunks - 1 - step
+        i = hide(num_chunks - 1 - step)
         n = gl.minimum(length - i * C, C)
         start = i.to(gl.int64) * C
         i_ch = (chunk + i) * HV + i_h
+        z = 0
+        if GATED:
+            z = hidden_zero(i)
         k_tile = k_tiles.index(step % 2)
         q_tile = q_tiles.index(step % 2)
         do_tile = do_tiles.index(step % 2)
         k_t_tile = k_tile.permute((1, 0))
         do_t_tile = do_tile.permute((1, 0))
-        p_table = table + i_ch * (6 * R if GATED else R)
-        b_beta_row = gl.load(p_table + row_of_pair)
-
+        coefficients = tables.index(step % 2 if GATED else 0)
         b_dsh = b_ds.to(bf16)
         ds_operand = gl.convert_layout(b_dsh, gl.DotOperandLayout(0, tall_r, 2))
-        if GATED:
-            b_decay = gl.load(p_table + FROM_START * R + R - 1)
-            c_operand: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, tall_k, 2))
-            o_c = gl.arange(0, BC, layout=c_operand)
-            query_from_start = gl.load(p_table + TOKEN_FROM_START * R + o_c)
-            # Waiting for no product pins the scaling here, before the first one is started.
-            b_ds = warpgroup_mma_wait(0, [b_ds * b_decay])
         async_copy.wait_group(1 if GATED else 0)
         publish()
         ds_tile.store(b_dsh)
+        if GATED:
+            p_parts = parts + i_ch * (KEPT * R + KEPT_PARTS)
+            logs = query_logs.index(step % 2)
+            # Waiting for no product pins the scaling here, before the first one is started.
+            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
+            b_decay = b_decay.load(gl.SliceLayout(0, tall_k))[None, :]
+            b_ds = warpgroup_mma_wait(0, [b_ds * b_decay])
 
         # dU = dS' Kᵀ + dOᵀ A, with A's transpose made on the way; dS gets what the queries give.
         b_a = multiply(k_tile, q_tile.permute((1, 0)), pair_c)
         b_du = multiply(ds_operand, k_t_tile, tall_r)
         if GATED:
-            do_operand = do_t_tile.load(gl.DotOperandLayout(0, tall_k, 2)).to(gl.float32)
-            do_operand = (do_operand * query_from_start[None, :]).to(bf16)
+            do_layout: gl.constexpr = gl.DotOperandLayout(0, tall_k, 2)
+            b_decay = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, do_layout))
+            do_operand = do_t_tile.load(do_layout).to(gl.float32)
+            do_operand = (do_operand * b_decay[None, :]).to(bf16)
             b_ds = multiply_add(do_operand, q_tile, b_ds)
         else:
             do_operand = ds_operand
             b_ds = multiply_add(do_t_tile, q_tile, b_ds)
 
         # The next chunk's tiles, and this one's state, are on their way meanwhile.
-        copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide)
+        copy_rows(s_tile, states + i_ch * K * V, V, 1, K, 0, K, wide, z)
         async_copy.commit_group()
         before = gl.maximum(i - 1, 0)
         n_before = gl.minimum(i, 1) * C
         start_before = before.to(gl.int64) * C
         i_before = (chunk + before) * HV + i_h
         p = p_k + start_before * k_t
-        copy_rows(k_tiles.index(1 - step % 2), p, n_before * N, N, k_t, k_n, K, wide)
+        copy_rows(k_tiles.index(1 - step % 2), p, n_before * N, N, k_t, k_n, K, wide, z)
         p = p_q + start_before * q_t
-        copy_rows(q_tiles.index(1 - step % 2), p, n_before, 1, q_t, 0, K, wide)
+        copy_rows(q_tiles.index(1 - step % 2), p, n_before, 1, q_t, 0, K, wide, z)
         p = p_do + start_before * do_t
-        copy_rows(do_tiles.index(1 - step % 2), p, n_before, 1, do_t, 0, V, wide)
+        copy_rows(do_tiles.index(1 - step % 2), p, n_before, 1, do_t, 0, V, wide, z)
+        p = table + i_before * WIDTH
+        if GATED:
+            copy_coefficients(tables.index(1 - step % 2), p, n_before, WIDTH, WARPS)
+        if GATED and N > 1:
+            copy_query_logs(query_logs.index(1 - step % 2), p, n_before, C, N, R, WARPS)
         async_copy.commit_group()
 
         b_a = warpgroup_mma_wait(2, [b_a])
         seen = row_of_query[:, None] <= column_of_query[None, :]
         if GATED:
-            b_gamma = pair_decay(p_table, query[None, :], row_of_pair_c[:, None], R)
-            b_a *= b_gamma
-        b_a = gl.where(seen, b_a, 0.0).to(bf16)
-        a_tile.store(b_a)
+            b_a *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
+        a_tile.store(gl.where(seen, b_a, 0.0).to(bf16))
         if GATED:
             b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
-            # Where T comes late, the coefficients come with it.
-            async_copy.wait_group(2)
-            if STAGED:
-                barrier()
-            to_end = load_vector(to_end_tile, p_table + TO_END * R, R, by_column)
+            to_end = pick(coefficients, TO_END, R, R, by_column)
             b_du *= to_end[None, :]
+            async_copy.wait_group(2)  # T came last
         publish()
         b_du = multiply_add(do_t_tile, a_tile.permute((1, 0)), b_du)
-        b_dk = multiply(ds_tile.permute((1, 0)), u_tile.permute((1, 0)), tall_r)
         b_at = multiply(u_tile, do_t_tile, pair_c)
+        b_dk = multiply(u_tile, ds_tile, flat_k)
         b_du, b_ds, ds_operand, do_operand = warpgroup_mma_wait(
             2, [b_du, b_ds, ds_operand, do_operand]
         )
@@ -329,134 +360,148 @@ def hopper_sweep_kernel(
         # −β D, from registers into dS and through shared memory into all else.
         du_operand = gl.convert_layout(b_du.to(bf16), gl.DotOperandLayout(0, tall_r, 2))
         b_d = multiply(du_operand, t_tile, tall_r)
-        b_at, b_dk = warpgroup_mma_wait(1, [b_at, b_dk])
         if GATED:
-            to_end = load_vector(to_end_tile, p_table + TO_END * R, R, by_column)
-            b_dk *= to_end[None, :]
-            attention = (b_a.to(gl.float32) * b_at).to(bf16)
-            b_at *= b_gamma
+            b_kk = multiply(k_tile, k_t_tile, pair_r)
+        b_at = warpgroup_mma_wait(3 if GATED else 2, [b_at])
+        if GATED:
+            crossing = (b_at * a_tile.load(pair_c).to(gl.float32)).to(bf16)
+            b_at *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
         at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
-        b_d, du_operand = warpgroup_mma_wait(0, [b_d, du_operand])
-        b_d *= -load_vector(beta_tile, p_table, R, by_column)[None, :]
+        b_d, b_dk, du_operand = warpgroup_mma_wait(1 if GATED else 0, [b_d, b_dk, du_operand])
+        b_d *= -pick(coefficients, BETA, R, R, by_column)[None, :]
         b_dh = b_d.to(bf16)
         d_tile.permute((1, 0)).store(b_dh)
         async_copy.wait_group(1)
         publish()
         b_m = multiply(u_tile, d_tile.permute((1, 0)), pair_r)
         if GATED:
-            queries_tile.store(attention)
-            b_kk = multiply(k_tile, k_t_tile, pair_r)
-            from_start = load_vector(from_start_tile, p_table + FROM_START * R, R, by_column)
+            from_start = pick(coefficients, FROM_START, R, R, by_column)
             b_dh = (b_d * from_start[None, :]).to(bf16)
         d_operand = gl.convert_layout(b_dh, gl.DotOperandLayout(0, tall_k, 2))
         b_ds = multiply_add(d_operand, k_tile, b_ds)
         s_t_tile = s_tile.permute((1, 0))
         if GATED:
-            b_read = multiply(s_t_tile, d_tile.permute((1, 0)), tall_r)
+            b_read = multiply(d_tile, s_tile, flat_k)
         else:
-            b_dk = multiply_add(s_t_tile, d_tile.permute((1, 0)), b_dk)
+            b_dk = multiply_add(d_tile, s_tile, b_dk)
             b_dq = multiply(s_t_tile, do_t_tile, tall_c)
             b_dq = multiply_add(k_t_tile, at_tile, b_dq)
 
         p_row = start * (N * HV)
         b_dv = d_tile.load(wide).to(gl.float32) * -scale
-        store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide)
+        store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
         if GATED:
-            # What rows and S give to the next chunk's state.
-            k_columns = k_t_tile.load(tall_r).to(gl.float32)
-            written = gl.sum(b_dk * k_columns, axis=0)
-            written = gl.convert_layout(written, gl.SliceLayout(0, pair_r))
-            b_kept = gl.zeros([SLICE, BK], gl.float32, layout=wide)
-            for part in gl.static_range(BK // SLICE):
-                s_part = s_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                ds_part = ds_tile.slice(part * SLICE, SLICE, dim=0).load(wide).to(gl.float32)
-                b_kept += s_part * ds_part
-            kept = b_decay * gl.sum(gl.sum(b_kept, axis=1), axis=0)
+            # What S keeps to the chunk's end.
+            b_kk = warpgroup_mma_wait(3, [b_kk])
+            b_kept = inner_product(s_tile, ds_tile, WARPS)
+            o_part = gl.arange(0, WARPS, layout=b_kept.type.layout) + z
+            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
+            b_kept *= b_decay.load(b_kept.type.layout)
+            gl.store(p_parts + KEPT * R + o_part, b_kept)
 
         # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
-        b_m = warpgroup_mma_wait(3 if GATED else 4, [b_m])
-        b_dbeta = b_m * (-scale / (b_beta_row * b_beta_row))[:, None]
+        b_m = warpgroup_mma_wait(2 if GATED else 4, [b_m])
         on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
-        pointers = p_dbeta + p_row + row_of_pair[:, None] * HV + column_of_pair[None, :] * 0
-        mask = on_diagonal & (row_of_pair < n * N)[:, None]
+        b_dbeta = sum_rows(gl.where(on_diagonal, b_m, 0.0), GROUPS)
+        by_row: gl.constexpr = gl.SliceLayout(1, b_dbeta.type.layout)
+        o_r = gl.arange(0, R, layout=by_row) + z
+        o_p = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, b_dbeta.type.layout))
+        b_beta = pick(coefficients, BETA, R, R, by_row)
+        b_dbeta *= (-scale / (b_beta * b_beta))[:, None]
+        pointers = p_dbeta + p_row + o_r[:, None] * HV + o_p[None, :] * 0
+        mask = (o_r // (R // GROUPS))[:, None] == o_p[None, :]
+        mask = mask & (o_r < n * N)[:, None]
         gl.store(pointers, b_dbeta.to(dbeta.dtype.element_ty), mask=mask)
         above = row_of_pair[:, None] < column_of_pair[None, :]
         if GATED:
-            b_m *= pair_decay(p_table, column_of_pair[None, :], row_of_pair[:, None], R)
+            b_m *= pair_decay(coefficients, coefficients, LOG_HIGH, R, R, pair_r)
         b_m = gl.where(above, b_m, 0.0)
         m_tile.store(b_m.to(bf16))
         if GATED:
-            b_kk = warpgroup_mma_wait(2, [b_kk])
-            rows_tile.store((b_kk * b_m).to(bf16))
-            b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
-            from_start = load_vector(from_start_tile, p_table + FROM_START * R, R, by_column)
-            b_read *= from_start[None, :]
-            k_columns = k_t_tile.load(tall_r).to(gl.float32)
-            read = gl.sum(b_read * k_columns, axis=0)
-            read = gl.convert_layout(read, gl.SliceLayout(0, pair_r))
-            b_dk += b_read
+            b_kk *= b_m
+            if N == 1:
+                b_kk += crossing.to(gl.float32)
+            else:
+                queries_tile.store(crossing)
+            rows_tile.store(b_kk.to(bf16))
         publish()
         if GATED:
-            # What rows give to the reads and outputs at or after each token, from before it: sums
-            # over the later ones by products with ones. A token's sum stands in all its rows.
+            if FLAT_Q:
+                b_dq = multiply(do_tile, s_tile, flat_k)
+            else:
+                b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
+        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide, z)
+        if not GATED:
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
+            copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
+        async_copy.commit_group()
+        if GATED:
+            # What rows write to the chunk's end, and what they take from its start.
+            k_rows = k_tile.load(flat_k).to(gl.float32)
+            store_row_sums(p_parts + WRITTEN * R, b_dk * k_rows, z, GROUPS, coefficients, TO_END)
+            b_read, b_ds, d_operand = warpgroup_mma_wait(1, [b_read, b_ds, d_operand])
+            from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
+            k_rows = k_tile.load(flat_k).to(gl.float32)
+            p_taken = p_parts + TAKEN * R
+            store_row_sums(p_taken, b_read * k_rows, z, GROUPS, coefficients, FROM_START)
+            to_end = pick(coefficients, TO_END, R, R, gl.SliceLayout(1, flat_k))[:, None]
+            b_dk = b_dk * to_end + b_read * from_start
+            # What rows give to others at or after each token, from before it: sums over the later
+            # ones by products with ones. A token's sum stands in all its rows.
             o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
             o_r = gl.arange(0, R, layout=gl.SliceLayout(0, here_r)) // N
             here_on = gl.where(o_r[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
             b_crossing = multiply(here_on, rows_tile.permute((1, 0)), pair_r)
-            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
-            queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
-            b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
-            b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
-        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide)
-        if not GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow)
-            copy_vector(beta_tile, table + i_before * R, WARPS)
-        async_copy.commit_group()
-        b_dk = multiply_add(k_t_tile, m_tile, b_dk)
-        b_dk = multiply_add(k_t_tile, m_tile.permute((1, 0)), b_dk)
-        b_dk = multiply_add(q_tile.permute((1, 0)), at_tile.permute((1, 0)), b_dk)
+            queries_on = here_on
+            if N > 1:
+                o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
+                queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
+                b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
+        b_dk = multiply_add(m_tile, k_tile, b_dk)
+        b_dk = multiply_add(m_tile.permute((1, 0)), k_tile, b_dk)
+        b_dk = multiply_add(at_tile, q_tile, b_dk)
         if GATED:
-            b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
-                3, [b_crossing, b_dq, here_on, queries_on]
+            b_dq = warpgroup_mma_wait(4 if N == 1 else 5, [b_dq])
+            if FLAT_Q:
+                from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(1, flat_k))
+                b_dq *= from_start[:, None]
+                q_rows = q_tile.load(flat_k).to(gl.float32)
+                store_row_sums(p_parts + ASKED * R, b_dq * q_rows, z, GROUPS)
+                b_dq = multiply_add(at_tile.permute((1, 0)), k_tile, b_dq)
+            else:
+                from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, tall_c))
+                b_dq *= from_start[None, :]
+                q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
+                store_column_sums(p_parts + ASKED * R, b_dq * q_columns, WARPS)
+                b_dq = multiply_add(k_t_tile, at_tile, b_dq)
+            b_crossing, here_on, queries_on = warpgroup_mma_wait(
+                4, [b_crossing, here_on, queries_on]
             )
-            o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, tall_c))
-            b_dq *= gl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
-            q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
-            asked = gl.sum(b_dq * q_columns, axis=0)
-            asked = gl.convert_layout(asked, gl.SliceLayout(0, pair_c))
-            b_dq = multiply_add(k_t_tile, at_tile, b_dq)
-            token = row_of_pair[:, None] // N
-            earlier = column_of_pair[None, :] // N < token
-            b_crossing = gl.where(earlier, b_crossing + written[None, :], read[None, :])
-            b_dg = gl.sum(b_crossing, axis=1) + kept
-            at_or_after = column_of_query[None, :] >= row_of_query[:, None]
-            asked = gl.sum(gl.where(at_or_after, asked[None, :], 0.0), axis=1)
-            b_dg += gl.convert_layout(asked, gl.SliceLayout(1, pair_r))
-            p_dg = dg + (first_row + start) * HV + i_h + row_of_pair // N * HV
-            mask = (row_of_pair % N == 0) & (row_of_pair < n * N)
-            gl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=mask)
+            earlier = column_of_pair[None, :] // N < row_of_pair[:, None] // N
+            b_crossing = gl.where(earlier, b_crossing, 0.0)
+            store_row_sums(p_parts + CROSSING * R, b_crossing, z, GROUPS)
             b_dk = warpgroup_mma_wait(1, [b_dk])
-            dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
+            if BK == R:
+                barrier()
+            dk_tile.store((b_dk * scale).to(bf16))
             b_dq = warpgroup_mma_wait(0, [b_dq])
-            dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
+            if FLAT_Q:
+                dq_tile.store((b_dq * scale).to(bf16))
+            else:
+                dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
         else:
             b_dq, b_ds, d_operand = warpgroup_mma_wait(3, [b_dq, b_ds, d_operand])
             dq_tile.permute((1, 0)).store((b_dq * scale).to(bf16))
             b_dk = warpgroup_mma_wait(0, [b_dk])
             if BK == R:
                 barrier()
-            dk_tile.permute((1, 0)).store((b_dk * scale).to(bf16))
+            dk_tile.store((b_dk * scale).to(bf16))
         barrier()
         if GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow)
-            if STAGED:
-                p_table = table + i_before * (6 * R)
-                copy_vector(beta_tile, p_table, WARPS)
-                copy_vector(from_start_tile, p_table + FROM_START * R, WARPS)
-                copy_vector(to_end_tile, p_table + TO_END * R, WARPS)
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
             async_copy.commit_group()
-        store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide)
-        store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide)
+        store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide, z)
+        store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide, z)
 
     async_copy.wait_group(0)
     if dinitial is not None:
@@ -491,10 +536,19 @@ def hopper_sweep(
         for x in (do, p.q, p.k)
     )
     constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
+    parts, size = None, KEPT.value * config.CHUNK_ROWS + KEPT_PARTS.value
+    if p.g is not None:
+        parts = table.new_empty(p.num_chunks * p.heads, size)
     hopper_sweep_kernel[(segments.number * p.heads,)](
-        do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, dg,
+        do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
         segments.bounds, segments.first_chunk, scale, p.v.shape[1],
         **strides("do", do), **strides("q", q), **strides("k", k),
         HV=p.heads, SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps,
         **constants, **launch.options,
     )  # fmt: skip
+    if parts is not None and dg is not None and p.num_chunks:
+        sizes = {name: constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
+        gate_kernel[(p.num_chunks * p.heads,)](
+            parts, dg, *p.packing, scale, p.v.shape[1], p.heads, **sizes,
+            SIZE=size, GROUPS=launch.num_warps // 4, num_warps=1,
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+"""The gates' part of `delta_product` backward for Hopper: decays, and what the gradient is made of.
+
+A log gate scales all that crosses its token, and its gradient is the sum of these parts of the
+loss (see `backward.py`). The sweep finds them by rows of a chunk, or sums over the rows, apart for
+each warp that has some; a small kernel puts them together.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from householder.ops.delta_product.triton.chunks import LOG_HIGH, LOG_LOW, locate_chunk
+from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, exp2, pick
+
+# What the gates' gradient of a chunk is made of, in places of R numbers, each in parts: what rows
+# write to the chunk's end, what they take from its start, what goes from rows before a token to
+# rows and queries from it on, what queries take from the start, and what S keeps.
+WRITTEN = gl.constexpr(0)
+TAKEN = gl.constexpr(2)
+CROSSING = gl.constexpr(4)
+ASKED = gl.constexpr(6)
+KEPT = gl.constexpr(10)
+KEPT_PARTS = gl.constexpr(8)
+
+
+@gluon.jit
+def pair_decay(
+    rows, later, LINE: gl.constexpr, BC: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Return Γ from rows to later queries, or rows; anything where the query is not later.
+
+    In `later`, sums of log gates begin at LINE, and behind them what is left of each.
+    """
+    log = pick(later, LINE, BC, BC, gl.SliceLayout(0, LAYOUT))[None, :]
+    log -= pick(rows, LOG_HIGH, R, R, gl.SliceLayout(1, LAYOUT))[:, None]
+    # The first difference is exact, the second one small: both are taken before they are joined.
+    rest = (pick(later, LINE + 1, BC, BC, gl.SliceLayout(0, LAYOUT)) * LOG2_E)[None, :]
+    rest -= (pick(rows, LOG_LOW, R, R, gl.SliceLayout(1, LAYOUT)) * LOG2_E)[:, None]
+    return exp2(log * LOG2_E + rest)
+
+
+@gluon.jit
+def sum_rows(x, PARTS: gl.constexpr):
+    """Return the sums of a product's rows, `[rows, PARTS]`: those of different warps apart."""
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1]
+    return gl.sum(x.reshape([ROWS, PARTS, COLUMNS // PARTS]), axis=2)
+
+
+@gluon.jit
+def store_row_sums(pointer, x, z, PARTS: gl.constexpr, coefficients=None, LINE: gl.constexpr = 0):
+    """Store such sums, times coefficients of the rows, if there are any."""
+    sums = sum_rows(x, PARTS)
+    ROWS: gl.constexpr = x.shape[0]
+    by_row: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(0, sums.type.layout))
+    if coefficients is not None:
+        sums *= pick(coefficients, LINE, ROWS, ROWS, by_row)[:, None]
+    o_r = gl.arange(0, ROWS, layout=by_row) + z
+    gl.store(pointer + o_p[None, :] * ROWS + o_r[:, None], sums)
+
+
+@gluon.jit
+def store_column_sums(pointer, x, PARTS: gl.constexpr):
+    """Store the sums of a product's columns, in PARTS that are those of different warps."""
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1]
+    sums = gl.sum(x.reshape([PARTS, ROWS // PARTS, COLUMNS]), axis=1)
+    layout: gl.constexpr = sums.type.layout
+    o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(1, layout))
+    o_c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    gl.store(pointer + o_p[:, None] * COLUMNS + o_c[None, :], sums)
+
+
+@gluon.constexpr_function
+def rows_of_warps(columns, warps, row_last):
+    """Return how warps hold 16 rows each as factors of small products, and those of 8 rows."""
+    registers = [[0, 1], [8, 0], [0, 8]] if row_last else [[0, 1], [0, 8], [8, 0]]
+    registers += [[0, 16 << i] for i in range((columns // 16).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    bases = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, bases, [], [16 * warps, columns])
+
+
+@gluon.jit
+def inner_product(a, b, WARPS: gl.constexpr):
+    """Return the inner product of two tiles in shared memory, in `[WARPS]` parts.
+
+    The rows' are the diagonals of small products: cheaper than to unpack both tiles.
+    """
+    COLUMNS: gl.constexpr = a.shape[1]
+    small: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, small, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, small, 2)
+    a = a.load(rows_of_warps(COLUMNS, WARPS, True)).reshape([WARPS, 16, COLUMNS])
+    b = b.load(rows_of_warps(COLUMNS, WARPS, False)).reshape([WARPS, 16, COLUMNS])
+    b = b.permute((0, 2, 1))
+    none = gl.zeros([WARPS, 16, 16], gl.float32, layout=small)
+    x = mma_v2(gl.convert_layout(a, left), gl.convert_layout(b, right), none)
+    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, small))
+    by_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, small))
+    row = gl.arange(0, 16, layout=by_row)[None, :][:, :, None]
+    column = gl.arange(0, 16, layout=by_column)[None, :][:, None, :]
+    return gl.sum(gl.sum(gl.where(row == column, x, 0.0), axis=2), axis=1)
+
+
+@triton.jit
+def gate_kernel(
+    parts, dg, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Put the parts of the gates' gradient together for one chunk and value head."""
+    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = (tl.program_id(0) % HV).to(tl.int64)
+    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    if n <= 0:
+        return
+    batch = tl.cast(batch, tl.int64)
+    start = start.to(tl.int64)
+    p = parts + (i_chunk * HV + i_h) * SIZE
+    # A token's gate is crossed by what rows before its first one write, and by what it and rows
+    # behind it take: sums of both are read at that row.
+    o_r = tl.arange(0, R)
+    first = o_r % N == 0
+    earlier = tl.zeros((R,), tl.float32)
+    later = tl.zeros((R,), tl.float32)
+    b_dg = tl.zeros((R,), tl.float32)
+    for i in tl.static_range(GROUPS):
+        earlier += tl.load(p + (WRITTEN + i) * R + o_r - 1, mask=o_r > 0, other=0.0)
+        later += tl.load(p + (TAKEN + i) * R + o_r)
+        b_dg += tl.load(p + (CROSSING + i) * R + o_r)
+    for i in tl.static_range(GROUPS if N == 1 else 4 * GROUPS):
+        later += tl.load(p + ASKED * R + i * BC + o_r // N, mask=first, other=0.0)
+    b_dg += tl.cumsum(earlier, axis=0) + tl.cumsum(later, axis=0, reverse=True)
+    b_dg += tl.sum(tl.load(p + KEPT * R + tl.arange(0, 4 * GROUPS)), axis=0)
+    p_dg = dg + (batch * T + start + o_r // N) * HV + i_h
+    tl.store(p_dg, (b_dg * scale).to(dg.dtype.element_ty), mask=first & (o_r < n * N))
