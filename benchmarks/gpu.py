@@ -177,17 +177,18 @@ def compile_all(chosen: list[GpuCase], workers: int) -> dict[Configuration, Row]
     """Make every first call, in parallel; return what they found."""
     firsts = {case.configuration: case for case in reversed(chosen)}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        found: dict[Configuration, Future[Row]] = {
-            configuration: pool.submit(first_call, case) for configuration, case in firsts.items()
-        }
-        if FLA_VERSION:
-            # For the number of reflections alone the peer does not choose again.
-            timed = [case for case in chosen if case.group != "first"]
+    # These are timed: half of the processors stay free.
+    with ProcessPoolExecutor(max(1, workers // 2), mp_context=context) as pool:
+        calls = {configuration: pool.submit(first_call, c) for configuration, c in firsts.items()}
+        found = {configuration: outcome(call) for configuration, call in calls.items()}
+    if FLA_VERSION:
+        timed = [case for case in chosen if case.group != "first"]
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             for case in {c.configuration._replace(in_segments=False): c for c in timed}.values():
+                # For the number of reflections alone the peer does not choose again.
                 for share in range(PEER_SHARES if case.N < 3 and case.group != "step" else 1):
                     pool.submit(compile_peer, case, share)
-        return {configuration: outcome(future) for configuration, future in found.items()}
+    return found
 
 
 def outcome(future: Future[Row]) -> Row:
