@@ -137,7 +137,7 @@ def walk_launch(K: int, V: int, precision: str) -> Launch:
     """Parameters of the kernels that carry the state along a sequence; the tile is part of V."""
     if precision == "bf16":
         return Launch(power_of_two(V, most=64), 4 if K <= 128 else 8, 2)
-    return Launch(32, 4 if K <= 64 else 8, 1)
+    return Launch(32, 4 if K <= 32 else 8, 1)
 
 
 def hopper_prepare_launch(K: int, gated: bool) -> Launch:
