@@ -34,7 +34,11 @@ def figures(row: dict[str, str] | None, *columns: str) -> str:
     values = [row[column] for column in columns if row[column] not in ("", "nan")]
     if len(values) < len(columns):
         return "refuses" if row["note"].startswith("refuses") else "–"
-    return " / ".join(f"{float(value):.3g}" for value in values)
+    return " / ".join(three_digits(value) for value in values)
+
+
+def three_digits(value: str, factor: float = 1.0) -> str:
+    return f"{factor * float(value):#.3g}".removesuffix(".")
 
 
 def markdown(header: str, lines: list[list[str]]) -> str:
@@ -49,16 +53,22 @@ def sizes(case: str) -> tuple[list[int], str, str]:
     return [int(x) for x in shape.split("x")], n[1:], {"gated": "gate", "ungated": "none"}[gate]
 
 
+def in_order(case: str) -> tuple[object, ...]:
+    """Return a key that sorts cases: few heads first, batches before one sequence, then N."""
+    (B, T, *heads), n, gate = sizes(case)
+    return heads, T, B, int(n), gate == "gate"
+
+
 def of_group(rows: Rows, group: str) -> list[str]:
     """Return the names of a group's cases."""
-    return list(dict.fromkeys(case for case, _ in rows if case.startswith(group + "-")))
+    return [c for c, variant in rows if variant == "householder" and c.startswith(group + "-")]
 
 
 def delta_product_table() -> str:
     """Forward and forward + backward at the sizes of the table."""
     rows = read("delta-product-gpu.csv", "delta-product-gpu-flashqla.csv")
     lines = []
-    for case in sorted(of_group(rows, "table"), key=lambda c: (sizes(c)[0][2:], -sizes(c)[0][0])):
+    for case in sorted(of_group(rows, "table"), key=in_order):
         ours, fla = rows[case, "householder"], rows.get((case, "fla"))
         flashqla = rows.get((case, "FlashQLA"))
         (B, T, H, D), n, gate = sizes(case)
@@ -84,14 +94,14 @@ def step_table() -> str:
     """One token, in microseconds."""
     rows = read("delta-product-gpu.csv")
     lines = []
-    for case in of_group(rows, "step"):
+    for case in sorted(of_group(rows, "step"), key=in_order):
         (B, *_), n, _ = sizes(case)
         found = [rows[case, "householder"], rows.get((case, "fla"))]
         times = [
-            f"{1e3 * float(row['forward_ms']):.3g}" if row and row["forward_ms"] else "–"
+            three_digits(row["forward_ms"], 1e3) if row and row["forward_ms"] else "–"
             for row in found
         ]
-        floor = f"{1e3 * float(found[0]['floor_forward_ms']):.3g}"
+        floor = three_digits(rows[case, "householder"]["floor_forward_ms"], 1e3)
         lines.append([str(B), n, f"**{times[0]}**", times[1], floor])
     return markdown("B | N | householder, µs | fla, µs | state read and written once", lines)
 
