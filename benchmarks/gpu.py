@@ -338,7 +338,7 @@ def append(path: Path, rows: list[Row], environment: Row) -> None:
         header = file.readline().strip()
         if header and header != ",".join(COLUMNS):
             raise SystemExit(f"{path} has other columns than {','.join(COLUMNS)}; move it away")
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not header:
             writer.writeheader()
         writer.writerows(row | environment for row in rows)
