@@ -1,15 +1,20 @@
 """Check and time `delta_product` on a GPU, beside flash-linear-attention if it is installed.
 
     python benchmarks/gpu.py                       # all groups
-    python benchmarks/gpu.py table step            # some of them: table, length, reflections, step
+    python benchmarks/gpu.py table step            # some: table, length, reflections, step, first
+    python benchmarks/gpu.py --part 1/4            # the first of four shares, one for each GPU
     python benchmarks/gpu.py --results /tmp/out    # where `delta-product-gpu.csv` is appended to
 
 bfloat16 inputs. Both sides are called through their public functions, gradients through autograd to
-every input. Before a case is timed, outputs and gradients of one sequence are compared with the
-chunked form in float64. Times are medians of repeats with the L2 cache cleared in between, of the
-call replayed from a CUDA graph (`forward_ms`, `both_ms`: the device's share) and of the call as it
-is (`called_…`: at small sizes the host's share). Peak memory is what one forward + backward takes
-beyond its inputs.
+every input. First everything is compiled into an empty cache, by as many processes as there are
+processors; they time our first calls of each configuration and compare outputs and gradients with
+the chunked form in float64: a wrong answer is not timed. The peer's kernels choose their own tile
+sizes afterwards, when nothing else runs.
+
+Times are medians of repeats with the L2 cache cleared in between, of the call replayed from a CUDA
+graph (`forward_ms`, `both_ms`: the device's share) and of the call as it is (`called_…`: at small
+sizes the host's share). Peak memory is what one forward + backward takes beyond its inputs; of it,
+`gradient_mib` are the gradients themselves.
 """
 
 from __future__ import annotations
@@ -17,202 +22,263 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import fcntl
+import functools
+import multiprocessing
+import os
 import subprocess
-from collections.abc import Callable, Iterator
-from importlib import metadata
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
+from gpu_cases import (
+    DTYPES,
+    FLA_VERSION,
+    GROUPS,
+    INPUTS,
+    STEPS,
+    VARIANTS,
+    Configuration,
+    GpuCase,
+    Inputs,
+    cases,
+    make_inputs,
+    ours,
+)
 from householder import delta_product, delta_product_step
 from householder.testing import relative_error
 
 RESULTS = Path(__file__).parent / "results"
-INPUTS = ("q", "k", "v", "beta", "g")
-TOLERANCE = 1.5e-2
-MAX_CHECKED = 8192  # tokens of the sequence that is compared with float64
-REPEATS_MS = 150  # how long each figure is measured
-
+FILE = "delta-product-gpu.csv"
 TIMES = ("forward_ms", "both_ms", "called_forward_ms", "called_both_ms")
-
-# The ceilings of one NVIDIA H200 that the floors are computed with.
-FLOPS_PER_MS = 790e9
-BYTES_PER_MS = 4.3e9
-
-
-class GpuCase(NamedTuple):
-    """One problem: sizes, and whether there are gates."""
-
-    group: str
-    B: int
-    T: int
-    H: int
-    D: int
-    N: int
-    gated: bool = False
-
-    @property
-    def name(self) -> str:
-        gate = "gated" if self.gated else "ungated"
-        return f"{self.group}-{self.B}x{self.T}x{self.H}x{self.D}-n{self.N}-{gate}"
-
-    def floor_ms(self, backward: bool) -> float:
-        """Return the time below which no kernel can be, in chunks of 64 rows.
-
-        The larger of the matrix products at the tensor cores' rate and of every input, output and
-        gradient moved once.
-        """
-        rows, n = self.B * self.T * self.H, self.N
-        big, small, moved = 2 * self.D**2, 2 * 64 * self.D, 2 * self.D * rows
-        flops = rows * (n * (2 * big + 2 * small) + big + 2 * small)
-        bytes_ = (2 + 2 * n) * moved
-        if backward:
-            flops += rows * (n * (7 * big + 6 * small) + 2 * big + 5 * small)
-            bytes_ += (3 + 4 * n) * moved
-        return max(flops / FLOPS_PER_MS, bytes_ / BYTES_PER_MS)
+COLUMNS = (
+    "date", "case", "variant", *TIMES, "peak_mib", "gradient_mib",
+    "floor_forward_ms", "floor_both_ms", "first_forward_s", "first_backward_s", "error", "note",
+    "device", "torch", "triton", "fla", "commit",
+)  # fmt: skip
+TOLERANCES = {"bf16": 1.5e-2, "fp16": 2.5e-3, "fp32": 5e-6}
+REPEATS_MS = 100  # how long each figure is measured
+# The peer tries this many programs of each of its kernels, and each in this time.
+PEER_SHARES = 12
+PEER_TRIAL_MS = 20
+Row = dict[str, object]
 
 
-def cases() -> Iterator[GpuCase]:
-    """The table of the documentation, then time against T and against N."""
-    for N in (1, 2, 3, 4):
-        yield GpuCase("table", 8, 4096, 16, 128, N)
-    for N in (1, 2):
-        yield GpuCase("table", 8, 4096, 16, 128, N, gated=True)
-        yield GpuCase("table", 1, 32768, 16, 128, N)
-        yield GpuCase("table", 8, 4096, 32, 64, N)
-    yield GpuCase("table", 1, 32768, 16, 128, 1, gated=True)
-    for power in range(10, 19):
-        yield GpuCase("length", 1, 1 << power, 16, 128, 1)
-    for N in range(1, 9):
-        yield GpuCase("reflections", 4, 4096, 16, 128, N)
-
-
-def make_inputs(case: GpuCase) -> dict[str, Tensor | None]:
-    """Draw inputs like a trained layer's: unit keys, β in (0, 2), mild gates."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    B, T, H, D, N = case[1:6]
-    inputs = {
-        "q": F.normalize(normal(B, T, H, D), dim=-1).bfloat16(),
-        "k": F.normalize(normal(B, T, N, H, D), dim=-1).bfloat16(),
-        "v": normal(B, T, N, H, D).bfloat16(),
-        "beta": (2 * normal(B, T, N, H).sigmoid()).bfloat16(),
-        "g": F.logsigmoid(normal(B, T, H) + 3) if case.gated else None,
-    }
-    return {name: None if x is None else x.requires_grad_() for name, x in inputs.items()}
-
-
-def ours(inputs: dict[str, Tensor | None]) -> Tensor:
-    return delta_product(*(inputs[name] for name in INPUTS))[0]
-
-
-def flash_linear_attention(inputs: dict[str, Tensor | None]) -> Tensor:
-    """Call the peer with the reflections of a token side by side along T, as it takes them."""
-    q, k, v, beta, g = (inputs[name] for name in INPUTS)
-    N = k.shape[2]
-    flat = [x.flatten(1, 2) for x in (k, v, beta)]
-    if N == 1 and g is None:
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        return chunk_delta_rule(q, *flat)[0]
-    if N == 1:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        k, v, beta = flat
-        return chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0]
-    from fla.ops.gated_delta_product import chunk_gated_delta_product
-
-    k, v, beta = flat
-    return chunk_gated_delta_product(q, k, v, g=g, beta=beta, num_householder=N)[0]
-
-
-VARIANTS: dict[str, Callable[[dict[str, Tensor | None]], Tensor]] = {"householder": ours}
-if version := next((d.version for d in metadata.distributions() if d.name == "fla-core"), ""):
-    VARIANTS["fla"] = flash_linear_attention
-
-
-def differentiate(
-    run: Callable[[dict[str, Tensor | None]], Tensor], inputs: dict[str, Tensor | None], do: Tensor
-) -> list[Tensor]:
+def differentiate(run: Callable[[Inputs], Tensor], inputs: Inputs, do: Tensor) -> list[Tensor]:
     """Return the output and the gradient of every input."""
     o = run(inputs)
     given = [x for x in inputs.values() if x is not None]
     return [o, *torch.autograd.grad(o, given, do)]
 
 
-def largest_error(case: GpuCase, inputs: dict[str, Tensor | None]) -> float:
-    """Compare one sequence of the case with the chunked form in float64."""
-    length = min(case.T, MAX_CHECKED)
-    part = {
-        name: None if x is None else x[:1, :length].detach().clone().requires_grad_()
+def output_gradient(case: GpuCase) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = case.B, case.T, case.H, case.D
+    return torch.randn(*shape, generator=generator, device="cuda").to(DTYPES[case.dtype])
+
+
+def in_float64(inputs: Inputs) -> Tensor:
+    return delta_product(*(inputs[name] for name in INPUTS), impl="chunk")[0]
+
+
+def first_call(case: GpuCase) -> Row:
+    """Compile a configuration; return the times of its first calls and its largest error."""
+    quiet()
+    if case.group == "step":
+        return first_step(case)
+    case = case.shortened()
+    inputs, do = make_inputs(case), output_gradient(case)
+    exact: Inputs = {
+        name: None if x is None else x.detach().double().requires_grad_()
         for name, x in inputs.items()
     }
-    exact = {
-        name: None if x is None else x.detach().double().requires_grad_()
-        for name, x in part.items()
-    }
-    do = torch.randn(1, length, case.H, case.D, device="cuda", dtype=torch.bfloat16)
-
-    def in_float64(x: dict[str, Tensor | None]) -> Tensor:
-        return delta_product(*(x[name] for name in INPUTS), impl="chunk")[0]
-
-    actual = differentiate(ours, part, do)
+    # What PyTorch itself loads at its first steps is not counted.
     expected = differentiate(in_float64, exact, do.double())
-    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    o = ours(inputs)
+    torch.cuda.synchronize()
+    middle = time.perf_counter()
+    grads = torch.autograd.grad(o, [x for x in inputs.values() if x is not None], do)
+    torch.cuda.synchronize()
+    end = time.perf_counter()
+    error = max(relative_error(a, e) for a, e in zip((o, *grads), expected, strict=True))
+    with torch.no_grad():
+        ours(inputs)  # without what the backward needs, the walk is another program
+    return {
+        "first_forward_s": round(middle - start, 2),
+        "first_backward_s": round(end - middle, 2),
+        "error": error,
+    }
 
 
-def measure(case: GpuCase) -> list[dict[str, object]]:
-    """Check a case, then time every variant of it."""
+def first_step(case: GpuCase) -> Row:
+    """Do the same for one token."""
     inputs = make_inputs(case)
-    error = largest_error(case, inputs)
-    if not error <= TOLERANCE:
-        raise SystemExit(f"{case.name}: off by {error:.1e}; a wrong answer is not timed")
-    do = torch.randn(case.B, case.T, case.H, case.D, device="cuda", dtype=torch.bfloat16)
-    rows = []
+    state = torch.randn(case.B, case.H, case.D, case.D, device="cuda")
+    exact = [None if inputs[n] is None else inputs[n].detach().double()[:, 0] for n in INPUTS]
+    with torch.no_grad():
+        expected = delta_product_step(*exact, state=state.double(), impl="reference")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        actual = STEPS["householder"](inputs, state)
+        torch.cuda.synchronize()
+        end = time.perf_counter()
+    error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    return {"first_forward_s": round(end - start, 2), "error": error}
+
+
+def compile_peer(case: GpuCase, share: int) -> None:
+    """Compile the peer's kernels for a case, of the programs each chooses from only a share."""
+    from triton.runtime.autotuner import Autotuner
+
+    quiet()
+    everything = Autotuner.prune_configs
+
+    def some(self: Autotuner, kwargs: dict[str, object]) -> list[triton.Config]:
+        found = everything(self, kwargs)
+        return found[share % len(found) :: PEER_SHARES]
+
+    Autotuner.prune_configs = some
+    try_quickly(1)
+    try:
+        if case.group == "step":
+            state = torch.randn(case.B, case.H, case.D, case.D, device="cuda")
+            STEPS["fla"](make_inputs(case), state)
+        else:
+            short = case._replace(B=1, T=min(case.T, 4096))
+            differentiate(VARIANTS["fla"], make_inputs(short), output_gradient(short))
+    except Exception:  # what it refuses is told when it is to be timed
+        return
+    finally:
+        Autotuner.prune_configs = everything
+
+
+def try_quickly(milliseconds: int) -> None:
+    """Let kernels that choose between programs time each for this long."""
+    bench = functools.partial(triton.testing.do_bench, warmup=5, rep=milliseconds)
+    triton.runtime.driver.active.get_benchmarker = lambda: bench
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+
+
+def compile_all(chosen: list[GpuCase], workers: int) -> dict[Configuration, Row]:
+    """Make every first call, in parallel; return what they found."""
+    firsts = {case.configuration: case for case in reversed(chosen)}
+    context = multiprocessing.get_context("spawn")
+    # These are timed: half of the processors stay free.
+    with ProcessPoolExecutor(max(1, workers // 2), mp_context=context) as pool:
+        calls = {configuration: pool.submit(first_call, c) for configuration, c in firsts.items()}
+        found = {configuration: outcome(call) for configuration, call in calls.items()}
+    if FLA_VERSION:
+        timed = [case for case in chosen if case.group != "first"]
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for case in {c.configuration._replace(in_segments=False): c for c in timed}.values():
+                # For the number of reflections alone the peer does not choose again.
+                for share in range(PEER_SHARES if case.N < 3 and case.group != "step" else 1):
+                    pool.submit(compile_peer, case, share)
+    return found
+
+
+def outcome(future: Future[Row]) -> Row:
+    """Return what a first call found; a failure spoils its own cases and not the others'."""
+    reason = future.exception()
+    if reason is None:
+        return future.result()
+    print(f"first call: {type(reason).__name__}: {str(reason)[:400]}", flush=True)
+    return {"error": float("inf")}
+
+
+def measure(case: GpuCase, first: Row) -> list[Row]:
+    """Time every variant of a case."""
+    inputs, do = make_inputs(case), output_gradient(case)
+    rows: list[Row] = []
     for variant, run in VARIANTS.items():
+        row = describe(case, variant, first)
+        rows.append(row)
         try:
             differentiate(run, inputs, do)
-        except Exception as reason:  # a peer may refuse a case or this version of Triton
-            if variant == "householder":
-                raise
-            print(f"{case.name:44} {variant:12} refuses: {str(reason).splitlines()[0][:80]}")
+        except Exception as reason:
+            refuse(row, reason)
             continue
-        peak = peak_memory(lambda run=run: differentiate(run, inputs, do))
+        row["peak_mib"] = round(peak_memory(functools.partial(differentiate, run, inputs, do)))
         with torch.no_grad():
-            called = bench(lambda run=run: run(inputs))
-            forward = bench_captured(variant, lambda run=run: run(inputs))
-        both_called = bench(lambda run=run: differentiate(run, inputs, do))
-        both = bench_captured(variant, lambda run=run: differentiate(run, fresh(inputs), do))
-        rows.append(
-            {
-                "case": case.name,
-                "variant": variant,
-                "forward_ms": forward,
-                "both_ms": both,
-                "called_forward_ms": called,
-                "called_both_ms": both_called,
-                "peak_mib": round(peak),
-                "floor_forward_ms": round(case.floor_ms(False), 4),
-                "floor_both_ms": round(case.floor_ms(True), 4),
-                "error": f"{error:.1e}" if variant == "householder" else "",
-            }
-        )
+            row["called_forward_ms"] = bench(functools.partial(run, inputs))
+            row["forward_ms"] = bench_captured(row, functools.partial(run, inputs))
+        row["called_both_ms"] = bench(functools.partial(differentiate, run, inputs, do))
+        row["both_ms"] = bench_captured(row, functools.partial(differentiate_anew, run, inputs, do))
     return rows
+
+
+def tell_first(case: GpuCase, first: Row) -> list[Row]:
+    """Return what the first calls told."""
+    return [{"case": case.name, "variant": "householder"} | first | {"error": shown(first)}]
+
+
+def shown(first: Row) -> str:
+    return f"{first['error']:.1e}"
+
+
+def measure_step(case: GpuCase, first: Row) -> list[Row]:
+    """Time one token for B sequences, float32 states, replayed from a CUDA graph."""
+    inputs = fresh(make_inputs(case))
+    # Different states in turn: one alone would be served from the L2 cache.
+    count = max(2, 256 // case.B)
+    states = [torch.randn(case.B, case.H, case.D, case.D, device="cuda") for _ in range(count)]
+    rows: list[Row] = []
+    for variant, run in STEPS.items():
+        row = describe(case, variant, first)
+        with torch.no_grad():
+            try:
+                run(inputs, states[0])
+            except Exception as reason:
+                refuse(row, reason)
+                continue
+            time = bench_captured(row, functools.partial(run_all, run, inputs, states))
+            row["forward_ms"] = round(time / count, 5)
+            row["called_forward_ms"] = bench(functools.partial(run, inputs, states[0]))
+        rows.append(row)
+    return rows
+
+
+def describe(case: GpuCase, variant: str, first: Row) -> Row:
+    """Return what is known of a row before it is measured."""
+    row: Row = {"case": case.name, "variant": variant}
+    row["floor_forward_ms"] = round(case.floor_ms(False), 5)
+    if case.group != "step":
+        row["floor_both_ms"] = round(case.floor_ms(True), 5)
+        entries = case.B * case.T * case.H * (case.D + 2 * case.N * case.D + case.N)
+        gates = 4 * case.B * case.T * case.H if case.gated else 0
+        row["gradient_mib"] = round((2 * entries + gates) / 2**20)
+    if variant == "householder":
+        row |= first | {"error": shown(first)}
+    return row
+
+
+def refuse(row: Row, reason: Exception) -> None:
+    """Note why a peer does not take a case; we take all of them."""
+    if row["variant"] == "householder":
+        raise reason
+    row["note"] = f"refuses: {str(reason).splitlines()[0][:80]}"
 
 
 def bench(run: Callable[[], object]) -> float:
     """Return the median device time of one call in ms."""
-    return round(triton.testing.do_bench(run, warmup=50, rep=REPEATS_MS, return_mode="median"), 4)
+    return round(triton.testing.do_bench(run, warmup=25, rep=REPEATS_MS, return_mode="median"), 5)
 
 
-def bench_captured(variant: str, run: Callable[[], object]) -> float:
+def bench_captured(row: Row, run: Callable[[], object]) -> float:
     """Return the median time of one call replayed from a CUDA graph: the device's share alone."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -220,16 +286,25 @@ def bench_captured(variant: str, run: Callable[[], object]) -> float:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError as reason:  # a peer may wait for the host on its way
-        if variant == "householder":
+        if row["variant"] == "householder":
             raise
-        print(f"{variant} cannot be captured: {str(reason).splitlines()[0][:80]}")
+        row["note"] = f"cannot be captured: {str(reason).splitlines()[0][:80]}"
         return float("nan")
     return bench(graph.replay)
 
 
-def fresh(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def fresh(inputs: Inputs) -> Inputs:
     """Return the same tensors as leaves of their own, which no other stream has used."""
     return {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
+
+
+def differentiate_anew(run: Callable[[Inputs], Tensor], inputs: Inputs, do: Tensor) -> None:
+    differentiate(run, fresh(inputs), do)
+
+
+def run_all(run: Callable[[Inputs, Tensor], object], inputs: Inputs, states: list[Tensor]) -> None:
+    for state in states:
+        run(inputs, state)
 
 
 def peak_memory(run: Callable[[], object]) -> float:
@@ -242,78 +317,39 @@ def peak_memory(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure_step(B: int, N: int) -> dict[str, object]:
-    """Time one token for B sequences, float32 states, replayed from a CUDA graph."""
-    case = GpuCase("step", B, 1, 16, 128, N)
-    inputs = {n: None if x is None else x.detach()[:, 0] for n, x in make_inputs(case).items()}
-    token = [inputs[name] for name in INPUTS]
-    # Different states in turn: one alone would be served from the L2 cache.
-    states = [torch.randn(B, 16, 128, 128, device="cuda") for _ in range(max(2, 256 // B))]
-    with torch.no_grad():
-        o, new = delta_product_step(*token, state=states[0])
-        exact = [None if x is None else x.double() for x in token]
-        expected = delta_product_step(*exact, state=states[0].double(), impl="reference")
-        error = max(relative_error(a, e) for a, e in zip((o, new), expected, strict=True))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for state in states:
-                delta_product_step(*token, state=state)
-    time = bench(graph.replay) / len(states)
-    return {
-        "case": case.name,
-        "variant": "householder",
-        "forward_ms": round(time, 5),
-        "floor_forward_ms": round(2 * 4 * B * 16 * 128**2 / BYTES_PER_MS, 5),
-        "error": f"{error:.1e}",
-    }
-
-
-def main() -> None:
-    """Run the chosen groups and append their rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("groups", nargs="*", default=["table", "length", "reflections", "step"])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="the measured commit; default: what git says")
-    arguments = parser.parse_args()
-    environment = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "fla": version,
-        "commit": arguments.commit or described_commit(),
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / "delta-product-gpu.csv"
-    chosen = [case for case in cases() if case.group in arguments.groups]
+def take_part(chosen: list[GpuCase], part: str) -> list[GpuCase]:
+    """Return the cases of share `i/n`: those of one configuration go together."""
+    index, count = map(int, part.split("/"))
+    groups: dict[object, list[GpuCase]] = defaultdict(list)
     for case in chosen:
-        report(path, measure(case), environment)
-        torch.cuda.empty_cache()
-    if "step" in arguments.groups:
-        for B in (1, 64, 256):
-            report(path, [measure_step(B, N) for N in (1, 4)], environment)
+        groups[case.configuration._replace(in_segments=False)].append(case)
+    shares: list[list[GpuCase]] = [[] for _ in range(count)]
+    # Compiling and choosing the peer's programs take as long as two cases.
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(shares, key=lambda s: len(s) + 2 * len({c.configuration for c in s})).extend(group)
+    return shares[index - 1]
 
 
-def report(path: Path, rows: list[dict[str, object]], environment: dict[str, object]) -> None:
-    """Print rows and append them to the CSV file."""
-    columns = (
-        "date", "case", "variant", *TIMES, "peak_mib",
-        "floor_forward_ms", "floor_both_ms", "error",
-        "device", "torch", "triton", "fla", "commit",
-    )  # fmt: skip
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
+def append(path: Path, rows: list[Row], environment: Row) -> None:
+    """Print rows and append them to the CSV file, which other processes may append to as well."""
+    with path.open("a+", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        header = file.readline().strip()
+        if header and header != ",".join(COLUMNS):
+            raise SystemExit(f"{path} has other columns than {','.join(COLUMNS)}; move it away")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not header:
             writer.writeheader()
-        for row in rows:
-            writer.writerow(row | environment)
-            times = " / ".join(f"{row[n]:.4g}" for n in TIMES if n in row)
-            print(
-                f"{row['case']:42} {row['variant']:12} {times:>34} ms"
-                f"  {row.get('peak_mib', '')!s:>6} MiB  error {row['error']}",
-                flush=True,
-            )
+        writer.writerows(row | environment for row in rows)
+    for row in rows:
+        times = " / ".join(f"{row[n]:.4g}" for n in TIMES if n in row)
+        print(
+            f"{row['case']:40} {row['variant']:12} {times or row.get('note', ''):>30}"
+            f" {row.get('peak_mib', '')!s:>5} MiB {row.get('error', '')!s:>7}"
+            f" {row.get('first_forward_s', '')!s} {row.get('first_backward_s', '')!s}",
+            flush=True,
+        )
 
 
 def described_commit() -> str:
@@ -321,6 +357,50 @@ def described_commit() -> str:
     return subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
+
+
+def main() -> None:
+    """Run the chosen groups and append their rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("groups", nargs="*", default=GROUPS, help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="one of N shares of the cases")
+    parser.add_argument("--workers", type=int, help="processes that compile; default: processors")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="the measured commit; default: what git says")
+    arguments = parser.parse_args()
+    environment: Row = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "fla": FLA_VERSION,
+        "commit": arguments.commit or described_commit(),
+    }
+    chosen = [case for case in cases() if case.group in arguments.groups]
+    chosen = take_part(chosen, arguments.part)
+    workers = arguments.workers or len(os.sched_getaffinity(0)) // int(arguments.part[2:])
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    # The peer's choices are made here, undisturbed, and not taken from other runs.
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        start = time.perf_counter()
+        first = compile_all(chosen, max(1, workers))
+        print(f"compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
+        quiet()
+        try_quickly(PEER_TRIAL_MS)
+        wrong: list[str] = []
+        for case in chosen:
+            found = first[case.configuration]
+            if not found["error"] <= TOLERANCES[case.dtype]:
+                wrong.append(f"{case.name} ({found['error']:.1e})")
+                continue
+            run = {"step": measure_step, "first": tell_first}.get(case.group, measure)
+            append(arguments.results / FILE, run(case, found), environment)
+            torch.cuda.empty_cache()
+    print(f"{len(chosen)} cases in {time.perf_counter() - start:.0f} s", flush=True)
+    if wrong:
+        raise SystemExit(f"wrong, and therefore not timed: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

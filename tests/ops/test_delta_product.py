@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from householder import delta_product, delta_product_step
 from householder.ops.delta_product import chunk, op
@@ -431,6 +432,14 @@ class TestTransforms:
         (dk,) = torch.autograd.grad(self.loss()(*leaves), leaves[1], create_graph=True)
         with pytest.raises(NotImplementedError, match='impl="reference"'):
             dk.sum().backward()
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    def test_forward_mode_is_refused_with_gradients_off_too(self):
+        inputs = delta_product_inputs(B=1, T=3, N=2, H=1, K=2, V=2)
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(inputs[name], inputs[name]) for name in NAMES}
+            with pytest.raises(NotImplementedError, match="jvp"):
+                delta_product(**duals)
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     def test_reference_has_second_order_and_forward_mode(self):

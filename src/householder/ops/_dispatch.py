@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "householder"
 
@@ -54,10 +55,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call `function.apply(*args)`, at less cost where nothing is transformed or compiled.
 
     `apply` binds the arguments to their names again, though none has a default, and that takes as
-    long as a launch. Its own last step is this one.
+    long as a launch. Its own last step is the one taken here; with gradients off, in a backward
+    pass too, that one comes down to `forward`.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 

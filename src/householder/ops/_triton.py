@@ -44,12 +44,13 @@ def addressable(x: Tensor) -> Tensor:
 
 def has_wide_rows(x: Tensor) -> bool:
     """Return whether all rows of `x` start at multiples of 16 bytes, the widest copy there is."""
-    size = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(
-        stride * size % 16 == 0
-        for stride, length in zip(x.stride()[:-1], x.shape[:-1], strict=True)
-        if length > 1
-    )
+    if x.data_ptr() % 16:
+        return False
+    entries = 16 // x.element_size()
+    for stride, length in zip(x.stride()[:-1], x.shape[:-1], strict=True):
+        if stride % entries and length > 1:
+            return False
+    return True
 
 
 def dot_precision(*tensors: Tensor) -> str:
@@ -80,14 +81,19 @@ def power_of_two(size: int, least: int = 16, most: int | None = None) -> int:
 
 
 @triton.jit
+def round_to_tf32(x):
+    """Round a float32 tile to the ten bits of TF32; the tensor cores would cut off the others."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def cast_operand(x, PRECISION: tl.constexpr):
     """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns."""
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
     elif PRECISION == "tf32":
-        # The tensor cores cut off what TF32 has no bits for: round to nearest first.
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return round_to_tf32(x.to(tl.float32))
     else:
         return x.to(tl.float32)
 
@@ -97,8 +103,10 @@ def dot(a, b, PRECISION: tl.constexpr):
     """Multiply two tiles that went through `cast_operand`, into float32."""
     if PRECISION == "bf16":
         return tl.dot(a, b)
+    elif PRECISION == "tf32x3":
+        return dot_in_parts(a, b)
     else:
-        return tl.dot(a, b, input_precision="tf32x3" if PRECISION == "tf32x3" else "tf32")
+        return tl.dot(a, b, input_precision="tf32")
 
 
 @triton.jit
@@ -106,8 +114,29 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
     """Return `acc + a b`."""
     if PRECISION == "bf16":
         return tl.dot(a, b, acc)
+    elif PRECISION == "tf32x3":
+        return acc + dot_in_parts(a, b)
     else:
-        return tl.dot(a, b, acc, input_precision="tf32x3" if PRECISION == "tf32x3" else "tf32")
+        return tl.dot(a, b, acc, input_precision="tf32")
+
+
+@triton.jit
+def dot_in_parts(a, b):
+    """Multiply float32 tiles in two TF32 parts each: all products but that of the small parts.
+
+    What `input_precision="tf32x3"` does, the small parts first, in a loop: the compiler's time is
+    what its code takes, and with gates a first backward call took 14 s on an H200's host. The
+    tensor cores cut off what does not fit, so that nothing is added to a sum larger than it.
+    """
+    product = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    # Grids have one dimension, of which the assembler does not know: it would unroll a loop of 3.
+    for part in range(3 + tl.program_id(2)):
+        large_a = round_to_tf32(a)
+        large_b = round_to_tf32(b)
+        part_a = tl.where(part == 0, a - large_a, large_a)
+        part_b = tl.where(part == 1, b - large_b, large_b)
+        product = tl.dot(part_a, part_b, product, input_precision="tf32")
+    return product
 
 
 @triton.jit
@@ -122,7 +151,7 @@ def substitute(blocks):
     """Invert I + b for strictly lower triangular `blocks [·, 16, 16]` by substitution."""
     o_16 = tl.arange(0, 16)
     x = tl.where(o_16[:, None] == o_16[None, :], 1.0, 0.0)[None, :, :] + tl.zeros_like(blocks)
-    for j in tl.static_range(15):
+    for j in range(15):
         # Eliminate column j: rows below it lose their multiple of row j, which is final by now.
         column = tl.sum(tl.where(o_16[None, None, :] == j, blocks, 0.0), axis=2)
         row = tl.sum(tl.where(o_16[None, :, None] == j, x, 0.0), axis=1)

@@ -261,13 +261,8 @@ class Problem(NamedTuple):
     num_sequences: int
     num_chunks: int
     precision: str
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Constants of every kernel."""
-        N, H, K = self.k.shape[2:]
-        HV, V = self.v.shape[3:]
-        return make_sizes(N, H, K, HV, V, self.precision)
+    # Constants of every kernel.
+    sizes: dict[str, int]
 
     @property
     def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -298,8 +293,10 @@ def make_problem(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
 ) -> Problem:
     """Bring the inputs to what the kernels can read and number the chunks."""
-    B, T, N = v.shape[:3]
+    B, T, N, HV, V = v.shape
+    H, K = k.shape[3:]
     C = chunk_tokens(N)
+    precision = dot_precision(q, k, v)
     chunk_sequence = first_chunk = None
     if cu_seqlens is None:
         num_sequences, num_chunks = B, max_chunks(B, T, N, None)
@@ -324,7 +321,8 @@ def make_problem(
         first_chunk=first_chunk,
         num_sequences=num_sequences,
         num_chunks=num_chunks,
-        precision=dot_precision(q, k, v),
+        precision=precision,
+        sizes=make_sizes(N, H, K, HV, V, precision),
     )
 
 

@@ -259,5 +259,7 @@ def forward(
         )  # fmt: skip
     final = of_sequences(segments, p, final, last=True)
     if not save:
-        ut, maps, growth = (x.new_empty(0, *x.shape[1:]) for x in (ut, maps, growth))
+        ut, maps, growth = (
+            x.new_empty(0, *x.shape[1:]) if x.shape[0] else x for x in (ut, maps, growth)
+        )
     return o, final, states, ut, u, maps, growth

@@ -1,0 +1,143 @@
+"""Write the tables of docs/benchmarks.md from the rows of `results/`.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table: name -->` and `<!-- end -->`; the newest row of a case counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Rows = dict[tuple[str, str], dict[str, str]]
+
+
+def read(*names: str) -> Rows:
+    """Return the newest row of each case and variant, in the order of their first appearance."""
+    rows: Rows = {}
+    for name in names:
+        with (RESULTS / name).open(newline="") as file:
+            rows |= {(row["case"], row["variant"]): row for row in csv.DictReader(file)}
+    return rows
+
+
+def figures(row: dict[str, str] | None, *columns: str) -> str:
+    """Return a row's figures with three digits, or why there are none."""
+    if row is None:
+        return "–"
+    values = [row[column] for column in columns if row[column] not in ("", "nan")]
+    if len(values) < len(columns):
+        return "refuses" if row["note"].startswith("refuses") else "–"
+    return " / ".join(three_digits(value) for value in values)
+
+
+def three_digits(value: str, factor: float = 1.0) -> str:
+    return f"{factor * float(value):#.3g}".removesuffix(".")
+
+
+def markdown(header: str, lines: list[list[str]]) -> str:
+    """Return a table; `header` holds the columns' names between bars."""
+    rule = "|" + "---|" * header.count(" | ") + "---|"
+    return "\n".join([f"| {header} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def sizes(case: str) -> tuple[list[int], str, str]:
+    """Split a case's name into B, T, H and D, N, and whether there are gates."""
+    _, shape, n, gate = case.split("-")[:4]
+    return [int(x) for x in shape.split("x")], n[1:], {"gated": "gate", "ungated": "none"}[gate]
+
+
+def in_order(case: str) -> tuple[object, ...]:
+    """Return a key that sorts cases: few heads first, batches before one sequence, then N."""
+    (B, T, *heads), n, gate = sizes(case)
+    return heads, T, B, int(n), gate == "gate"
+
+
+def of_group(rows: Rows, group: str) -> list[str]:
+    """Return the names of a group's cases."""
+    return [c for c, variant in rows if variant == "householder" and c.startswith(group + "-")]
+
+
+def delta_product_table() -> str:
+    """Forward and forward + backward at the sizes of the table."""
+    rows = read("delta-product-gpu.csv", "delta-product-gpu-flashqla.csv")
+    lines = []
+    for case in sorted(of_group(rows, "table"), key=in_order):
+        ours, fla = rows[case, "householder"], rows.get((case, "fla"))
+        flashqla = rows.get((case, "FlashQLA"))
+        (B, T, H, D), n, gate = sizes(case)
+        lines.append(
+            [
+                f"{B}, {T}, {H}, {D}",
+                f"{n}, {gate}",
+                f"**{figures(ours, 'forward_ms', 'both_ms')}**",
+                figures(ours, "called_forward_ms", "called_both_ms"),
+                figures(fla, "forward_ms", "both_ms"),
+                figures(flashqla, "called_forward_ms", "called_both_ms"),
+                figures(ours, "floor_forward_ms", "floor_both_ms"),
+                ", ".join(row["peak_mib"] or "–" for row in (ours, fla, flashqla) if row),
+            ]
+        )
+    return markdown(
+        "B, T, H, K = V | N, gate | householder | as called | fla | FlashQLA | floor | peak MiB",
+        lines,
+    )
+
+
+def step_table() -> str:
+    """One token, in microseconds."""
+    rows = read("delta-product-gpu.csv")
+    lines = []
+    for case in sorted(of_group(rows, "step"), key=in_order):
+        (B, *_), n, _ = sizes(case)
+        found = [rows[case, "householder"], rows.get((case, "fla"))]
+        times = [
+            three_digits(row["forward_ms"], 1e3) if row and row["forward_ms"] else "–"
+            for row in found
+        ]
+        floor = three_digits(rows[case, "householder"]["floor_forward_ms"], 1e3)
+        lines.append([str(B), n, f"**{times[0]}**", times[1], floor])
+    return markdown("B | N | householder, µs | fla, µs | state read and written once", lines)
+
+
+def first_call_table() -> str:
+    """Seconds of the first calls of each configuration."""
+    rows = read("delta-product-gpu.csv")
+    slowest: dict[tuple[str, ...], dict[str, str]] = {}
+    for (case, variant), row in rows.items():
+        if variant != "householder" or not row["first_backward_s"]:
+            continue
+        (_, T, _, D), n, gate = sizes(case)
+        dtype = case.split("-")[4] if case.count("-") > 3 else "bf16"
+        slowest[dtype, str(D), n, gate, "yes" if T > 4096 else "no"] = row
+    lines = [
+        [*key, figures(row, "first_forward_s", "first_backward_s")]
+        for key, row in sorted(slowest.items(), key=lambda item: (item[0][0], int(item[0][1])))
+    ]
+    return markdown("dtype | K = V | N | gate | in segments | forward / backward, s", lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "delta-product-gpu": delta_product_table,
+    "delta-product-gpu-step": step_table,
+    "delta-product-gpu-first-call": first_call_table,
+}
+
+
+def main() -> None:
+    """Rewrite every table of the page."""
+    page = PAGE.read_text()
+    unknown = {name for _, name, _ in TABLE.findall(page)} ^ set(TABLES)
+    if unknown:
+        raise SystemExit(f"{PAGE.name} and TABLES differ in {sorted(unknown)}")
+    PAGE.write_text(TABLE.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", page))
+
+
+if __name__ == "__main__":
+    main()
