@@ -130,7 +130,7 @@ class TestFactor:
         found = make_frame(*factor(A, N))
         if N >= 6:
             torch.testing.assert_close(found, Q, rtol=1e-13, atol=1e-13)
-        assert torch.equal(found, found) and orthogonality_error(found) < 1e-13
+        assert orthogonality_error(found) < 1e-13
 
     def test_a_matrix_of_zeros_is_no_special_case(self) -> None:
         for N in (2, 3, 4):
@@ -149,7 +149,7 @@ class TestFactor:
         Q = draw_frame(D, min(D, M), dtype=dtype, seed=seed)
         frame = make_frame(*factor(Q, N))
         assert orthogonality_error(frame) < 1e-13
-        if N >= min(D, M):
+        if min(D, M) <= N:
             torch.testing.assert_close(frame, Q, rtol=0, atol=1e-12)
 
 
@@ -189,10 +189,11 @@ class TestOrthonormalFrame:
         dense = frame.product().to_dense()[:, :6] * frame.signs
         torch.testing.assert_close(Q, dense)
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-    @pytest.mark.parametrize("N", [2, 4, 5])
+    @pytest.mark.parametrize(
+        ("N", "dtype"), [(1, torch.float64), (3, torch.float64), (2, torch.complex128)]
+    )
     def test_gradients_of_every_order(self, N: int, dtype: torch.dtype) -> None:
-        frame = OrthonormalFrame(5, 4, N, dtype=dtype)
+        frame = OrthonormalFrame(3, 2, N, dtype=dtype)
         if frame.angles is not None:
             torch.nn.init.uniform_(frame.angles, 0.5, 5)
         names = [name for name, _ in frame.named_parameters()]
@@ -201,7 +202,7 @@ class TestOrthonormalFrame:
         def run(*values: Tensor) -> Tensor:
             return torch.func.functional_call(frame, dict(zip(names, values, strict=True)), ())
 
-        torch.autograd.gradcheck(run, leaves, check_forward_ad=True, check_batched_grad=True)
+        torch.autograd.gradcheck(run, leaves, check_forward_ad=True)
         torch.autograd.gradgradcheck(run, leaves)
 
     def test_full_frames_are_drawn_uniformly(self) -> None:
@@ -265,14 +266,14 @@ class TestOrthonormalFrame:
         frame.set_frame(torch.eye(3, dtype=torch.complex128))
         target = draw_frame(3, 3, dtype=torch.complex128, seed=3)
         assert abs(float(torch.linalg.det(target).imag)) > 0.1
-        optimizer = torch.optim.Adam(frame.parameters(), lr=0.05)
-        for _ in range(300):
+        optimizer = torch.optim.Adam(frame.parameters(), lr=0.1)
+        for _ in range(120):
             optimizer.zero_grad()
             loss = (frame() - target).abs().square().sum()
             loss.backward()
             optimizer.step()
         assert float(loss.detach()) < 1e-3
-        assert not math.isclose(float(frame.angles.detach().std()), 0)
+        assert float((frame.angles.detach() - math.pi).abs().max()) > 0.1
 
     @pytest.mark.parametrize(
         ("arguments", "error", "match"),
