@@ -103,6 +103,11 @@ def test_max_min_and_group_sort_are_sorts() -> None:
     assert torch.equal(GroupSort(1)(x), x)
 
 
+@pytest.mark.parametrize("act", [MaxMin(), GroupSort(2), GroupSort(), HouseholderActivation(4)])
+def test_a_tie_stays_as_it_is(act: nn.Module) -> None:
+    torch.testing.assert_close(torch.func.jacrev(act)(torch.zeros(4)), torch.eye(4))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_householder_is_a_reflection_of_one_half_space(size: int) -> None:
     act = learnt(HouseholderActivation(4 * size, size, dtype=torch.float64))
