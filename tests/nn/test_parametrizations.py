@@ -265,6 +265,16 @@ class TestOrthogonal:
         module.weight = 2 * Q
         torch.testing.assert_close(module.weight, 2 * Q)
 
+    @pytest.mark.parametrize("sizes", [(4, 8, 3), (16, 1, 2)])
+    def test_flattened_filters_are_orthonormal(self, sizes: tuple[int, int, int]) -> None:
+        conv = nn.Conv2d(sizes[1], sizes[0], sizes[2], bias=False)
+        before = orthonormal(conv.weight.detach().flatten(1))
+        parametrizations.orthogonal(conv, flatten=True)
+        torch.testing.assert_close(conv.weight.detach().flatten(1), before, rtol=0, atol=1e-5)
+        assert conv(torch.randn(2, sizes[1], 5, 5)).shape[1] == sizes[0]
+        conv.weight = -conv.weight.detach()
+        torch.testing.assert_close(conv.weight.detach().flatten(1), -before, rtol=0, atol=1e-5)
+
     def test_cached_is_computed_once(self) -> None:
         module = parametrizations.orthogonal(Holder(6, 4))
         with parametrize.cached():

@@ -77,6 +77,15 @@ def test_low_rank_with_bounds_is_the_nearest_such_matrix() -> None:
     assert (layer.s.grad.abs() > 1e-3 * layer.s.grad.abs().max()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_few_reflectors_get_the_best_singular_values(dtype: torch.dtype) -> None:
+    linear = nn.Linear(12, 8, bias=False, dtype=dtype)
+    layer = SVDLinear.from_linear(linear, num_householder=3)
+    (layer.weight - linear.weight.detach()).abs().square().sum().backward()
+    assert layer.s.grad.abs().max() < 1e-13
+    assert layer.left.reflectors.grad.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_bounds_hold_wherever_the_parameters_go(sign: int) -> None:
     layer = SVDLinear(10, 10, bounds=(0.5, 2.0))

@@ -18,17 +18,23 @@ from householder.nn._checks import check_positive_int
 from householder.nn.frames import check_finite, factor, make_frame
 from householder.nn.singular_values import (
     Bounds,
+    best_singular_values,
     bound_singular_values,
     check_bounds,
-    nearest_svd,
+    singular_vectors,
     unbound_singular_values,
 )
+from householder.ops.wy import compute_dtype
 
 __all__ = ["orthogonal", "singular_values", "svd"]
 
 
 def orthogonal(
-    module: nn.Module, name: str = "weight", num_householder: int | None = None
+    module: nn.Module,
+    name: str = "weight",
+    num_householder: int | None = None,
+    *,
+    flatten: bool = False,
 ) -> nn.Module:
     """Keep a weight orthogonal, or of orthonormal columns or rows, by a product of reflectors.
 
@@ -52,6 +58,8 @@ def orthogonal(
         name: of the weight, a parameter or buffer of two or more dimensions, real or complex.
             bfloat16 and float16 weights are computed in float32 and rounded once.
         num_householder: N; M = min(n, m) if `None`.
+        flatten: take a weight `[n, ...]` of more dimensions as one matrix `[n, m]`, instead of as a
+            batch: a convolution then has orthonormal filters `[out, in / groups · kernel]`.
 
     Returns:
         The module itself. Its parameter `parametrizations.<name>.original` now holds the reflectors
@@ -83,9 +91,11 @@ def orthogonal(
     """
     where = "parametrizations.orthogonal"
     weight = _find_weight(where, module, name)
-    N = min(weight.shape[-2:]) if num_householder is None else num_householder
+    matrix = weight.flatten(1) if flatten else weight
+    N = min(matrix.shape[-2:]) if num_householder is None else num_householder
     check_positive_int(where, "num_householder", N)
-    parametrize.register_parametrization(module, name, OrthogonalParametrization(weight, N))
+    parametrization = OrthogonalParametrization(weight.shape, matrix.shape, N, weight.device)
+    parametrize.register_parametrization(module, name, parametrization)
     return module
 
 
@@ -107,8 +117,9 @@ def svd(
         module: owns the weight.
         name: of the weight, a parameter or buffer of two or more dimensions, real or complex.
         rank: r; min(n, m) if `None`.
-        num_householder: reflectors of U and of V; r if `None`. With fewer than r the two are
-            approximated, see `householder.nn.OrthonormalFrame`.
+        num_householder: reflectors of U and of V; r if `None`. With fewer than r the singular
+            vectors are approximated, see `householder.nn.OrthonormalFrame.set_frame`, and s is the
+            best for them.
         bounds: `(lowest, highest)`, between which singular values stay: s = lowest + (highest −
             lowest) · sigmoid(logits). `None` leaves s free; its entries may turn negative.
 
@@ -186,26 +197,34 @@ class OrthogonalParametrization(nn.Module):
 
     signs: Tensor
 
-    def __init__(self, weight: Tensor, num_householder: int) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        matrix_shape: torch.Size,
+        num_householder: int,
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.shape = weight.shape
+        self.shape = shape
+        self.matrix_shape = matrix_shape
         self.num_householder = num_householder
-        *batch, n, m = weight.shape
+        *batch, n, m = matrix_shape
         self.wide = n < m
-        signs = torch.ones(*batch, min(n, m), dtype=torch.int8, device=weight.device)
+        signs = torch.ones(*batch, min(n, m), dtype=torch.int8, device=device)
         self.register_buffer("signs", signs)
 
     def forward(self, reflectors: Tensor, angles: Tensor | None = None) -> Tensor:
         """Return the weight."""
         frame = make_frame(reflectors, angles, self.signs)
-        return frame.mT if self.wide else frame
+        return (frame.mT if self.wide else frame).reshape(self.shape)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the reflectors (and angles) of a weight, and set the signs."""
         where = "parametrizations.orthogonal"
         _check_assigned(where, weight, self.shape)
-        made = factor(weight.mT if self.wide else weight, self.num_householder)
+        matrix = weight.reshape(self.matrix_shape)
+        made = factor(matrix.mT if self.wide else matrix, self.num_householder)
         self.signs = made.signs
         return made.reflectors if made.angles is None else (made.reflectors, made.angles)
 
@@ -244,9 +263,12 @@ class SVDParametrization(nn.Module):
     def right_inverse(self, weight: Tensor) -> Sequence[Tensor]:
         """Return s, the reflectors of U and V, and their angles; set the signs."""
         _check_assigned("parametrizations.svd", weight, self.shape)
-        U, s, V = nearest_svd(weight.flatten(1), self.rank)
-        left, right = (factor(frame, self.num_householder) for frame in (U, V))
+        matrix = weight.flatten(1).to(compute_dtype(weight))
+        left, right = (
+            factor(frame, self.num_householder) for frame in singular_vectors(matrix, self.rank)
+        )
         self.left_signs, self.right_signs = left.signs, right.signs
+        s = best_singular_values(matrix, make_frame(*left), make_frame(*right))
         s = unbound_singular_values(s, self.bounds)
         parts = [s, left.reflectors, right.reflectors]
         if left.angles is not None and right.angles is not None:

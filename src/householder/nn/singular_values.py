@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from householder.ops.wy import compute_dtype
-
 Bounds = tuple[float, float]
 
 # Of the interval: how far inside its ends a value given at or beyond them starts. At the ends
@@ -44,11 +42,18 @@ def unbound_singular_values(s: Tensor, bounds: Bounds | None) -> Tensor:
     return ((s - lowest) / (highest - lowest)).clamp(MARGIN, 1 - MARGIN).logit()
 
 
-def nearest_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U `[n, r]`, s `[r]`, V `[m, r]` of the nearest matrix of rank r, computed in float32.
+def singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return U `[n, r]` and V `[m, r]` of the leading singular values of `[n, m]`.
 
-    Nearest in every unitarily invariant norm (Eckart, Young, 1936; Mirsky, 1960), and so it stays
-    when the r singular values are then clamped to an interval.
+    With its best singular values U diag(s) Vᴴ is the nearest matrix of rank r in every unitarily
+    invariant norm (Eckart, Young, 1936; Mirsky, 1960), and so it stays when they are then clamped
+    to an interval.
     """
-    U, s, Vh = torch.linalg.svd(weight.to(compute_dtype(weight)), full_matrices=False)
-    return U[:, :rank], s[:rank], Vh[:rank].mH
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank], Vh[:rank].mH
+
+
+def best_singular_values(matrix: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """Return the real s `[r]` nearest to the matrix as U diag(s) Vᴴ: Re diag(Uᴴ matrix V)."""
+    s = (U.conj() * (matrix @ V)).sum(0)
+    return s.real if s.is_complex() else s

@@ -13,11 +13,13 @@ from householder.nn.frames import OrthonormalFrame, check_weight
 from householder.nn.initialization import init_bias
 from householder.nn.singular_values import (
     Bounds,
+    best_singular_values,
     bound_singular_values,
     check_bounds,
-    nearest_svd,
+    singular_vectors,
     unbound_singular_values,
 )
+from householder.ops.wy import compute_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -165,8 +167,8 @@ class SVDLinear(nn.Module):
 
         Nearest in every unitarily invariant norm. A value outside the bounds, or within a hundredth
         of the interval of one, starts that hundredth inside, where the sigmoid has a slope. With
-        fewer than r reflectors U and V are themselves approximations, see
-        `OrthonormalFrame.set_frame`.
+        fewer than r reflectors U and V are approximated, see `OrthonormalFrame.set_frame`, and s is
+        the best for them.
 
         Raises:
             TypeError: `weight` is no tensor, or of no dtype that fits.
@@ -175,10 +177,12 @@ class SVDLinear(nn.Module):
         where = f"{type(self).__name__}.set_weight"
         shape = (self.out_features, self.in_features)
         check_weight(where, weight, shape, complex_allowed=self.left.angles is not None)
-        U, s, V = nearest_svd(weight, self.rank)
+        matrix = weight.to(compute_dtype(weight, self.left.reflectors))
+        U, V = singular_vectors(matrix, self.rank)
         self.left.set_frame(U)
         self.right.set_frame(V)
-        self.s.copy_(unbound_singular_values(s, self.bounds))
+        U, V = (frame().to(matrix.dtype) for frame in (self.left, self.right))
+        self.s.copy_(unbound_singular_values(best_singular_values(matrix, U, V), self.bounds))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b `[..., out]` for `x [..., in]`."""
