@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations as torch_parametrizations
 
 from householder import HouseholderProduct, delta_product, path_attention
+from householder.nn import parametrizations
 from householder.testing import delta_product_inputs, path_attention_inputs
 
 Results = dict[str, Tensor]
@@ -81,6 +83,64 @@ def apply_product(D: int, N: int, columns: int = 32) -> Variants:
         "torch.linalg.householder_product": torch_linalg,
         "torch.ormqr": torch_ormqr,
     }
+
+
+def orthogonal_weight(D: int, M: int, step: bool, rows: int = 32) -> Variants:
+    """Form a D × M weight with orthonormal columns from M vectors, or make a training step with it.
+
+    The step applies the linear layer to 32 rows and takes the gradients of vectors and rows. All
+    start from the vectors of PyTorch's own parametrization, whose D × D base is the identity here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(D, M, generator=generator).tril(-1) - torch.eye(D, M)
+    x = torch.randn(rows, M, generator=generator).requires_grad_()
+    dy = torch.randn(rows, D, generator=generator)
+
+    def finish(weight: Tensor, vectors: Tensor, x: Tensor, in_rows: bool = False) -> Results:
+        if not step:
+            return {"weight": weight.detach()}
+        y = x @ weight.mT
+        da, dx = torch.autograd.grad(y, (vectors, x), dy.to(y.dtype))
+        da = da.flip(0).mT if in_rows else da
+        return {"y": y.detach(), "dx": dx, "da": da.tril(-1)}
+
+    def peer(trivialized: bool) -> nn.Module:
+        layer = nn.Linear(M, D, bias=False)
+        torch_parametrizations.orthogonal(
+            layer, orthogonal_map="householder", use_trivialization=trivialized
+        )
+        with torch.no_grad():
+            layer.parametrizations["weight"].original.copy_(a)
+        if trivialized:
+            layer.parametrizations["weight"][0].base = torch.eye(D)
+        return layer
+
+    ours = parametrizations.orthogonal(nn.Linear(M, D, bias=False))
+    with torch.no_grad():
+        ours.parametrizations["weight"].original.copy_((a.tril(-1) + torch.eye(D, M)).mT.flip(0))
+        ours.parametrizations["weight"][0].signs.fill_(-1)
+
+    def run(layer: nn.Module, x: Tensor = x) -> Callable[[], Results]:
+        vectors = layer.parametrizations["weight"].original
+        return lambda: finish(layer.weight, vectors, x, in_rows=layer is ours)
+
+    def loop() -> Results:
+        leaf = a.detach().requires_grad_()
+        columns = (leaf.tril(-1) + torch.eye(D, M)).unbind(-1)
+        weight = -torch.eye(D, M)
+        for v in reversed(columns):
+            weight = weight - 2 / v.square().sum() * torch.outer(v, v @ weight)
+        return finish(weight, leaf, x)
+
+    exact = peer(trivialized=False).double()
+    variants: Variants = {
+        "reference": run(exact, x.detach().double().requires_grad_()),
+        "householder": run(ours),
+        "torch parametrization, its default base": run(peer(trivialized=True)),
+        "torch parametrization, no base": run(peer(trivialized=False)),
+    }
+    # Each turn of the loop keeps a whole weight for the gradient: 1.5 GiB for 512 × 512.
+    return variants | {"Python loop": loop} if M <= 64 else variants
 
 
 def gated_delta_rule(B: int, T: int, H: int, D: int, dtype: str = "float32") -> Variants:
@@ -171,6 +231,16 @@ CASES = [
     *(
         Case(f"apply-{D}x{N}", apply_product, {"D": D, "N": N}, group="apply")
         for D, N in ((512, 512), (1024, 64), (2048, 32))
+    ),
+    *(
+        Case(
+            f"orthogonal-weight-{kind}-{D}x{M}",
+            orthogonal_weight,
+            {"D": D, "M": M, "step": kind == "step"},
+            group="orthogonal-weight",
+        )
+        for D, M in ((1024, 64), (512, 512))
+        for kind in ("form", "step")
     ),
     *(
         Case(

@@ -16,6 +16,7 @@ __all__ = [
     "assert_as_accurate",
     "check_linear_map_laws",
     "delta_product_inputs",
+    "orthogonality_error",
     "path_attention_inputs",
     "relative_error",
 ]
@@ -100,6 +101,23 @@ def _largest_error(actual: Tensor, expected: Tensor) -> float:
     scale = float(expected.detach().abs().max()) or 1.0
     wide = expected.detach().to(torch.complex128 if expected.is_complex() else torch.float64)
     return float((actual.detach().to(wide.dtype) - wide).abs().max()) / scale
+
+
+def orthogonality_error(Q: Tensor) -> float:
+    """Return the largest entry of |QᴴQ − I| (of |QQᴴ − I| if Q is wide), computed in float64.
+
+    Args:
+        Q: `[*, D, M]`, real or complex. NaN counts as infinite.
+
+    Examples:
+        >>> orthogonality_error(torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.5]]))
+        0.25
+    """
+    Q = Q.detach().to(torch.complex128 if Q.is_complex() else torch.float64)
+    Q = Q if Q.shape[-2] >= Q.shape[-1] else Q.mH
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    error = float((Q.mH @ Q - eye).abs().max())
+    return error if error == error else float("inf")
 
 
 def delta_product_inputs(

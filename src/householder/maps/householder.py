@@ -61,10 +61,10 @@ class HouseholderProduct(LinearMap):
     def orthogonal(cls, reflectors: Tensor) -> HouseholderProduct:
         """Make the orthogonal (unitary) product with β = 2 / ‖k‖².
 
-        Only the directions matter: each reflector is first divided by its largest entry, so that no
-        length, however small or large, overflows. A zero reflector is the identity, with zero
-        gradient. For bfloat16 and float16 reflectors β is float32, which keeps the product
-        orthogonal to float32's rounding.
+        Only the directions matter: each reflector is first divided by a power of two near its
+        largest entry, which rounds nothing, so that no length, however small or large, overflows. A
+        zero reflector is the identity, with zero gradient. For bfloat16 and float16 reflectors β is
+        float32, which keeps the product orthogonal to float32's rounding.
 
         Args:
             reflectors: `[*, N, D]`, of any lengths.
@@ -82,7 +82,8 @@ class HouseholderProduct(LinearMap):
         # A constant, since the product does not depend on the lengths.
         largest = reflectors.detach().abs().amax(-1, keepdim=True) if reflectors.numel() else 1.0
         if isinstance(largest, Tensor):
-            reflectors = reflectors / torch.where(largest == 0, torch.ones_like(largest), largest)
+            largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+            reflectors = reflectors / (largest / (2 * torch.frexp(largest).mantissa))
         squares = _squared_norm(reflectors)
         zero = squares == 0
         beta = torch.where(zero, torch.zeros_like(squares), 2 / torch.where(zero, 1, squares))

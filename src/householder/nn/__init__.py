@@ -1,9 +1,13 @@
 """Modules that own parameters and call maps or ops."""
 
+from householder.nn import parametrizations
+from householder.nn.activations import GroupSort, HouseholderActivation, MaxMin
 from householder.nn.attention_baselines import ForgettingAttention, KeyValueState, RotaryAttention
 from householder.nn.attentions import ATTENTIONS
+from householder.nn.frames import OrthonormalFrame
 from householder.nn.mixer import DeltaProductMixer, MixerState
 from householder.nn.normalization import GatedRMSNorm
+from householder.nn.orthogonal import OrthogonalLinear, StiefelLinear
 from householder.nn.path_attention import PaTHAttention, PaTHState
 from householder.nn.published import (
     MIXERS,
@@ -13,6 +17,7 @@ from householder.nn.published import (
     GatedDeltaProduct,
 )
 from householder.nn.short_convolution import ShortConvolution
+from householder.nn.svd import SVDLinear
 
 __all__ = [
     "ATTENTIONS",
@@ -24,10 +29,18 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "GatedRMSNorm",
+    "GroupSort",
+    "HouseholderActivation",
     "KeyValueState",
+    "MaxMin",
     "MixerState",
+    "OrthogonalLinear",
+    "OrthonormalFrame",
     "PaTHAttention",
     "PaTHState",
     "RotaryAttention",
+    "SVDLinear",
     "ShortConvolution",
+    "StiefelLinear",
+    "parametrizations",
 ]

@@ -21,6 +21,17 @@ def init_weight(weight: Tensor, std: float | None) -> None:
         nn.init.normal_(weight, std=std)
 
 
+def init_bias(bias: Tensor | None, fan_in: int) -> None:
+    """Fill a bias in place from U(−1/√fan_in, 1/√fan_in), PyTorch's own rule; `None` is none."""
+    if bias is not None:
+        bound = 1 / math.sqrt(fan_in)
+        if bias.is_complex():  # torch draws no complex uniform numbers
+            with torch.no_grad():
+                torch.view_as_real(bias).uniform_(-bound, bound)
+        else:
+            nn.init.uniform_(bias, -bound, bound)
+
+
 def init_residual_weight(weight: Tensor, std: float | None, num_layers: int | None) -> None:
     """Fill in place a weight whose output is added to the residual stream.
 
