@@ -23,6 +23,8 @@ from householder.adapters.model import (
     parameters,
     unmerge,
 )
+from householder.adapters.peft import export_lora, load_peft, save_peft
+from householder.adapters.storage import load, save
 
 __all__ = [
     "AdapterConfig",
@@ -35,10 +37,15 @@ __all__ = [
     "attach",
     "detach",
     "disabled",
+    "export_lora",
+    "load",
+    "load_peft",
     "merge",
     "names",
     "num_parameters",
     "orthogonality_penalty",
     "parameters",
+    "save",
+    "save_peft",
     "unmerge",
 ]

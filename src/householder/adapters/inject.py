@@ -105,7 +105,8 @@ def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    return _adapted_class(base).__new__(_adapted_class(base))
+    made = _adapted_class(base)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def stack_of(module: nn.Module) -> AdapterStack | None:
@@ -126,7 +127,7 @@ def add_stack(module: nn.Module, *, hook: bool = False) -> AdapterStack:
     if stack is None:
         stack = AdapterStack()
         module.add_module(STACK, stack)
-        module.__class__ = _adapted_class(type(module))
+        module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
         if hook:
             stack.hook = module.register_forward_pre_hook(_no_change)
     return stack
@@ -139,7 +140,7 @@ def remove_stack(module: nn.Module) -> None:
     stack = stack_of(module)
     if stack is not None and stack.hook is not None:
         stack.hook.remove()
-    module.__class__ = module.base_class
+    module.__class__ = module.base_class  # type: ignore[assignment]
     del module._modules[STACK]
 
 

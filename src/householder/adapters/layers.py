@@ -46,9 +46,7 @@ class AdapterLayer(nn.Module, ABC):
         """Return W' and b', in at least float32."""
 
     @abstractmethod
-    def restore(
-        self, W: Tensor, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def restore(self, W: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         """Return the W and b of which `adapt` made these.
 
         Args:
@@ -97,7 +95,7 @@ class HRALayer(AdapterLayer):
 
     def product(self) -> HouseholderProduct:
         """Return Q."""
-        k = self.reflectors
+        k: Tensor = self.reflectors
         if self.orthogonalize == "all":
             k = _orthonormal(k)
         elif self.orthogonalize == "halves":
@@ -111,9 +109,7 @@ class HRALayer(AdapterLayer):
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.product().mT(W.to(compute_dtype(W))), bias
 
-    def restore(
-        self, W: Tensor, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def restore(self, W: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         return self.product()(W.to(compute_dtype(W))), bias
 
     def change(self, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,23 +149,18 @@ class TwoSidedLayer(AdapterLayer):
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
         Q_out, Q_in = self.products()
         y = call(_turn(Q_in, x))
-        if bias is not None:
-            y = y - bias
-        if self.scale is not None:
-            y = y * self.scale.to(y.dtype)
+        y = y if bias is None else y - bias
+        y = y if self.scale is None else y * self.scale.to(y.dtype)
         y = _turn(Q_out, y)
         return y if bias is None else y + bias
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         Q_out, Q_in = self.products()
         W = Q_in.mT(W.to(compute_dtype(W)))
-        if self.scale is not None:
-            W = self.scale.unsqueeze(-1) * W
+        W = W if self.scale is None else self.scale.unsqueeze(-1) * W
         return Q_out(W.mT).mT, bias
 
-    def restore(
-        self, W: Tensor, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def restore(self, W: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         Q_out, Q_in = self.products()
         W = Q_out.mT(W.to(compute_dtype(W)).mT).mT
         if self.scale is not None:
@@ -212,8 +203,8 @@ class HTALayer(AdapterLayer):
                 f'HTAConfig: form="adapter" acts behind a whole layer, got `splits` for {name}; '
                 'use form="lora" for fused projections'
             )
-        self.input_reflector = nn.Parameter(math.sqrt(2) * F.normalize(torch.randn(P, D), dim=-1))
-        self.output_reflector = nn.Parameter(math.sqrt(2) * F.normalize(torch.randn(P, out), dim=-1))
+        self.input_reflector = nn.Parameter(_orthogonal_vectors(P, D))
+        self.output_reflector = nn.Parameter(_orthogonal_vectors(P, out))
         self.diagonal = nn.Parameter(torch.zeros(P, min(D, out)))
         self.down: nn.Parameter | None = None
         self.up: nn.Parameter | None = None
@@ -250,9 +241,7 @@ class HTALayer(AdapterLayer):
         change = self.additive(wide.mT).mT if self.behind else self._dense(wide)
         return wide + change, self.adapted_bias(bias)
 
-    def restore(
-        self, W: Tensor, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def restore(self, W: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         wide = W.to(compute_dtype(W))
         if not self.behind:
             return wide - self._dense(wide), bias
@@ -310,13 +299,18 @@ def make_layer(config: AdapterConfig, shape: LayerShape, name: str) -> AdapterLa
 
 
 def _turn(product: HouseholderProduct, x: Tensor) -> Tensor:
-    """Return Q x in the dtype of x; reflectors in float32 keep small changes that bfloat16 drops."""
+    """Return Q x in x's dtype. The reflectors stay in theirs: small changes need its digits."""
     return product(x).to(x.dtype)
 
 
 def _single(v: Tensor) -> HouseholderProduct:
     """Return I − v vᵀ."""
     return HouseholderProduct(v.unsqueeze(0), torch.ones_like(v[:1]))
+
+
+def _orthogonal_vectors(P: int, D: int) -> Tensor:
+    """Draw vectors with ‖v‖² = 2, for which I − v vᵀ is a reflection."""
+    return math.sqrt(2) * F.normalize(torch.randn(P, D), dim=-1)
 
 
 def _paired(N: int, D: int, identity: bool) -> Tensor:

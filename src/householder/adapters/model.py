@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -91,7 +91,8 @@ def attach(
     Examples:
         >>> import torch
         >>> from householder import adapters
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x = torch.randn(3, 8)
         >>> before = model(x)
         >>> _ = adapters.attach(model, adapters.HRAConfig(targets="0", num_householder=4))
@@ -100,7 +101,33 @@ def attach(
         >>> adapters.num_parameters(model)
         32
     """
-    state = _state(model, make=True)
+    apart = choose(model, "train_also", config.train_also) if config.train_also else {}
+    layers = choose_layers(model, config.targets, config.exclude, apart.keys())
+    return install(
+        model,
+        config,
+        name,
+        layers,
+        apart,
+        activate=activate,
+        trainable=trainable,
+        freeze=freeze,
+    )
+
+
+def install(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    layers: Mapping[str, nn.Module],
+    apart: Mapping[str, nn.Module],
+    *,
+    activate: bool = True,
+    trainable: bool = True,
+    freeze: bool = True,
+) -> nn.Module:
+    """Do what `attach` does, to layers and modules chosen already, by full name."""
+    state = state_of(model, make=True)
     if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise AdapterError(
             "adapters.attach: `name` must be a word of letters, digits, _ and -, which no method "
@@ -112,8 +139,6 @@ def attach(
             "another name"
         )
     _refuse_while_merged("attach", state)
-    apart = choose(model, "train_also", config.train_also) if config.train_also else {}
-    layers = choose_layers(model, config.targets, config.exclude, apart.keys())
     made = _make(model, config, layers, apart)
     if freeze and not state.configs:
         state.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
@@ -134,8 +159,8 @@ def attach(
 def _make(
     model: nn.Module,
     config: AdapterConfig,
-    layers: dict[str, nn.Module],
-    apart: dict[str, nn.Module],
+    layers: Mapping[str, nn.Module],
+    apart: Mapping[str, nn.Module],
 ) -> dict[str, AdapterLayer | Replacement]:
     """Make the adapters of all layers, and the copies of the modules that are trained whole."""
     made: dict[str, AdapterLayer | Replacement] = {}
@@ -190,9 +215,9 @@ def activate(model: nn.Module, *names: str) -> None:
     Raises:
         AdapterError: a name is unknown or given twice, or adapters are merged.
     """
-    state = _state(model)
+    state = state_of(model)
     for name in names:
-        _config_of("activate", state, name)
+        config_of("activate", state, name)
     if len(set(names)) != len(names):
         raise AdapterError(f"adapters.activate: names must differ, got {list(names)}")
     _refuse_while_merged("activate", state)
@@ -209,16 +234,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Examples:
         >>> import torch
         >>> from householder import adapters
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> _ = adapters.attach(
-        ...     model, adapters.HRAConfig(targets="0", num_householder=1, init="random")
-        ... )
-        >>> x = torch.randn(4)
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(4)
+        >>> base = model(x)
+        >>> config = adapters.HRAConfig(targets="0", num_householder=1, init="random")
+        >>> _ = adapters.attach(model, config)
+        >>> bool((model(x) == base).all())
+        False
         >>> with adapters.disabled(model):
-        ...     bool((model(x) == torch.nn.functional.linear(x, model[0].weight, model[0].bias)).all())
+        ...     bool((model(x) == base).all())
         True
     """
-    state = _state(model)
+    state = state_of(model)
     _refuse_while_merged("disabled", state)
     before = state.active
     _set_active(model, state, (), gradients=False)
@@ -253,7 +279,7 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> None:
         AdapterError: a layer is quantised or packed, shares its weight with another module, or an
             adapter has values that are not finite. Nothing is then merged.
     """
-    state = _state(model)
+    state = state_of(model)
     _refuse_while_merged("merge", state)
     modules = {n: ms for n, ms in adapted_modules(model).items() if _acting(ms[1])}
     if not modules:
@@ -304,7 +330,7 @@ def _merge_module(module: nn.Module, stack: AdapterStack, keep_base: bool) -> No
     else:
         W, bias = read_weight(module), module.bias
         if keep_base:
-            stack.kept = W.clone(), None if bias is None else bias.clone()  # type: ignore[operator, assignment]
+            stack.kept = W.clone(), None if bias is None else bias.clone()  # type: ignore[operator]
         for layer in acting:
             assert isinstance(layer, AdapterLayer)
             W, bias = layer.adapt(W, bias)  # type: ignore[arg-type, assignment]
@@ -320,7 +346,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _write(module: nn.Module, W: Tensor, bias: Tensor | None) -> None:
     write_weight(module, W)
     if bias is not None:
-        module.bias.data.copy_(bias)  # type: ignore[union-attr, operator]
+        module.bias.data.copy_(bias)  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -334,7 +360,7 @@ def unmerge(model: nn.Module) -> None:
         AdapterError: nothing is merged, or a change cannot be undone at the weights' precision. The
             model then stays merged.
     """
-    state = _state(model)
+    state = state_of(model)
     if not state.merged:
         raise AdapterError("adapters.unmerge: nothing is merged; adapters.merge does that")
     modules = {n: ms for n, ms in adapted_modules(model).items() if ms[1].merged}
@@ -384,9 +410,9 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     Raises:
         AdapterError: the name is unknown; adapters are merged and `keep_merged` is not given.
     """
-    state = _state(model)
+    state = state_of(model)
     if name is not None:
-        _config_of("detach", state, name)
+        config_of("detach", state, name)
     if state.merged and not keep_merged:
         raise AdapterError(
             f"adapters.detach: {', '.join(state.merged)} are merged into the weights; unmerge "
@@ -440,9 +466,9 @@ def parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parame
     Raises:
         AdapterError: the name is unknown.
     """
-    state = _state(model)
+    state = state_of(model)
     if name is not None:
-        _config_of("parameters", state, name)
+        config_of("parameters", state, name)
     wanted = state.active if name is None else (name,)
     return {
         f"{module_name}.householder_adapters.layers.{each}.{key}": parameter
@@ -480,7 +506,12 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     return torch.stack(penalties).sum()
 
 
-def _state(model: nn.Module, *, make: bool = False) -> ModelState:
+def state_of(model: nn.Module, *, make: bool = False) -> ModelState:
+    """Return what is attached to a model, or with `make` an empty state, not yet the model's.
+
+    Raises:
+        AdapterError: the model has no adapters.
+    """
     state = getattr(model, _STATE, None)
     if state is None and not make:
         raise AdapterError(
@@ -490,7 +521,12 @@ def _state(model: nn.Module, *, make: bool = False) -> ModelState:
     return state or ModelState()
 
 
-def _config_of(function: str, state: ModelState, name: str) -> AdapterConfig:
+def config_of(function: str, state: ModelState, name: str) -> AdapterConfig:
+    """Return an adapter's settings.
+
+    Raises:
+        AdapterError: the model has no adapter of that name.
+    """
     if name not in state.configs:
         raise AdapterError(
             f"adapters.{function}: the model has no adapter {name!r}, it has "

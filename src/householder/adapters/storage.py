@@ -21,16 +21,17 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from householder.adapters.config import AdapterConfig, config_from_dict
+from householder.adapters.config import config_from_dict
 from householder.adapters.errors import AdapterError
 from householder.adapters.inject import adapted_modules
 from householder.adapters.layers import Replacement
-from householder.adapters.model import _config_of, _state, attach, detach
+from householder.adapters.model import config_of, detach, install, state_of
 from householder.adapters.targets import LayerShape, layer_shape
 from householder.storage import write_atomically
 
 FORMAT = 1
 CONFIG_FILE = "adapter.json"
+REPLACED = "replaced"  # what stands in place of a layer's kind for modules trained whole
 
 
 def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
@@ -62,7 +63,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         True
     """
     name = the_name("save", model, name)
-    config = _state(model).configs[name]
+    config = state_of(model).configs[name]
     layers: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for module_name, (module, stack) in adapted_modules(model).items():
@@ -71,7 +72,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         layer = stack.layers[name]
         shape = layer_shape(module)
         if isinstance(layer, Replacement):
-            layers[module_name] = {"layer": "replaced", "class": type(layer.module).__name__}
+            layers[module_name] = {"layer": REPLACED, "class": type(layer.module).__name__}
         else:
             assert shape is not None
             layers[module_name] = shape.to_dict()
@@ -131,25 +132,16 @@ def load(
     config = config_from_dict(content["config"])
     _check_layers(folder, model, content["layers"])
     chosen = name or content["name"]
-    exact = restrict(config, content["layers"])
-    attach(model, exact, chosen, activate=activate, trainable=trainable)
+    modules = dict(model.named_modules())
+    replaced = {n: modules[n] for n, s in content["layers"].items() if s["layer"] == REPLACED}
+    layers = {n: modules[n] for n in content["layers"] if n not in replaced}
+    install(model, config, chosen, layers, replaced, activate=activate, trainable=trainable)
     try:
         fill(model, chosen, tensors, str(folder))
     except AdapterError:
         detach(model, chosen)
         raise
-    _state(model).configs[chosen] = config
     return model
-
-
-def restrict(config: AdapterConfig, layers: Mapping[str, Mapping[str, Any]]) -> AdapterConfig:
-    """Return a config that names exactly these layers, whatever its patterns match elsewhere."""
-    settings = config.to_dict()
-    replaced = [name for name, shape in layers.items() if shape["layer"] == "replaced"]
-    settings["train_also"] = replaced
-    settings["targets"] = [name for name in layers if name not in replaced]
-    settings["exclude"] = []
-    return config_from_dict(settings)
 
 
 def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -182,13 +174,13 @@ def the_name(function: str, model: nn.Module, name: str | None) -> str:
     Raises:
         AdapterError: the name is unknown, or left out with several adapters attached.
     """
-    state = _state(model)
+    state = state_of(model)
     if name is None and len(state.configs) != 1:
         raise AdapterError(
             f"adapters.{function}: `name` must say which of {', '.join(state.configs)}, got None"
         )
     name = name or next(iter(state.configs))
-    _config_of(function, state, name)
+    config_of(function, state, name)
     return name
 
 
@@ -240,7 +232,7 @@ def _check_layers(folder: Path, model: nn.Module, layers: Mapping[str, Mapping[s
         shape = None if module is None else layer_shape(module)
         if module is None:
             misfits.append(f"{name} must be a {stored['layer']} layer, is absent")
-        elif stored["layer"] != "replaced" and shape != LayerShape(**stored):
+        elif stored["layer"] != REPLACED and shape != LayerShape(**stored):
             is_ = "another kind of module" if shape is None else _words(shape)
             misfits.append(f"{name} must be {_words(LayerShape(**stored))}, is {is_}")
     if misfits:

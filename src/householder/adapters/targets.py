@@ -20,7 +20,7 @@ class LayerShape:
 
     Attributes:
         layer: "linear"; "linear_transposed" (GPT-2's layer, which stores Wᵀ); or "conv2d", whose W
-            is the kernel with all but its first dimension flattened: `[out, in / groups · kh · kw]`.
+            is the kernel `[out, in / groups, kh, kw]`, flattened but for its first dimension.
         out_features: rows of W.
         in_features: columns of W.
     """
@@ -46,7 +46,9 @@ def layer_shape(module: nn.Module) -> LayerShape | None:
     """
     if isinstance(module, nn.Conv2d) and not isinstance(module, nn.ConvTranspose2d):
         kernel = module.kernel_size[0] * module.kernel_size[1]
-        return LayerShape("conv2d", module.out_channels, module.in_channels // module.groups * kernel)
+        return LayerShape(
+            "conv2d", module.out_channels, module.in_channels // module.groups * kernel
+        )
     # Recognised by its class's name: transformers need not be installed.
     if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf"):
         weight = module.weight
@@ -142,9 +144,7 @@ def _own(name: str) -> bool:
 STACK = "householder_adapters"
 
 
-def _why_not(
-    model: nn.Module, name: str, module: nn.Module, apart: Collection[str]
-) -> str | None:
+def _why_not(model: nn.Module, name: str, module: nn.Module, apart: Collection[str]) -> str | None:
     if any(name == other or name.startswith(f"{other}.") for other in apart):
         return "it is trained whole, as `train_also` asks; leave it out of one of the two"
     if layer_shape(module) is None:
