@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import torch
 import typer
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 import householder
+from householder.adapters import AdapterError
+from householder.train.adapt import AdaptConfig
 from householder.train.comparison import Comparison, run_comparison, stored_settings
-from householder.train.config import TrainConfig, base_type, field_types, read_toml
+from householder.train.config import TrainConfig, base_type, read_toml
 from householder.train.errors import ConfigError, Interrupted, RunError
 from householder.train.interrupt import stop_on_signals
 from householder.train.loop import TrainResult
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
         _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
-    except (RunError, OSError) as error:
+    except (RunError, AdapterError, OSError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; --resume continues from the last checkpoint", 130, label="stopped")
@@ -90,16 +92,18 @@ def _with_settings(*, show_defaults: bool) -> Callable[[Callable[..., None]], Ca
     return functools.partial(_add_settings, show_defaults)
 
 
-def _add_settings(show_defaults: bool, command: Callable[..., None]) -> Callable[..., None]:
+def _add_settings(
+    show_defaults: bool, command: Callable[..., None], config: type[Any] = TrainConfig
+) -> Callable[..., None]:
     own = [
         p
         for p in inspect.signature(command, eval_str=True).parameters.values()
         if p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    types = field_types()
+    types = get_type_hints(config)
     settings = [
         _setting_parameter(field, types[field.name], show_defaults)
-        for field in dataclasses.fields(TrainConfig)
+        for field in dataclasses.fields(config)
     ]
 
     def wrapper(**arguments: Any) -> None:
@@ -220,6 +224,38 @@ def _run(
     console.print(verdict(results), highlight=False)
     console.print(f"curves: {folder / 'accuracy.png'}", highlight=False, soft_wrap=True)
     return results
+
+
+def _adapt(
+    out: Out = None, resume: Resume = False, overwrite: Overwrite = False, **settings: Any
+) -> None:
+    """Fine-tune a model of timm or transformers by a few reflections per layer.
+
+    Train an adapter on a folder of images (one folder per class) or a text file, evaluate it, save
+    it, and write the model with the adapter merged into its weights.
+
+    The folder (--out, by default householder-adapt) receives adapter/, merged/, metrics and
+    checkpoints.
+    """
+    from householder.train.adapt.progress import AdaptDisplay
+    from householder.train.adapt.report import results_table
+    from householder.train.adapt.run import adapt_settings, run_adapt
+
+    if resume and overwrite:
+        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    folder = out or Path("householder-adapt")
+    stored = adapt_settings(folder) if resume else {}
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = AdaptConfig.from_settings({**stored, **given})
+    console = Console()
+    with stop_on_signals() as stop, AdaptDisplay(config.steps, console) as display:
+        result = run_adapt(
+            config, folder, resume=resume, overwrite=overwrite, observer=display, stop=stop
+        )
+    console.print(results_table(result, folder))
+
+
+app.command("adapt")(_add_settings(True, _adapt, AdaptConfig))
 
 
 @reproduce_app.callback(invoke_without_command=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -38,7 +39,22 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+class Schedule(Protocol):
+    """What a learning rate by step depends on."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def min_lr(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+
+
+def learning_rate(config: Schedule, step: int) -> float:
     """Return the learning rate of a step.
 
     It rises linearly over the first `warmup` steps, lr · (step + 1) / warmup; then it stays, or
