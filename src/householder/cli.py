@@ -302,3 +302,57 @@ def _constructions() -> None:
     Console().print(constructions.results_table(results))
     if not all(result.exact for result in results):
         raise typer.Exit(1)
+
+
+@reproduce_app.command("adapters")
+def _adapters(
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="Folder of images, one folder per class. Default: digits."),
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option("--image-size", min=8, help="To which a folder's images are resized.")
+    ] = 32,
+    shots: Annotated[int, typer.Option("--shots", min=1, help="Images per class.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of each adaptation.")] = 200,
+    pretrain_steps: Annotated[
+        int, typer.Option("--pretrain-steps", min=1, help="Of the base model.")
+    ] = 600,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs per method.")] = 5,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<n>.")] = "cpu",
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Adapt a small ViT to new classes by every method and print published beside measured.
+
+    The folder (--out, by default householder-adapters) receives results.json and accuracy.png, the
+    accuracy of each method against how many numbers it trains.
+    """
+    from householder.recipes import adapters
+    from householder.train.build import resolve_device
+
+    if resume and overwrite:
+        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    folder = out or Path("householder-adapters")
+    settings = adapters.Settings(
+        images=None if images is None else str(images),
+        image_size=image_size,
+        shots=shots,
+        steps=steps,
+        pretrain_steps=pretrain_steps,
+        seeds=seeds,
+        device=str(resolve_device(device)),
+    )
+    console = Console()
+    with stop_on_signals() as stop:
+        outcomes = adapters.run(
+            settings,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+            stop=stop,
+        )
+    console.print(adapters.results_table(outcomes, settings))
+    console.print(f"plot: {folder / 'accuracy.png'}", highlight=False, soft_wrap=True)
