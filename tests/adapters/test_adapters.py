@@ -254,6 +254,21 @@ def test_published_parameter_count_of_hta_for_queries_and_values():
     assert adapters.num_parameters(model) == 92_160
 
 
+@pytest.mark.parametrize("kind", ["hta", "hta-split", "hta-without-rank"])
+def test_hta_forms_its_change_only_for_many_vectors(kind, monkeypatch):
+    _, model = adapted(kind, Dense, targets=["first"])
+    layer = model.first.householder_adapters.layers.default
+    x = torch.randn(40, 12, dtype=torch.float64)
+    formed = []
+    dense = layer._dense
+    monkeypatch.setattr(layer, "_dense", lambda like: formed.append(1) or dense(like))
+    whole = layer.additive(x)
+    assert formed == [1]
+    few = torch.cat([layer.additive(part) for part in x.split(4)])
+    assert formed == [1]
+    assert close(whole, few)
+
+
 def test_orthogonality_penalty():
     model = adapters.attach(Dense(), HRAConfig(targets=["first", "second"], num_householder=4))
     # Equal pairs: twice two entries of 1 beside each diagonal, and what random directions add.
