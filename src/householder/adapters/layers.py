@@ -30,8 +30,8 @@ from householder.ops.wy import compute_dtype
 Call = Callable[[Tensor], Tensor]
 
 # Up to this many inputs and outputs HTA's change is formed as a matrix where there are as many
-# vectors to multiply. Its factors take some ten passes over the vectors, and the passes are kept for
-# the gradient; the matrix takes one product. The two cost the same time at 256 on one core of an
+# vectors to multiply. Its factors take some ten passes over the vectors, which are kept for the
+# gradient; the matrix takes one product. The two cost the same time at 256 on one core of an
 # AMD EPYC, and by bandwidth and arithmetic near 3,000 on an H200.
 LARGEST_DENSE = {"cuda": 2304, "cpu": 256}
 

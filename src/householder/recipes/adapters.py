@@ -393,7 +393,8 @@ def run_variant(
 
     method = _adapted(base, variant, classes, seed=0)
     trainable = list(method.trainable().values())
-    batch = split(images, settings.shots, 0)[0][torch.arange(settings.batch_size)]
+    train = split(images, settings.shots, 0)[0]
+    batch = train[torch.arange(settings.batch_size) % len(train)]
     return Outcome(
         kind=variant.kind,
         size=variant.size,
@@ -414,7 +415,7 @@ def run(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
     stop: StopRequest | None = None,
-    variants: Sequence[Variant] = VARIANTS,
+    variants: Sequence[Variant] | None = None,
 ) -> list[Outcome]:
     """Run the experiment and write `results.json` and `accuracy.png`.
 
@@ -425,7 +426,7 @@ def run(
         overwrite: replace what it holds.
         say: told of progress, line by line.
         stop: looked at after every step.
-        variants: the methods.
+        variants: the methods; `VARIANTS` if None.
 
     Returns:
         The outcome of each method; LoRA's is missing where peft is.
@@ -435,7 +436,7 @@ def run(
         OutputError: the folder is occupied or holds another experiment.
         Interrupted: a signal came; methods that are done are kept.
     """
-    stop = stop or StopRequest()
+    stop, variants = stop or StopRequest(), variants or VARIANTS
     done = _stored(settings, folder, resume=resume, overwrite=overwrite)
     first, second = load_halves(settings)
     device = torch.device(settings.device)
