@@ -422,6 +422,31 @@ def test_layers_quantised_by_torch_are_adapted():
         adapters.merge(model)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_of_bitsandbytes_are_adapted_and_not_merged(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    model, x = nn.Sequential(layer.to("cpu")), torch.randn(5, 64)
+    before = model(x)
+    adapters.attach(model, HRAConfig(targets="0", num_householder=4))
+    assert close(model(x), before, 1e-5)
+    move(model)
+    Q = model[0].householder_adapters.layers.default.product()
+    with adapters.disabled(model):
+        turned = model(Q(x))
+    assert close(model(x), turned, 1e-5)
+    model(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapters.parameters(model).values())
+    with pytest.raises(AdapterError, match="is quantised"):
+        adapters.merge(model)
+    adapters.detach(model)
+    assert torch.equal(model(x), before)
+
+
 def test_gpt2_layers_store_the_transpose():
     pytest.importorskip("transformers")
     from transformers.pytorch_utils import Conv1D
