@@ -222,6 +222,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, vit, llama, images, text, 
         (["--model", vit, "--data", images, "--targets", "q_prj"], "q_proj"),
         (["--model", llama, "--data", text, "--tokenizer", "bytes", "--length", 9999], "9999"),
         (["--model", "timm:no_such_model", "--data", images], "timm"),
+        (["--model", vit, "--data", images, "--kind", "hta", "--orthogonality", 1], "must be 0"),
         (["--resume", "--overwrite"], "give one"),
     ]
     for words, message in cases:
@@ -232,6 +233,30 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, vit, llama, images, text, 
         assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
         assert "Traceback" not in err
         assert not (tmp_path / "householder-adapt").exists(), words
+
+
+def test_regularisation_brings_reflectors_apart(vit, images, tmp_path):
+    settings = {"model": str(vit), "data": str(images), "rank": 2, "steps": 24, "warmup": 0}
+    cosines = []
+    for weight in (0.0, 10.0):
+        folder = tmp_path / str(weight)
+        options = {
+            "orthogonality": weight,
+            "lr": 0.1,
+            "device": "cpu",
+            "merge": False,
+            "batch_size": 8,
+        }
+        run_adapt(AdaptConfig(**settings, **options), folder)
+        config = transformers.AutoConfig.from_pretrained(vit, num_labels=2)
+        model = transformers.ViTForImageClassification(config)
+        adapters.load(model, folder / "adapter")
+        pairs = [p for n, p in adapters.parameters(model).items() if n.endswith("reflectors")]
+        with torch.no_grad():
+            cosines.append(max(abs(torch.cosine_similarity(k[0], k[1], dim=0)) for k in pairs))
+    # They begin as equal pairs.
+    assert cosines[0] > 0.5
+    assert cosines[1] < 0.1
 
 
 def test_text_is_split_without_overlap():

@@ -298,6 +298,23 @@ def test_gram_schmidt_starts_as_the_identity_and_stays_orthogonal():
     assert (Q - eye).norm() > 1
 
 
+def test_alike_reflectors_are_no_less_orthogonal():
+    # Where a truncated series for the triangle leaves ‖I − QQᵀ‖_F / √D = 454.
+    D = 1024
+    model = nn.Sequential(nn.Linear(D, D, bias=False))
+    adapters.attach(model, TwoSidedConfig(targets="0", num_householder=16))
+    with torch.no_grad():
+        for parameter in adapters.parameters(model).values():
+            parameter.copy_(torch.randn(16, D) + torch.randn(D))
+    layer = model[0].householder_adapters.layers.default
+    k = F.normalize(layer.input_reflectors.detach(), dim=-1)
+    assert 0.4 < float((k @ k.T)[0, 1:].mean()) < 0.6
+    for Q in (product.to_dense() for product in layer.products()):
+        Q = Q.detach()
+        error = (torch.eye(D) - Q @ Q.T).norm() / D**0.5
+        assert error < 4 * torch.finfo(torch.float32).eps * 16**0.5
+
+
 class TestSeveral:
     def test_switching_and_stacking(self):
         x = Dense.inputs()

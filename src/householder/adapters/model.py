@@ -488,6 +488,7 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Return Σ ‖K Kᵀ − I‖² over the layers of active HRA adapters, K the unit reflectors as rows.
 
     Added to the loss with a weight λ (published: 1e-4 and less) it is the regularised form of HRA.
+    The equal pairs of `init="identity"` are a stationary point of it: the loss has to part them.
 
     Raises:
         AdapterError: no active adapter is of kind HRA.

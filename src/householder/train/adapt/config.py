@@ -71,6 +71,13 @@ class AdaptConfig:
         section="Adapter",
     )
 
+    orthogonality: float = setting(
+        0.0,
+        "Weight of hra's regularisation, which keeps reflectors orthogonal to one another.",
+        section="Adapter",
+        at_least=0,
+    )
+
     steps: int = setting(500, "Optimizer steps.", section="Optimizer", at_least=1)
     batch_size: int = setting(32, "Images or texts per step.", section="Optimizer", at_least=1)
     lr: float = setting(1e-3, "Peak learning rate of AdamW.", section="Optimizer", above=0)
@@ -112,6 +119,11 @@ class AdaptConfig:
                 raise ConfigError(f"--{name} must be given, for example {example}")
         if self.rank < 1 and self.kind != "hta":
             raise ConfigError(f"`rank` must be at least 1 with kind={self.kind}, got {self.rank}")
+        if self.orthogonality and self.kind != "hra":
+            raise ConfigError(
+                f"`orthogonality` must be 0 with kind={self.kind}, got {self.orthogonality}; it "
+                "regularises hra"
+            )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> AdaptConfig:

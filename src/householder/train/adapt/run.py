@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from householder.adapters import orthogonality_penalty
 from householder.train import checkpoint as ckpt
 from householder.train.adapt.base import Base, load_base, logits_of
 from householder.train.adapt.config import AdaptConfig
@@ -340,8 +341,11 @@ class _Run:
             group["lr"] = learning_rate(config, self.step)
         batch = self.base.data.batch(config.seed, self.step, config.batch_size)
         loss, _ = mean_loss(self.method.model, batch.to(self.device, self.dtype))
+        total = loss
+        if config.orthogonality:
+            total = loss + config.orthogonality * orthogonality_penalty(self.method.model)
         self.optimizer.zero_grad()
-        loss.backward()
+        total.backward()
         limit = config.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(list(self.trainable.values()), limit)
         self.optimizer.step()
