@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 import householder
+from householder.adapters import AdapterError
+from householder.storage import write_atomically
+from householder.train.adapt import AdaptConfig
 from householder.train.comparison import COMPARED, Comparison, run_comparison, stored_settings
 from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError, Interrupted, RunError
@@ -28,7 +31,6 @@ from householder.train.settings import (
     field_types,
     read_toml,
 )
-from householder.train.storage import write_atomically
 from householder.train.text.config import TextConfig
 from householder.train.text.folder import (
     SOURCES,
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
         _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
-    except (RunError, OSError) as error:
+    except (RunError, AdapterError, OSError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; --resume continues from the last checkpoint", 130, label="stopped")
@@ -388,6 +390,38 @@ def _run(
     return results
 
 
+def _adapt(
+    out: Out = None, resume: Resume = False, overwrite: Overwrite = False, **settings: Any
+) -> None:
+    """Fine-tune a model of timm or transformers by a few reflections per layer.
+
+    Train an adapter on a folder of images (one folder per class) or a text file, evaluate it, save
+    it, and write the model with the adapter merged into its weights.
+
+    The folder (--out, by default householder-adapt) receives adapter/, merged/, metrics and
+    checkpoints.
+    """
+    from householder.train.adapt.progress import AdaptDisplay
+    from householder.train.adapt.report import results_table
+    from householder.train.adapt.run import adapt_settings, run_adapt
+
+    if resume and overwrite:
+        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    folder = out or Path("householder-adapt")
+    stored = adapt_settings(folder) if resume else {}
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = AdaptConfig.from_settings({**stored, **given})
+    console = Console()
+    with stop_on_signals() as stop, AdaptDisplay(config.steps, console) as display:
+        result = run_adapt(
+            config, folder, resume=resume, overwrite=overwrite, observer=display, stop=stop
+        )
+    console.print(results_table(result, folder))
+
+
+app.command("adapt")(_with_settings(AdaptConfig, show_defaults=True)(_adapt))
+
+
 @reproduce_app.callback(invoke_without_command=True)
 def _reproduce(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
@@ -491,3 +525,57 @@ def _constructions() -> None:
     Console().print(constructions.results_table(results))
     if not all(result.exact for result in results):
         raise typer.Exit(1)
+
+
+@reproduce_app.command("adapters")
+def _adapters(
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="Folder of images, one folder per class. Default: digits."),
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option("--image-size", min=8, help="To which a folder's images are resized.")
+    ] = 32,
+    shots: Annotated[int, typer.Option("--shots", min=1, help="Images per class.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of each adaptation.")] = 200,
+    pretrain_steps: Annotated[
+        int, typer.Option("--pretrain-steps", min=1, help="Of the base model.")
+    ] = 600,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs per method.")] = 5,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<n>.")] = "cpu",
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Adapt a small ViT to new classes by every method and print published beside measured.
+
+    The folder (--out, by default householder-adapters) receives results.json and accuracy.png, the
+    accuracy of each method against how many numbers it trains.
+    """
+    from householder.recipes import adapters
+    from householder.train.build import resolve_device
+
+    if resume and overwrite:
+        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    folder = out or Path("householder-adapters")
+    settings = adapters.Settings(
+        images=None if images is None else str(images),
+        image_size=image_size,
+        shots=shots,
+        steps=steps,
+        pretrain_steps=pretrain_steps,
+        seeds=seeds,
+        device=str(resolve_device(device)),
+    )
+    console = Console()
+    with stop_on_signals() as stop:
+        outcomes = adapters.run(
+            settings,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+            stop=stop,
+        )
+    console.print(adapters.results_table(outcomes, settings))
+    console.print(f"plot: {folder / 'accuracy.png'}", highlight=False, soft_wrap=True)

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES
 from householder.train.errors import ConfigError
 from householder.train.loop import TrainResult
 from householder.train.plot import COLORS, FAINT, INK, to_png
-from householder.train.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from householder.recipes.transitions import record_transitions, transitions_figure
+from householder.storage import write_atomically
 from householder.train.build import resolve_device
 from householder.train.config import TrainConfig, run_titles
 from householder.train.data import generator_for
@@ -33,7 +34,6 @@ from householder.train.errors import ConfigError
 from householder.train.evaluation import autocast, evaluation_mode
 from householder.train.loop import TrainResult
 from householder.train.plot import COLORS, FAINT, INK, to_png
-from householder.train.storage import write_atomically
 from householder.train.tasks import FlipFlop, make_task
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from householder.storage import fsync_path, sha256
 from householder.train.errors import CheckpointError
-from householder.train.storage import fsync_path, sha256
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from householder.storage import write_atomically
 from householder.train.config import TrainConfig, takes_several
 from householder.train.errors import CheckpointError, ConfigError, OutputError
 from householder.train.interrupt import StopRequest
@@ -34,7 +35,6 @@ from householder.train.settings import (
     read_toml,
     to_toml,
 )
-from householder.train.storage import write_atomically
 
 CONFIG_FILE = "config.toml"
 # What `run_comparison` and the recipes write beside it.

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from householder.train.storage import write_atomically
+from householder.storage import write_atomically
 
 
 class MetricsWriter:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from householder.train.config import TrainConfig
-    from householder.train.text.config import TextConfig
+
+class OptimizerSettings(Protocol):
+    """What an optimizer depends on."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig | TextConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerSettings) -> torch.optim.AdamW:
     """Make AdamW, with weight decay on matrices only.
 
     Biases, gains and the gates' parameters have one dimension and are not decayed; neither is a
@@ -41,7 +50,30 @@ def make_optimizer(model: nn.Module, config: TrainConfig | TextConfig) -> torch.
     )
 
 
-def learning_rate(config: TrainConfig | TextConfig, step: int) -> float:
+class Schedule(Protocol):
+    """What a learning rate by step depends on."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def min_lr(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+
+
+@runtime_checkable
+class StableThenDecay(Schedule, Protocol):
+    """What the schedule "wsd" needs besides."""
+
+    @property
+    def decay(self) -> float: ...
+
+
+def learning_rate(config: Schedule, step: int) -> float:
     """Return the learning rate of a step.
 
     It rises linearly over the first `warmup` steps, lr · (step + 1) / warmup; then it stays, or
@@ -65,8 +97,8 @@ def learning_rate(config: TrainConfig | TextConfig, step: int) -> float:
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
-        decay: float = config.decay  # type: ignore[union-attr]
-        left = (config.steps - step) / max(1.0, decay * config.steps)
+        assert isinstance(config, StableThenDecay)
+        left = (config.steps - step) / max(1.0, config.decay * config.steps)
         return config.min_lr + (config.lr - config.min_lr) * min(1.0, left)
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2

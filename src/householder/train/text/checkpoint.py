@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from householder.storage import fsync_path, sha256
 from householder.train.checkpoint import steps
 from householder.train.errors import CheckpointError
-from householder.train.storage import fsync_path, sha256
 from householder.train.text.processes import Processes
 
 FORMAT = 1

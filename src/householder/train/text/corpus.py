@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from householder.storage import fsync_path, write_atomically
 from householder.train.errors import ConfigError
-from householder.train.storage import fsync_path, write_atomically
 from householder.train.text.tokenizer import Tokenizer
 
 FORMAT = 1

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from householder.storage import write_atomically
 from householder.train.errors import CheckpointError, ConfigError, OutputError
 from householder.train.interrupt import StopRequest
 from householder.train.settings import (
@@ -17,7 +18,6 @@ from householder.train.settings import (
     read_toml,
     to_toml,
 )
-from householder.train.storage import write_atomically
 from householder.train.text.config import TextConfig
 from householder.train.text.corpus import (
     dataset_documents,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from householder.models import CausalLM
 from householder.models.pretrained import write_causal_lm
+from householder.storage import write_atomically
 from householder.train import checkpoint as ckpt
 from householder.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from householder.train.interrupt import StopRequest
@@ -34,7 +35,6 @@ from householder.train.loop import Stopwatch, global_state
 from householder.train.metrics import MetricsWriter
 from householder.train.optim import learning_rate, make_optimizer
 from householder.train.settings import describe_differences, differences
-from householder.train.storage import write_atomically
 from householder.train.text import checkpoint as text_ckpt
 from householder.train.text.batches import TextBatch, Windows
 from householder.train.text.config import TextConfig

@@ -1,0 +1,617 @@
+"""Adapters beside one another: accuracy against the number of trained parameters.
+
+A small vision transformer is trained on half of the classes and adapted to the other half from few
+images, by every method on the same layers (queries, keys, values and outputs of all attentions, the
+four sites of the published counts). Learning rates are chosen per method on held-out images, as the
+publications do by a grid; accuracies are of images that neither training nor that choice saw.
+
+Published beside it are means over other data sets and a much larger model: they say how methods
+were ranked there, not what to expect here.
+
+References:
+    Efficient Adaptation of Pre-trained Vision Transformer via Householder Transformation (Dong et
+    al., 2024), https://arxiv.org/abs/2410.22952;
+    Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection
+    Adaptation (Yuan, Liu, Xu, 2024), https://arxiv.org/abs/2405.17484;
+    HOFT: Householder Orthogonal Fine-tuning (Moreno Arcas et al., 2025),
+    https://arxiv.org/abs/2505.16531
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from householder.recipes._vision_transformer import VisionTransformer
+from householder.storage import write_atomically
+from householder.train.adapt.data import ImageFormat, image_classes, read_image
+from householder.train.adapt.methods import Method, make_method
+from householder.train.data import derive_seed, generator_for
+from householder.train.errors import ConfigError, Interrupted, OutputError
+from householder.train.interrupt import StopRequest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# VTAB-1k and FGVC means of ViT-B/16 pretrained on ImageNet-21k, from the HTA paper's tables.
+PUBLISHED = {"full": (65.6, 88.5), "hta": (74.7, 90.6), "lora": (72.3, 89.5)}
+PUBLISHED_HTA_WITHOUT_RANK = 72.0
+
+NAMES = {
+    "full": "full fine-tuning",
+    "probe": "linear probe",
+    "hta": "HTA",
+    "hra": "HRA",
+    "two-sided": "two-sided (HOFT)",
+    "lora": "LoRA (peft)",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its size.
+
+    Attributes:
+        kind: as in `householder.train.adapt.make_method`.
+        size: reflectors or rank.
+    """
+
+    kind: str
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        letter = {"hra": "N", "two-sided": "N", "hta": "D′", "lora": "r"}.get(self.kind)
+        return NAMES[self.kind] + (f", {letter} = {self.size}" if letter else "")
+
+
+VARIANTS = (
+    Variant("probe"),
+    *(Variant("hra", n) for n in (2, 4, 8)),
+    *(Variant("two-sided", n) for n in (2, 4)),
+    *(Variant("hta", r) for r in (0, 1, 4)),
+    *(Variant("lora", r) for r in (1, 2, 4)),
+    Variant("full"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The size of the experiment.
+
+    Attributes:
+        images: a folder with one folder of images per class; scikit-learn's digits if None.
+        image_size: to which images of a folder are resized.
+        shots: images per class to adapt on, and as many to choose the learning rate on.
+        pretrain_steps: of the base model.
+        steps: of each adaptation.
+        batch_size: images per step.
+        learning_rates: among which each method chooses.
+        seeds: adaptations of each method, each with other images and other first weights.
+        device: where to run.
+    """
+
+    images: str | None = None
+    image_size: int = 32
+    shots: int = 20
+    pretrain_steps: int = 600
+    steps: int = 200
+    batch_size: int = 50
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    seeds: int = 5
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method's result.
+
+    Attributes:
+        kind: the method.
+        size: reflectors or rank.
+        num_parameters: numbers trained, the new head's among them.
+        head_parameters: of these, the head's.
+        accuracies: on the test images, by seed.
+        learning_rate: the chosen one.
+        step_seconds: median time of a training step.
+        step_bytes: kept by a step for its backward pass, plus gradients and the optimizer's state.
+    """
+
+    kind: str
+    size: int
+    num_parameters: int
+    head_parameters: int
+    accuracies: tuple[float, ...]
+    learning_rate: float
+    step_seconds: float
+    step_bytes: int
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.kind, self.size)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `[n, C, H, W]` and int64 `[n]`."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __getitem__(self, index: Tensor) -> Images:
+        return Images(self.pixels[index], self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_halves(settings: Settings) -> tuple[Images, Images]:
+    """Return the images of the first and of the second half of the classes, labels from 0 in each.
+
+    Raises:
+        ConfigError: scikit-learn is missing, or the folder holds too few images.
+    """
+    images = _digits() if settings.images is None else _folder(settings)
+    classes = int(images.labels.max()) + 1
+    half = classes // 2
+    first, second = images.labels < half, images.labels >= half
+    halves = images[first], Images(images.pixels[second], images.labels[second] - half)
+    needed = 2 * settings.shots + 1
+    for part in halves:
+        fewest = int(part.labels.bincount().min())
+        if fewest < needed:
+            raise ConfigError(
+                f"reproduce adapters: every class must have at least {needed} images (shots = "
+                f"{settings.shots} to train on, as many to choose on, and a rest to test on), one "
+                f"has {fewest}; give more images or fewer --shots"
+            )
+    return halves
+
+
+def _digits() -> Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError(
+            f"reproduce adapters: the digits come with scikit-learn, which cannot be imported "
+            f"({error}); pip install 'householder[adapters]', or give --images"
+        ) from error
+    digits = load_digits()
+    pixels = torch.tensor(digits.images, dtype=torch.float32) / 16
+    return Images(pixels.unsqueeze(1) - 0.5, torch.tensor(digits.target, dtype=torch.int64))
+
+
+def _folder(settings: Settings) -> Images:
+    from householder.train.adapt.data import IMAGES
+
+    assert settings.images is not None
+    folder = Path(settings.images)
+    form = ImageFormat(settings.image_size, 3, (0.5,) * 3, (0.5,) * 3)
+    pixels, labels = [], []
+    for label, name in enumerate(image_classes(folder)):
+        for path in sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGES):
+            pixels.append(read_image(path, form))
+            labels.append(label)
+    if not pixels or max(labels) < 3:
+        raise ConfigError(
+            f"{folder}: must hold at least four classes, two to pretrain on and two to adapt to"
+        )
+    return Images(torch.stack(pixels), torch.tensor(labels))
+
+
+def split(images: Images, shots: int, seed: int) -> tuple[Images, Images, Images]:
+    """Return `shots` images per class to train on, as many to choose on, and the rest."""
+    parts: list[list[Tensor]] = [[], [], []]
+    for label in range(int(images.labels.max()) + 1):
+        mine = (images.labels == label).nonzero().squeeze(-1)
+        order = torch.randperm(len(mine), generator=generator_for(seed, "split", label))
+        mine = mine[order]
+        for part, chosen in zip(parts, mine.tensor_split([shots, 2 * shots]), strict=True):
+            part.append(chosen)
+    train, choose, test = (images[torch.cat(part)] for part in parts)
+    return train, choose, test
+
+
+def fit(
+    model: nn.Module,
+    trainable: Sequence[nn.Parameter],
+    images: Images,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    stop: StopRequest,
+) -> list[float]:
+    """Train with AdamW, a tenth of the steps of warm-up, half a cosine, and shifts by a pixel.
+
+    Returns:
+        The seconds of each step.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=1e-4)
+    times = []
+    for step in range(steps):
+        begun = time.perf_counter()
+        rise = min(1.0, (step + 1) / max(1, steps // 10))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rise * (1 + math.cos(math.pi * step / steps)) / 2
+        generator = generator_for(seed, "batch", step)
+        batch = images[torch.randint(len(images), (batch_size,), generator=generator)]
+        loss = F.cross_entropy(model(_shifted(batch.pixels, generator)), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if images.pixels.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+        if stop.signum is not None:
+            raise Interrupted(
+                f"reproduce adapters: {stop.name}; methods that are done are kept; continue with "
+                "--resume",
+                stop.signum,
+            )
+    return times
+
+
+def _shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Move all images of a batch by up to a pixel each way."""
+    size = pixels.shape[-1]
+    padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    i, j = torch.randint(3, (2,), generator=generator).tolist()
+    return padded[..., i : i + size, j : j + size]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Return the part of the images classified rightly."""
+    right = sum(
+        int((model(pixels).argmax(-1) == labels).sum())
+        for pixels, labels in zip(images.pixels.split(512), images.labels.split(512), strict=True)
+    )
+    return right / len(images)
+
+
+def step_bytes(model: nn.Module, trainable: Sequence[nn.Parameter], images: Images) -> int:
+    """Return what a step needs beside the model: saved for backward, gradients, AdamW's moments.
+
+    Counted from what autograd saves, each storage once and parameters not, so that it is the same
+    on every machine.
+    """
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+    # Storages of freed tensors may be given out again: keep them until all are counted.
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = F.cross_entropy(model(images.pixels), images.labels)
+    del loss
+    trained = sum(p.numel() * p.element_size() for p in trainable)
+    return sum(saved.values()) + 3 * trained
+
+
+def pretrain(settings: Settings, images: Images, stop: StopRequest) -> VisionTransformer:
+    """Train the base model on the first half of the classes."""
+    torch.manual_seed(derive_seed(0, "model"))
+    shape = images.pixels.shape
+    model = VisionTransformer(
+        shape[-1],
+        shape[1],
+        int(images.labels.max()) + 1,
+        patch_size=2 if shape[-1] < 16 else shape[-1] // 8,
+    ).to(images.pixels.device)
+    fit(
+        model,
+        list(model.parameters()),
+        images,
+        steps=settings.pretrain_steps,
+        batch_size=settings.batch_size,
+        lr=1e-3,
+        seed=derive_seed(0, "pretrain"),
+        stop=stop,
+    )
+    return model
+
+
+def _adapted(base: VisionTransformer, variant: Variant, classes: int, seed: int) -> Method:
+    """Return a copy of the base model with a new head, made ready for a method."""
+    model = copy.deepcopy(base)
+    torch.manual_seed(derive_seed(seed, "head"))
+    model.head = nn.Linear(base.head.in_features, classes).to(base.head.weight.device)
+    return make_method(variant.kind, model, rank=variant.size, targets=SITES, head="head")
+
+
+def run_variant(
+    settings: Settings, base: VisionTransformer, images: Images, variant: Variant, stop: StopRequest
+) -> Outcome:
+    """Choose a learning rate for one method, then adapt with it once per seed."""
+    classes = int(images.labels.max()) + 1
+    times: list[float] = []
+
+    def adapt(lr: float, seed: int) -> tuple[nn.Module, Images, Images]:
+        train, choose, test = split(images, settings.shots, seed)
+        method = _adapted(base, variant, classes, seed)
+        trainable = list(method.trainable().values())
+        times.extend(
+            fit(
+                method.model,
+                trainable,
+                train,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                lr=lr,
+                seed=derive_seed(seed, "adapt"),
+                stop=stop,
+            )
+        )
+        return method.model, choose, test
+
+    # The choice is made on splits of its own, of which no test image is used.
+    scores = {}
+    for lr in settings.learning_rates:
+        model, choose, _ = adapt(lr, seed=0)
+        scores[lr] = accuracy(model, choose)
+    best = max(scores, key=lambda lr: (scores[lr], -lr))
+    accuracies = []
+    for seed in range(1, settings.seeds + 1):
+        model, _, test = adapt(best, seed)
+        accuracies.append(accuracy(model, test))
+
+    method = _adapted(base, variant, classes, seed=0)
+    trainable = list(method.trainable().values())
+    train = split(images, settings.shots, 0)[0]
+    batch = train[torch.arange(settings.batch_size) % len(train)]
+    return Outcome(
+        kind=variant.kind,
+        size=variant.size,
+        num_parameters=method.num_parameters(),
+        head_parameters=base.head.in_features * classes + classes,
+        accuracies=tuple(accuracies),
+        learning_rate=best,
+        step_seconds=statistics.median(times),
+        step_bytes=step_bytes(method.model, trainable, batch),
+    )
+
+
+def run(
+    settings: Settings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+    stop: StopRequest | None = None,
+    variants: Sequence[Variant] | None = None,
+) -> list[Outcome]:
+    """Run the experiment and write `results.json` and `accuracy.png`.
+
+    Args:
+        settings: its size.
+        folder: where to write; made when missing.
+        resume: keep the methods that the folder has results of.
+        overwrite: replace what it holds.
+        say: told of progress, line by line.
+        stop: looked at after every step.
+        variants: the methods; `VARIANTS` if None.
+
+    Returns:
+        The outcome of each method; LoRA's is missing where peft is.
+
+    Raises:
+        ConfigError: the data does not suit the settings.
+        OutputError: the folder is occupied or holds another experiment.
+        Interrupted: a signal came; methods that are done are kept.
+    """
+    stop, variants = stop or StopRequest(), variants or VARIANTS
+    done = _stored(settings, folder, resume=resume, overwrite=overwrite)
+    first, second = load_halves(settings)
+    device = torch.device(settings.device)
+    first, second = (Images(x.pixels.to(device), x.labels.to(device)) for x in (first, second))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        say(f"pretraining on {len(first)} images of {int(first.labels.max()) + 1} classes")
+        base = pretrain(settings, first, stop)
+        say(f"base model: {accuracy(base, first):.1%} of its training images")
+        for i, variant in enumerate(variants):
+            if (variant.kind, variant.size) in done:
+                continue
+            try:
+                outcome = run_variant(settings, base, second, variant, stop)
+            except ConfigError as error:
+                if variant.kind != "lora" or "peft" not in str(error):
+                    raise
+                say(f"[{i + 1}/{len(variants)}] {variant.name}: left out: {error}")
+                continue
+            done[variant.kind, variant.size] = outcome
+            _write(settings, list(done.values()), folder)
+            say(
+                f"[{i + 1}/{len(variants)}] {variant.name}: {outcome.mean:.1%} with "
+                f"{outcome.num_parameters:,} numbers"
+            )
+    outcomes = list(done.values())
+    write_atomically(folder / "accuracy.png", plot(outcomes, settings))
+    return outcomes
+
+
+def _stored(
+    settings: Settings, folder: Path, *, resume: bool, overwrite: bool
+) -> dict[tuple[str, int], Outcome]:
+    """Make the folder ready; return the outcomes it holds that are to be kept."""
+    path = folder / "results.json"
+    if resume:
+        if not path.is_file():
+            raise OutputError(f"{folder}: nothing to resume; start without --resume")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["settings"] != _plain(settings):
+            raise OutputError(
+                f"{folder}: what it holds was measured with other settings; repeat those or choose "
+                "another folder with --out"
+            )
+        outcomes = [Outcome(**o | {"accuracies": tuple(o["accuracies"])}) for o in content["runs"]]
+        return {(o.kind, o.size): o for o in outcomes}
+    held = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if held and not (overwrite and held <= {"results.json", "accuracy.png"}):
+        raise OutputError(
+            f"{folder}: the output folder is occupied; continue with --resume, replace its results "
+            "with --overwrite, or choose another with --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return {}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _write(settings: Settings, outcomes: Sequence[Outcome], folder: Path) -> None:
+    runs = [dataclasses.asdict(outcome) for outcome in outcomes]
+    content = {"settings": _plain(settings), "torch": torch.__version__, "runs": runs}
+    write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
+
+
+def results_table(outcomes: Sequence[Outcome], settings: Settings) -> Table:
+    """Return the measured table, with the published means of another data set beside it."""
+    from rich.table import Table
+
+    data = "scikit-learn's digits" if settings.images is None else settings.images
+    table = Table(
+        title=f"Adapting to the other half of the classes of {data}, {settings.shots} images each",
+        title_justify="left",
+        caption="Published: ViT-B/16 on VTAB-1k and FGVC, other data and another model.",
+        caption_justify="left",
+    )
+    table.add_column("method")
+    for heading in ("numbers", "accuracy", "±", "ms/step", "KiB/step", "VTAB-1k", "FGVC"):
+        table.add_column(heading, justify="right")
+    for o in outcomes:
+        vtab, fgvc = _published(o.variant)
+        table.add_row(
+            o.variant.name,
+            f"{o.num_parameters:,}",
+            f"{o.mean:.1%}",
+            f"{o.spread:.1%}",
+            f"{1e3 * o.step_seconds:.1f}",
+            f"{o.step_bytes / 1024:,.0f}",
+            *("" if x is None else f"{x:.1f}" for x in (vtab, fgvc)),
+        )
+    return table
+
+
+def _published(variant: Variant) -> tuple[float | None, float | None]:
+    """Return the published means of a method, where its published size is this one's."""
+    if variant == Variant("hta", 0):
+        return PUBLISHED_HTA_WITHOUT_RANK, None
+    if variant == Variant("hta", 1) or variant.kind in ("full", "lora"):
+        # LoRA's rank in that table is not stated: its mean stands beside one of ours.
+        shown = variant.kind != "lora" or variant.size == 4
+        return PUBLISHED[variant.kind] if shown else (None, None)
+    return None, None
+
+
+def plot(outcomes: Sequence[Outcome], settings: Settings) -> bytes:
+    """Draw accuracy against numbers trained, one curve per method, as a PNG file."""
+    buffer = io.BytesIO()
+    figure = accuracy_figure(outcomes, settings)
+    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def accuracy_figure(outcomes: Sequence[Outcome], settings: Settings) -> Figure:
+    """Draw what `plot` writes, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    from householder.train.plot import COLORS, FAINT, INK
+
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(o.kind for o in outcomes))
+    for kind, color in zip(kinds, COLORS, strict=False):
+        mine = sorted((o for o in outcomes if o.kind == kind), key=lambda o: o.num_parameters)
+        xs = [max(1, o.num_parameters - o.head_parameters) for o in mine]
+        ys, spreads = [o.mean for o in mine], [o.spread for o in mine]
+        if kind == "probe":  # no numbers but the head's: a level, not a point
+            axes.axhline(ys[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.annotate(
+                NAMES[kind],
+                (0.01, ys[0]),
+                (0, -11),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=9,
+                color=color,
+            )
+            continue
+        axes.errorbar(
+            xs,
+            ys,
+            yerr=spreads,
+            color=color,
+            marker="o",
+            markersize=5,
+            capsize=2,
+            linewidth=1.8,
+            elinewidth=0.8,
+            label=NAMES[kind],
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("numbers trained beside the new head", color=INK)
+    axes.set_ylabel("accuracy on held-out images", color=INK)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9, color=FAINT)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    data = "scikit-learn's digits" if settings.images is None else Path(settings.images).name
+    axes.set_title(
+        f"Adapting a small ViT to the other half of {data}",
+        loc="left",
+        fontsize=13,
+        fontweight="bold",
+        color=INK,
+        pad=24,
+    )
+    axes.text(
+        0,
+        1.035,
+        f"{settings.shots} images per class, {settings.steps} steps, mean and standard deviation "
+        f"of {settings.seeds} seeds",
+        transform=axes.transAxes,
+        fontsize=9,
+        color=FAINT,
+    )
+    return figure
