@@ -5,6 +5,7 @@ from householder.ops import (
     PathCache,
     delta_product,
     delta_product_step,
+    householder_frame,
     householder_product,
     path_attention,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "PathCache",
     "delta_product",
     "delta_product_step",
+    "householder_frame",
     "householder_product",
     "path_attention",
 ]

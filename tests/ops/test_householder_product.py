@@ -256,12 +256,13 @@ class TestTransforms:
             assert torch.equal(a, b)
 
     def test_registration(self):
-        args = [a.unsqueeze(0) for a in make((3, 6), (4, 6))]
-        torch.library.opcheck(torch.ops.householder.householder_product.default, args)
-        torch.library.opcheck(
-            torch.ops.householder.householder_product_backward.default,
-            (torch.ones_like(args[0]), *args),
-        )
+        x, *args = [a.unsqueeze(0) for a in make((3, 6), (4, 6))]
+        forward = torch.ops.householder.householder_product.default
+        backward = torch.ops.householder.householder_product_backward.default
+        for x, transpose in ((x, False), (x, True), (None, False)):
+            y, *saved = forward(x, *args, 3, transpose, False, "chunk")
+            torch.library.opcheck(forward, (x, *args, 3, transpose, False, "chunk"))
+            torch.library.opcheck(backward, (y, x, *args, transpose, *saved, "chunk"))
 
 
 @pytest.mark.parametrize(

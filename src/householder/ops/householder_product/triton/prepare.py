@@ -1,0 +1,232 @@
+"""The triangles of all blocks, and the reflectors multiplied by them.
+
+Three launches, for all blocks at once: K Kᵀ in parts over D; their sum and the inverse of its
+triangle; the products with K. The triangles of a block of R reflectors are worked on in square
+tiles of at most 64, which pass through memory: loops over tiles keep the kernels short, where
+products of whole triangles would compile for minutes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import cast_operand, dot, dot_add, inverse_unit_lower
+from householder.ops.householder_product.triton import config
+
+
+@triton.jit
+def cross_kernel(
+    a, k, out, N, D, a_s, a_g, a_n, k_g, k_n,
+    BLOCKS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr,
+    COLUMNS: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the sum over some columns of one lower tile of A Kᵀ, A being the sum of SUMS parts."""
+    tiles: tl.constexpr = R // TILE * (R // TILE + 1) // 2
+    i_tile = tl.program_id(0) % tiles
+    i_block = (tl.program_id(0) // tiles).to(tl.int64)
+    i_split = tl.program_id(1)
+    i_g = i_block // BLOCKS
+    # Tiles are numbered by rows: (0, 0), (1, 0), (1, 1).
+    i_row = (i_tile + 1) // 2
+    i_column = i_tile // 2
+    first = (i_block % BLOCKS) * R
+    o_t = tl.arange(0, TILE)
+    o_i = first + i_row * TILE + o_t
+    o_j = first + i_column * TILE + o_t
+    p_a = a + i_g * a_g + o_i[:, None] * a_n
+    p_k = k + i_g * k_g + o_j[None, :] * k_n
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for start in range(0, COLUMNS, BD):
+        o_d = i_split * COLUMNS + start + tl.arange(0, BD)
+        m_d = o_d < D
+        m_a = (o_i < N)[:, None] & m_d[None, :]
+        b_a = tl.load(p_a + o_d[None, :], mask=m_a, other=0.0)
+        for i in range(1, SUMS):
+            b_a += tl.load(p_a + i * a_s + o_d[None, :], mask=m_a, other=0.0)
+        b_k = tl.load(p_k + o_d[:, None], mask=(o_j < N)[None, :] & m_d[:, None], other=0.0)
+        b_a = cast_operand(b_a, PRECISION)
+        total = dot_add(b_a, cast_operand(b_k, PRECISION), total, PRECISION)
+    p_out = out + (i_block * tl.num_programs(1) + i_split) * R * R
+    p_out += (i_row * TILE + o_t[:, None]) * R + i_column * TILE + o_t[None, :]
+    tl.store(p_out, total)
+
+
+@triton.jit
+def tile_at(i, j, R: tl.constexpr, TILE: tl.constexpr):
+    """Return the offsets of the tile (i, j) of a square of R."""
+    o_t = tl.arange(0, TILE)
+    return (i * TILE + o_t[:, None]) * R + j * TILE + o_t[None, :]
+
+
+@triton.jit
+def transposed_tile_at(i, j, R: tl.constexpr, TILE: tl.constexpr):
+    """Return the offsets of the tile (i, j), each entry at its mirror image's place."""
+    o_t = tl.arange(0, TILE)
+    return (i * TILE + o_t[None, :]) * R + j * TILE + o_t[:, None]
+
+
+@triton.jit
+def sum_parts(p, SPLITS: tl.constexpr, R: tl.constexpr):
+    """Return the sum of the parts that `cross_kernel` wrote of a tile, always in one order."""
+    total = tl.load(p)
+    for i in range(1, SPLITS):
+        total += tl.load(p + i * R * R)
+    return total
+
+
+@triton.jit
+def on_diagonal(x, TILE: tl.constexpr):
+    """Return the diagonal of a square tile."""
+    o_t = tl.arange(0, TILE)
+    return tl.sum(tl.where(o_t[:, None] == o_t[None, :], x, 0.0), axis=1)
+
+
+@triton.jit
+def strictly_lower(x, TILE: tl.constexpr):
+    """Return a square tile with zeros on and above its diagonal."""
+    o_t = tl.arange(0, TILE)
+    return tl.where(o_t[:, None] > o_t[None, :], x, 0.0)
+
+
+@triton.jit
+def triangle_kernel(
+    parts, beta, inverse, gram, coefficient, N, beta_g,
+    BLOCKS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """Write K Kᵀ, β and (I + L)⁻¹ of a block, on and below the diagonal."""
+    i_block = tl.program_id(0).to(tl.int64)
+    i_g = i_block // BLOCKS
+    o_t = tl.arange(0, TILE)
+    parts += i_block * SPLITS * R * R
+    gram += i_block * R * R
+    inverse += i_block * R * R
+    coefficient += i_block * R
+    for i in range(R // TILE):
+        at = tile_at(i, i, R, TILE)
+        b_gram = sum_parts(parts + at, SPLITS, R)
+        o_n = (i_block % BLOCKS) * R + i * TILE + o_t
+        if GIVEN:
+            b_beta = tl.load(beta + i_g * beta_g + o_n, mask=o_n < N, other=0.0).to(tl.float32)
+        else:
+            squares = on_diagonal(b_gram, TILE)
+            # A zero reflector is the identity.
+            b_beta = tl.where(squares > 0.0, 2.0 / tl.where(squares > 0.0, squares, 1.0), 0.0)
+        tl.store(gram + at, b_gram)
+        tl.store(coefficient + i * TILE + o_t, b_beta)
+        b_l = strictly_lower(b_beta[:, None] * b_gram, TILE)
+        tl.store(inverse + at, inverse_unit_lower(b_l, TILE, "tf32x3"))
+    for i in range(1, R // TILE):
+        # What the threads of this program have stored, they read.
+        tl.debug_barrier()
+        b_beta = tl.load(coefficient + i * TILE + o_t)
+        diagonal = tl.load(inverse + tile_at(i, i, R, TILE))
+        for j in range(i):
+            total = tl.zeros((TILE, TILE), dtype=tl.float32)
+            for m in range(j, i):
+                at = tile_at(i, m, R, TILE)
+                b_gram = sum_parts(parts + at, SPLITS, R)
+                tl.store(gram + at, b_gram)
+                above = tl.load(inverse + tile_at(m, j, R, TILE))
+                total = dot_add(b_beta[:, None] * b_gram, above, total, "tf32x3")
+            tl.store(inverse + tile_at(i, j, R, TILE), -dot(diagonal, total, "tf32x3"))
+
+
+@triton.jit
+def load_rows(p, rows, o_d, N, D, stride):
+    """Load a tile of the rows and columns that exist, in float32; zero elsewhere."""
+    mask = (rows < N)[:, None] & (o_d < D)[None, :]
+    return tl.load(p + rows[:, None] * stride + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(p, rows, o_d, N, D, stride, x):
+    """Store a tile of the rows and columns that exist."""
+    mask = (rows < N)[:, None] & (o_d < D)[None, :]
+    tl.store(p + rows[:, None] * stride + o_d[None, :], x.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def expand_kernel(
+    k, inverse, beta, left, right, N, D, k_g, k_n,
+    BLOCKS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of rows and columns of Tᵀ K and of T K."""
+    tiles: tl.constexpr = R // TILE
+    i_block = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles
+    i_g = i_block // BLOCKS
+    o_t = tl.arange(0, TILE)
+    first = (i_block % BLOCKS) * R + o_t
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    k += i_g * k_g
+    inverse += i_block * R * R
+    beta += i_block * R + o_t
+    total = tl.zeros((TILE, BD), dtype=tl.float32)
+    for j in range(i, tiles):
+        b_inverse = tl.load(inverse + transposed_tile_at(j, i, R, TILE))
+        b_k = load_rows(k, first + j * TILE, o_d, N, D, k_n)
+        total = dot_add(b_inverse, b_k, total, "tf32x3")
+    total *= tl.load(beta + i * TILE)[:, None]
+    store_rows(left + i_g * N * D, first + i * TILE, o_d, N, D, D, total)
+    total = tl.zeros((TILE, BD), dtype=tl.float32)
+    for j in range(i + 1):
+        b_inverse = tl.load(inverse + tile_at(i, j, R, TILE))
+        b_k = load_rows(k, first + j * TILE, o_d, N, D, k_n)
+        total = dot_add(b_inverse, tl.load(beta + j * TILE)[:, None] * b_k, total, "tf32x3")
+    store_rows(right + i_g * N * D, first + i * TILE, o_d, N, D, D, total)
+
+
+class Triangles(NamedTuple):
+    """What the products need of the reflectors, for G products of N reflectors in blocks."""
+
+    left: Tensor  # Tᵀ K, [G, N, D]
+    right: Tensor  # T K, [G, N, D]
+    inverse: Tensor  # (I + L)⁻¹ on and below the diagonal, float32 [G, blocks, R, R]
+    gram: Tensor  # K Kᵀ likewise
+    beta: Tensor  # float32 [G, blocks, R]
+
+
+def cross(a: Tensor, k: Tensor, precision: str = "tf32x3") -> Tensor:
+    """Return A Kᵀ of every block, on and below the diagonal, for `a [sums, G, N, D]`.
+
+    It comes in parts over D that are to be added up, `[G, blocks, parts, R, R]`.
+    """
+    G, N, D = k.shape
+    R, blocks, splits = config.block_size(N), config.num_blocks(N), config.cross_splits(D)
+    out = torch.empty(G, blocks, splits, R, R, dtype=torch.float32, device=k.device)
+    cross_kernel[(G * blocks * config.lower_tiles(R), splits)](
+        a, k, out, N, D, *a.stride()[:3], *k.stride()[:2],
+        BLOCKS=blocks, R=R, TILE=config.tile_size(R), SUMS=a.shape[0],
+        COLUMNS=config.CROSS_COLUMNS, BD=64, PRECISION=precision, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def prepare(k: Tensor, beta: Tensor | None, dtype: torch.dtype, precision: str) -> Triangles:
+    """Make the triangles of `k [G, N, D]`; `left` and `right` in `dtype`.
+
+    Without `beta` every reflector is orthogonal.
+    """
+    G, N, D = k.shape
+    R, blocks = config.block_size(N), config.num_blocks(N)
+    tile = config.tile_size(R)
+    parts = cross(k.unsqueeze(0), k, precision)
+    left, right = torch.empty(2, G, N, D, dtype=dtype, device=k.device)
+    inverse, gram = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
+    used = torch.empty(G, blocks, R, dtype=torch.float32, device=k.device)
+    triangle_kernel[(G * blocks,)](
+        parts, beta, inverse, gram, used, N, 0 if beta is None else beta.stride(0),
+        BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2], GIVEN=beta is not None, num_warps=4,
+    )  # fmt: skip
+    launch = config.square_launch()
+    expand_kernel[(G * blocks * (R // tile), triton.cdiv(D, launch.tiles["BD"]))](
+        k, inverse, used, left, right, N, D, *k.stride()[:2],
+        BLOCKS=blocks, R=R, TILE=tile, **launch.options,
+    )  # fmt: skip
+    return Triangles(left, right, inverse, gram, used)
