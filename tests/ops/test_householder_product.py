@@ -259,10 +259,10 @@ class TestTransforms:
         x, *args = [a.unsqueeze(0) for a in make((3, 6), (4, 6))]
         forward = torch.ops.householder.householder_product.default
         backward = torch.ops.householder.householder_product_backward.default
-        for x, transpose in ((x, False), (x, True), (None, False)):
-            y, *saved = forward(x, *args, 3, transpose, False, "chunk")
-            torch.library.opcheck(forward, (x, *args, 3, transpose, False, "chunk"))
-            torch.library.opcheck(backward, (y, x, *args, transpose, *saved, "chunk"))
+        for rows, transpose in ((x, False), (x, True), (None, False)):
+            y, *saved = forward(rows, *args, 3, transpose, False, "chunk")
+            torch.library.opcheck(forward, (rows, *args, 3, transpose, False, "chunk"))
+            torch.library.opcheck(backward, (y, rows, *args, transpose, *saved, "chunk"))
 
 
 @pytest.mark.parametrize(

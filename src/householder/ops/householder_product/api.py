@@ -84,7 +84,9 @@ def householder_product(
     _check_tensors(op, {"x": x, "reflectors": reflectors, "beta": beta})
     _check_shapes(op, x, reflectors, beta)
     # A β that follows from the reflectors has no width of its own.
-    dtype = result_dtype(x, reflectors, x.new_empty(0, dtype=torch.float32) if beta is None else beta)
+    dtype = result_dtype(
+        x, reflectors, x.new_empty(0, dtype=torch.float32) if beta is None else beta
+    )
     x, reflectors, beta, shape, order = _canonical(x.to(dtype), reflectors, beta)
     if reflectors.shape[1] == 0 or x.numel() == 0:
         y = x.clone()
@@ -231,9 +233,8 @@ def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | 
             f"{op}: `beta` must be [*, N] with N = {reflectors.shape[-2]} as in `reflectors`, got "
             f"shape {list(beta.shape)}; give one coefficient a reflector"
         )
-    batches = {"reflectors": reflectors.shape[:-2]}
-    if x is not None:
-        batches = {"x": x.shape[:-1], **batches}
+    batches = {"x": x.shape[:-1]} if x is not None else {}
+    batches["reflectors"] = reflectors.shape[:-2]
     if beta is not None:
         batches["beta"] = beta.shape[:-1]
     try:
@@ -256,7 +257,7 @@ def _canonical(
     shape with the dimensions of G first, and the permutation to their places.
     """
     N, D = reflectors.shape[-2:]
-    own = reflectors.shape[:-2]
+    own: tuple[int, ...] = reflectors.shape[:-2]
     if beta is not None:
         own = torch.broadcast_shapes(own, beta.shape[:-1])
     batch = torch.broadcast_shapes(x.shape[:-1], own)

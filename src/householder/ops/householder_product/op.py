@@ -236,12 +236,13 @@ class HouseholderProductFunction(CompiledHouseholderProduct):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        primals = ctx.saved_tensors[:3]
-        given = (
-            torch.zeros_like(x) if x is not None and t is None else t
-            for x, t in zip(primals, tangents[:3], strict=True)
+        x, k, beta = ctx.saved_tensors[:3]
+        dx, dk, dbeta = (
+            torch.zeros_like(t) if t is not None and dt is None else dt
+            for t, dt in zip((x, k, beta), tangents[:3], strict=True)
         )
-        return _chunk_tangent(*primals, ctx.rows, ctx.transpose, *given), *(None,) * NUM_SAVED
+        dy = _chunk_tangent(x, k, beta, ctx.rows, ctx.transpose, dx, dk, dbeta)
+        return dy, *(None,) * NUM_SAVED
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

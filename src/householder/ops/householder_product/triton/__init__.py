@@ -33,9 +33,11 @@ def saved_shapes(
     R, blocks = config.block_size(N), config.num_blocks(N)
     fused = is_fused(x is not None, N)
     dtype = operand_dtype(dot_precision(k)) if fused else torch.float32
+    # Of a frame of one block, P is part of the reflectors.
+    rows = 0 if x is None and blocks == 1 else M
     square = ((G, blocks, R, R), torch.float32)
     return (
-        ((G, M, N), dtype), ((G, N, D), dtype), ((G, N, D), dtype),
+        ((G, rows, N), dtype), ((G, N, D), dtype), ((G, N, D), dtype),
         square, square, ((G, blocks, R), torch.float32),
     )  # fmt: skip
 
@@ -62,7 +64,7 @@ def forward(
         precision = dot_precision(k)
         triangles = prepare(k, beta, operand_dtype(precision), precision)
         w = triangles.right if transpose else triangles.left
-        y, p = apply_block(addressable(x), k, w, precision, save)
+        y, p = apply_block(addressable(x), k, w, precision)
     else:
         if transpose:
             k, beta = _reverse(k, beta)
@@ -76,6 +78,10 @@ def _reverse(k: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return k.flip(1), None if beta is None else beta.flip(1)
 
 
+def _room(k: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=k.device)
+
+
 def _blocks(N: int) -> list[slice]:
     R = config.block_size(N)
     return [slice(start, min(start + R, N)) for start in range(0, N, R)]
@@ -84,13 +90,16 @@ def _blocks(N: int) -> list[slice]:
 def _apply_blocks(x: Tensor | None, k: Tensor, w: Tensor, M: int) -> tuple[Tensor, Tensor]:
     """Return Y and P = X_b Kᵀ of every block's own input X_b."""
     G, N, D = k.shape
-    y = torch.empty(G, M, D, dtype=torch.float32, device=k.device)
-    p = torch.empty(G, M, N, dtype=torch.float32, device=k.device)
+    y = _room(k, G, M, D)
+    blocks = _blocks(N)
+    rows = 0 if x is None and len(blocks) == 1 else M
+    p = _room(k, G, rows, N)
     given = x
-    for n in _blocks(N):
+    for n in blocks:
         if given is None:
             # Rows of the identity pick columns of K.
-            p[:, :, n].copy_(k[:, n, :M].mT)
+            if rows:
+                p[:, :, n].copy_(k[:, n, :M].mT)
             product(k[:, n, :M].mT, w[:, n], y, minus=True, plus_identity=True)
         else:
             product(given, k[:, n].mT, p[:, :, n])
@@ -110,18 +119,29 @@ def backward(
         precision = dot_precision(k)
         dy, x = addressable(dy), addressable(x)
         w = triangles.left if transpose else triangles.right
-        dx, v = apply_block(dy, k, w, precision, save=True)
+        drows, v = apply_block(dy, k, w, precision)
         a, b = outer(v, x, p, dy, precision)
         if transpose:
             a, b = b, a
-        return dx, *reflector_gradients(a, b, k, triangles, beta)
+        return drows, *reflector_gradients(a, b, k, triangles, beta)
     if transpose:
         k, beta = _reverse(k, beta)
+    if x is None and config.num_blocks(k.shape[1]) == 1:
+        return None, *reflector_gradients(*_frame_back(dy, k), k, triangles, beta)
     dx, a, b = _blocks_back(dy, x, k, triangles, p)
     dk, dbeta = reflector_gradients(a.unsqueeze(0), b.unsqueeze(0), k, triangles, beta)
-    if transpose:
-        dk, dbeta = _reverse(dk, dbeta)
-    return dx, dk, dbeta
+    return dx, *(_reverse(dk, dbeta) if transpose else (dk, dbeta))
+
+
+def _frame_back(dy: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Vᵀ X and Pᵀ dY, in parts, of one block of reflectors and rows of the identity."""
+    G, N, D = k.shape
+    M = dy.shape[1]
+    parts = config.frame_splits(D), G, N, D
+    a = _room(k, *parts).zero_() if M < D else _room(k, *parts)
+    product(k, dy.mT, a[..., :M])
+    b = _room(k, config.frame_splits(M), G, N, D)
+    return a, product(k[:, :, :M], dy, b)
 
 
 def _blocks_back(
@@ -133,23 +153,22 @@ def _blocks_back(
     """
     G, N, D = k.shape
     M = dy.shape[1]
-    room = {"dtype": torch.float32, "device": k.device}
-    v = torch.empty(G, M, N, **room)
-    b = torch.empty(G, N, D, **room)
+    v = _room(k, G, M, N)
+    b = _room(k, G, N, D)
     blocks = _blocks(N)
     for n in reversed(blocks):
         product(dy, k[:, n].mT, v[:, :, n])
         product(p[:, :, n].mT, dy, b[:, n])
         if n.start or x is not None:
-            dx = torch.empty(G, M, D, **room) if dy.dtype != torch.float32 or n is blocks[-1] else dy
+            dx = _room(k, G, M, D) if n is blocks[-1] else dy
             dy = product(v[:, :, n], triangles.right[:, n], dx, minus=True, plus=dy)
     if x is None:
-        a = torch.zeros(G, N, D, **room) if M < D else torch.empty(G, N, D, **room)
+        a = _room(k, G, N, D).zero_() if M < D else _room(k, G, N, D)
         a[:, :, :M].copy_(v.mT)
     else:
-        a = product(v.mT, x, torch.empty(G, N, D, **room))
+        a = product(v.mT, x, _room(k, G, N, D))
     if len(blocks) > 1:
         R = config.block_size(N)
-        s = product(v.mT, p, torch.empty(G, N, N, **room), lower=R)
+        s = product(v.mT, p, _room(k, G, N, N), lower=R)
         product(s, triangles.left, a, minus=True, plus=a, triangle=R)
     return None if x is None else dy.to(k.dtype), a, b

@@ -94,7 +94,7 @@ def triangle_back_kernel(
 def sum_rows(p, rows, o_d, N, D, stride, SUMS: tl.constexpr):
     """Return a tile of rows of a sum of parts."""
     total = load_rows(p, rows, o_d, N, D, D)
-    for i in range(1, SUMS):
+    for i in tl.static_range(1, SUMS):
         total += load_rows(p + i * stride, rows, o_d, N, D, D)
     return total
 
@@ -154,7 +154,8 @@ def reflector_gradients(
     dk = contiguous_like(k)
     triangle_back_kernel[(G * blocks,)](
         parts, triangles.inverse, triangles.gram, triangles.beta, h, symmetric, dbeta, N,
-        BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2], GIVEN=beta is not None, num_warps=4,
+        BLOCKS=blocks, R=R, TILE=config.triangle_tile(R), SPLITS=parts.shape[2],
+        GIVEN=beta is not None, num_warps=4,
     )  # fmt: skip
     launch = config.square_launch()
     reflector_back_kernel[(G * blocks * (R // tile), triton.cdiv(D, launch.tiles["BD"]))](

@@ -46,7 +46,7 @@ def cross_kernel(
         m_d = o_d < D
         m_a = (o_i < N)[:, None] & m_d[None, :]
         b_a = tl.load(p_a + o_d[None, :], mask=m_a, other=0.0)
-        for i in range(1, SUMS):
+        for i in tl.static_range(1, SUMS):
             b_a += tl.load(p_a + i * a_s + o_d[None, :], mask=m_a, other=0.0)
         b_k = tl.load(p_k + o_d[:, None], mask=(o_j < N)[None, :] & m_d[:, None], other=0.0)
         b_a = cast_operand(b_a, PRECISION)
@@ -73,8 +73,12 @@ def transposed_tile_at(i, j, R: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def sum_parts(p, SPLITS: tl.constexpr, R: tl.constexpr):
     """Return the sum of the parts that `cross_kernel` wrote of a tile, always in one order."""
-    total = tl.load(p)
-    for i in range(1, SPLITS):
+    total = tl.zeros(p.shape, dtype=tl.float32)
+    # Eight loads at a time are under way together.
+    for i in range(SPLITS // 8):
+        for j in tl.static_range(8):
+            total += tl.load(p + (8 * i + j) * R * R)
+    for i in tl.static_range(SPLITS // 8 * 8, SPLITS):
         total += tl.load(p + i * R * R)
     return total
 
@@ -121,6 +125,8 @@ def triangle_kernel(
         tl.store(coefficient + i * TILE + o_t, b_beta)
         b_l = strictly_lower(b_beta[:, None] * b_gram, TILE)
         tl.store(inverse + at, inverse_unit_lower(b_l, TILE, "tf32x3"))
+        for j in range(i + 1, R // TILE):
+            tl.store(inverse + tile_at(i, j, R, TILE), tl.zeros((TILE, TILE), dtype=tl.float32))
     for i in range(1, R // TILE):
         # What the threads of this program have stored, they read.
         tl.debug_barrier()
@@ -187,8 +193,8 @@ class Triangles(NamedTuple):
 
     left: Tensor  # Tᵀ K, [G, N, D]
     right: Tensor  # T K, [G, N, D]
-    inverse: Tensor  # (I + L)⁻¹ on and below the diagonal, float32 [G, blocks, R, R]
-    gram: Tensor  # K Kᵀ likewise
+    inverse: Tensor  # (I + L)⁻¹, float32 [G, blocks, R, R]
+    gram: Tensor  # K Kᵀ on and below the diagonal, of the same shape
     beta: Tensor  # float32 [G, blocks, R]
 
 
@@ -222,7 +228,8 @@ def prepare(k: Tensor, beta: Tensor | None, dtype: torch.dtype, precision: str) 
     used = torch.empty(G, blocks, R, dtype=torch.float32, device=k.device)
     triangle_kernel[(G * blocks,)](
         parts, beta, inverse, gram, used, N, 0 if beta is None else beta.stride(0),
-        BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2], GIVEN=beta is not None, num_warps=4,
+        BLOCKS=blocks, R=R, TILE=config.triangle_tile(R), SPLITS=parts.shape[2],
+        GIVEN=beta is not None, num_warps=4,
     )  # fmt: skip
     launch = config.square_launch()
     expand_kernel[(G * blocks * (R // tile), triton.cdiv(D, launch.tiles["BD"]))](

@@ -12,30 +12,36 @@ from householder.ops.householder_product.triton import config
 
 @triton.jit
 def product_kernel(
-    a, b, c0, c, M, N, K, a_g, a_m, a_k, b_g, b_k, b_n, c0_g, c0_m, c0_n, c_g, c_m, c_n,
-    MINUS: tl.constexpr, IDENTITY: tl.constexpr, TRIANGLE: tl.constexpr, LOWER: tl.constexpr,
+    a, b, c0, c, M, N, K, a_g, a_m, a_k, b_g, b_k, b_n, c0_g, c0_m, c0_n, c_s, c_g, c_m, c_n,
+    SPLITS: tl.constexpr, MINUS: tl.constexpr, IDENTITY: tl.constexpr,
+    TRIANGLE: tl.constexpr, LOWER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of C = ±A B + C₀, where C₀ may be absent or the identity.
 
-    With TRIANGLE, row blocks of that size of A end before their diagonal block; with LOWER, only
-    what lies below such diagonal blocks of C is written.
+    With SPLITS, C comes in as many parts over K. With TRIANGLE, row blocks of that size of A end
+    before their diagonal block; with LOWER, only what lies below such diagonal blocks of C is
+    written.
     """
-    i_m = tl.program_id(1)
-    i_n = tl.program_id(0)
-    i_g = tl.program_id(2).to(tl.int64)
+    num_m = tl.cdiv(M, BM)
+    num_n = tl.cdiv(N, BN)
+    i_n = tl.program_id(0) % num_n
+    i_m = tl.program_id(0) // num_n % num_m
+    i_g = (tl.program_id(0) // (num_n * num_m)).to(tl.int64)
     o_m = (i_m * BM + tl.arange(0, BM)).to(tl.int64)
     o_n = (i_n * BN + tl.arange(0, BN)).to(tl.int64)
     if LOWER > 0:
         if (i_n * BN) // LOWER >= (i_m * BM) // LOWER:
             return
-    end = K
+    length = tl.cdiv(tl.cdiv(K, SPLITS), BK) * BK
+    begin = tl.program_id(1) * length
+    end = tl.minimum(K, begin + length)
     if TRIANGLE > 0:
         end = tl.minimum(K, (i_m * BM) // TRIANGLE * TRIANGLE)
     p_a = a + i_g * a_g + o_m[:, None] * a_m
     p_b = b + i_g * b_g + o_n[None, :] * b_n
     total = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, end, BK):
+    for start in range(begin, end, BK):
         o_k = (start + tl.arange(0, BK)).to(tl.int64)
         m_k = o_k < end
         b_a = tl.load(p_a + o_k[None, :] * a_k, mask=(o_m < M)[:, None] & m_k[None, :], other=0.0)
@@ -50,7 +56,13 @@ def product_kernel(
     elif c0 is not None:
         p_c0 = c0 + i_g * c0_g + o_m[:, None] * c0_m + o_n[None, :] * c0_n
         total += tl.load(p_c0, mask=mask, other=0.0).to(tl.float32)
-    p_c = c + i_g * c_g + o_m[:, None] * c_m + o_n[None, :] * c_n
+    p_c = (
+        c
+        + tl.program_id(1).to(tl.int64) * c_s
+        + i_g * c_g
+        + o_m[:, None] * c_m
+        + o_n[None, :] * c_n
+    )
     tl.store(p_c, total.to(c.dtype.element_ty), mask=mask)
 
 
@@ -70,7 +82,8 @@ def product(
     Args:
         a: left factor, of any dtype.
         b: right factor.
-        out: `[G, M, N]`; may be `plus`.
+        out: `[G, M, N]`, which may be `plus`; or `[parts, G, M, N]` for as many parts over K, to be
+            added up.
         minus: subtract the product.
         plus: what to add.
         plus_identity: add the identity.
@@ -79,11 +92,13 @@ def product(
     """
     G, M, K = a.shape
     N = b.shape[2]
-    launch = config.product_launch(M, N)
-    grid = (triton.cdiv(N, launch.tiles["BN"]), triton.cdiv(M, launch.tiles["BM"]), G)
-    product_kernel[grid](
+    launch = config.product_launch(M, N, K)
+    parts = out if out.dim() == 4 else out.unsqueeze(0)
+    tiles = triton.cdiv(N, launch.tiles["BN"]) * triton.cdiv(M, launch.tiles["BM"])
+    product_kernel[(G * tiles, parts.shape[0])](
         a, b, plus, out, M, N, K, *a.stride(), *b.stride(),
-        *((0, 0, 0) if plus is None else plus.stride()), *out.stride(),
-        MINUS=minus, IDENTITY=plus_identity, TRIANGLE=triangle, LOWER=lower, **launch.options,
+        *((0, 0, 0) if plus is None else plus.stride()), *parts.stride(),
+        SPLITS=parts.shape[0], MINUS=minus, IDENTITY=plus_identity,
+        TRIANGLE=triangle, LOWER=lower, **launch.options,
     )  # fmt: skip
     return out
