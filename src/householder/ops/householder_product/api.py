@@ -160,9 +160,10 @@ def householder_frame(
     batch = reflectors.shape[:-2]
     if beta is not None:
         batch = torch.broadcast_shapes(batch, beta.shape[:-1])
-        beta = beta.expand(*batch, N).reshape(-1, N)
-    reflectors = reflectors.expand(*batch, N, D).reshape(-1, N, D)
-    if M * N == 0 or reflectors.shape[0] == 0:
+    G = math.prod(batch)
+    beta = None if beta is None else beta.expand(*batch, N).reshape(G, N)
+    reflectors = reflectors.expand(*batch, N, D).reshape(G, N, D)
+    if G * M * N == 0:
         dtype = reflectors.dtype if beta is None else result_dtype(reflectors, beta)
         eye = torch.eye(D, M, dtype=dtype, device=reflectors.device)
         return eye.expand(*batch, D, M).clone()

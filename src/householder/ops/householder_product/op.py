@@ -25,9 +25,16 @@ def why_no_kernels(x: Tensor | None, reflectors: Tensor, beta: Tensor | None) ->
 
 
 def orthogonal_beta(reflectors: Tensor) -> Tensor:
-    """Return β = 2 / ‖k‖² in at least float32, and 0 for a zero reflector."""
+    """Return β = 2 / ‖k‖² in at least float32, and 0 for a zero reflector.
+
+    Each ‖k‖² is rounded as the inner products of a block are, so that equal reflectors have equal
+    products: a difference that many of them share would add up.
+    """
     k = reflectors.to(compute_dtype(reflectors))
     squares = torch.linalg.vecdot(k, k).real if k.is_complex() else k.square().sum(-1)
+    grams = [(b.conj() @ b.mT).diagonal(dim1=-2, dim2=-1) for b in k.split(chunk.MAX_BLOCK, -2)]
+    rounded = torch.cat(grams, dim=-1)
+    squares = squares + ((rounded.real if k.is_complex() else rounded) - squares).detach()
     zero = squares == 0
     return torch.where(zero, torch.zeros_like(squares), 2 / torch.where(zero, 1, squares))
 
