@@ -158,7 +158,7 @@ def householder_frame(
         )
     _check_shapes(op, None, reflectors, beta)
     batch = reflectors.shape[:-2]
-    if beta is not None:
+    if beta is not None and beta.shape[:-1] != batch:
         batch = torch.broadcast_shapes(batch, beta.shape[:-1])
     G = math.prod(batch)
     beta = None if beta is None else beta.expand(*batch, N).reshape(G, N)
@@ -238,6 +238,8 @@ def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | 
     batches["reflectors"] = reflectors.shape[:-2]
     if beta is not None:
         batches["beta"] = beta.shape[:-1]
+    if len(set(batches.values())) == 1:
+        return  # which spares the most usual calls the longer way
     try:
         torch.broadcast_shapes(*batches.values())
     except RuntimeError:
@@ -259,8 +261,13 @@ def _canonical(
     """
     N, D = reflectors.shape[-2:]
     own: tuple[int, ...] = reflectors.shape[:-2]
-    if beta is not None:
+    if beta is not None and beta.shape[:-1] != own:
         own = torch.broadcast_shapes(own, beta.shape[:-1])
+    if not own:  # one product for all rows: nothing to sort
+        beta = None if beta is None else beta.unsqueeze(0)
+        order = list(range(x.dim()))
+        flat = x.reshape(1, math.prod(x.shape[:-1]), D)
+        return flat, reflectors.unsqueeze(0), beta, tuple(x.shape), order
     batch = torch.broadcast_shapes(x.shape[:-1], own)
     own = (1,) * (len(batch) - len(own)) + tuple(own)
     groups = [i for i, size in enumerate(own) if size != 1]

@@ -219,7 +219,7 @@ def _first_order(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     x, reflectors, beta, *saved = ctx.saved_tensors
     if dy is None:
         return (None,) * 7
-    if ctx.form == "triton" and saved[0].numel() == 0:
+    if ctx.form == "triton" and saved[-1].numel() == 0:
         arguments = (x, reflectors, beta, ctx.rows, ctx.transpose, True, ctx.form)
         saved = householder_product_op(*arguments)[1:]
     dx, dk, dbeta = householder_product_backward_op(

@@ -6,6 +6,7 @@ row gives does not depend on what else is in the batch. Chosen on an NVIDIA H200
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from householder.ops._triton import power_of_two
@@ -36,6 +37,7 @@ class Launch(NamedTuple):
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+@functools.cache
 def block_size(N: int) -> int:
     """Return R, the reflectors of a block: a power of two.
 
@@ -44,6 +46,7 @@ def block_size(N: int) -> int:
     return power_of_two(N, least=32, most=MAX_BLOCK)
 
 
+@functools.cache
 def num_blocks(N: int) -> int:
     """Return how many blocks N reflectors are cut into."""
     return -(-N // block_size(N))
@@ -62,6 +65,7 @@ def triangle_tile(R: int) -> int:
     return min(R, 32)
 
 
+@functools.cache
 def lower_tiles(R: int) -> int:
     """Return how many tiles there are on and below the diagonal."""
     n = R // tile_size(R)
@@ -83,6 +87,7 @@ def frame_splits(K: int) -> int:
     return max(1, min(MAX_FRAME_SPLITS, K // CROSS_COLUMNS))
 
 
+@functools.cache
 def inner_launch(R: int, precision: str) -> Launch:
     """Parameters of the products of rows with reflectors: rows, and columns at a time."""
     if precision == "bf16":
@@ -90,6 +95,7 @@ def inner_launch(R: int, precision: str) -> Launch:
     return Launch({"BM": 64 if R <= 64 else 32, "BD": 64 if R <= 64 else 32}, 4, 3)
 
 
+@functools.cache
 def update_launch(R: int, precision: str) -> Launch:
     """Parameters of what is taken from the rows: rows and columns of a tile."""
     if precision == "bf16":
@@ -97,6 +103,7 @@ def update_launch(R: int, precision: str) -> Launch:
     return Launch({"BM": 64, "BD": 64}, 4, 1)
 
 
+@functools.cache
 def outer_launch(R: int, precision: str) -> Launch:
     """Parameters of the kernel that sums over rows: rows at a time, and columns."""
     if precision == "bf16":
@@ -104,6 +111,7 @@ def outer_launch(R: int, precision: str) -> Launch:
     return Launch({"BM": 32, "BD": 64}, 4 if R <= 64 else 8, 2)
 
 
+@functools.cache
 def product_launch(M: int, N: int, K: int) -> Launch:
     """Parameters of the product of any two matrices in float32: the tile of C, and K at a time.
 
@@ -118,6 +126,7 @@ def product_launch(M: int, N: int, K: int) -> Launch:
     return Launch({"BM": 64, "BN": 64, "BK": 32}, 4, 3)
 
 
+@functools.cache
 def square_launch() -> Launch:
     """Parameters of the kernels of a block's triangles; columns of reflectors at a time."""
     return Launch({"BD": 64}, 4, 1)
