@@ -238,8 +238,8 @@ def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | 
     batches["reflectors"] = reflectors.shape[:-2]
     if beta is not None:
         batches["beta"] = beta.shape[:-1]
-    if len(set(batches.values())) == 1:
-        return  # which spares the most usual calls the longer way
+    if not reflectors.dim() > 2 and (beta is None or beta.dim() == 1):
+        return  # one product for all: the most usual calls are spared the longer way
     try:
         torch.broadcast_shapes(*batches.values())
     except RuntimeError:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from householder.ops._triton import addressable, dot_precision, on_its_device, operand_dtype
 from householder.ops.householder_product.triton import config
-from householder.ops.householder_product.triton.apply import apply_block, outer
+from householder.ops.householder_product.triton.apply import inner, outer, update
 from householder.ops.householder_product.triton.gradient import reflector_gradients
 from householder.ops.householder_product.triton.prepare import Triangles, prepare
 from householder.ops.householder_product.triton.product import product
@@ -62,13 +62,14 @@ def forward(
     k = addressable(k)
     if x is not None and is_fused(True, k.shape[1]):
         precision = dot_precision(k)
-        triangles = prepare(k, beta, operand_dtype(precision), precision)
-        w = triangles.right if transpose else triangles.left
-        y, p = apply_block(addressable(x), k, w, precision)
+        x = addressable(x)
+        p, gram = inner(x, k, precision, with_gram=True)
+        triangles = prepare(k, beta, operand_dtype(precision), gram)
+        y = update(x, p, triangles.right if transpose else triangles.left, precision)
     else:
         if transpose:
             k, beta = _reverse(k, beta)
-        triangles = prepare(k, beta, torch.float32, "tf32x3")
+        triangles = prepare(k, beta, torch.float32)
         y, p = _apply_blocks(x, k, triangles.left, M)
     saved = (p, *triangles)
     return (y, *(saved if save else (t.new_empty(0) for t in saved)))
@@ -118,12 +119,12 @@ def backward(
     if x is not None and is_fused(True, k.shape[1]):
         precision = dot_precision(k)
         dy, x = addressable(dy), addressable(x)
-        w = triangles.left if transpose else triangles.right
-        drows, v = apply_block(dy, k, w, precision)
-        a, b = outer(v, x, p, dy, precision)
+        v, _ = inner(dy, k, precision, with_gram=False)
+        drows = update(dy, v, triangles.left if transpose else triangles.right, precision)
+        a, b, parts = outer(v, x, p, dy, transpose, precision)
         if transpose:
             a, b = b, a
-        return drows, *reflector_gradients(a, b, k, triangles, beta)
+        return drows, *reflector_gradients(a, b, k, triangles, beta, parts)
     if transpose:
         k, beta = _reverse(k, beta)
     if x is None and config.num_blocks(k.shape[1]) == 1:

@@ -18,17 +18,27 @@ from householder.ops.householder_product.triton import config
 
 @triton.jit
 def inner_kernel(
-    x, k, p, M, N, D, x_g, x_m, k_g, k_n,
-    R: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    x, k, p, gram, M, N, D, x_g, x_m, k_g, k_n,
+    R: tl.constexpr, GRAM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write rows of P = X Kᵀ."""
+    """Write rows of P = X Kᵀ; the last programs, if asked for, those of K Kᵀ."""
     num_m = tl.cdiv(M, BM)
-    i_g = (tl.program_id(0) // num_m).to(tl.int64)
-    o_m = ((tl.program_id(0) % num_m) * BM + tl.arange(0, BM)).to(tl.int64)
+    per_product = num_m
+    if GRAM:
+        per_product += tl.cdiv(R, BM)
+    i_g = (tl.program_id(0) // per_product).to(tl.int64)
+    i_m = tl.program_id(0) % per_product
+    if i_m < num_m:
+        o_m = (i_m * BM + tl.arange(0, BM)).to(tl.int64)
+        m_m = (o_m < M)[:, None]
+        p_x = x + i_g * x_g + o_m[:, None] * x_m
+    else:
+        o_m = ((i_m - num_m) * BM + tl.arange(0, BM)).to(tl.int64)
+        m_m = (o_m < N)[:, None]
+        p_x = k + i_g * k_g + o_m[:, None] * k_n
     o_r = tl.arange(0, R)
-    m_m = (o_m < M)[:, None]
     m_r = (o_r < N)[None, :]
-    p_x = x + i_g * x_g + o_m[:, None] * x_m
     p_k = k + i_g * k_g + o_r[None, :] * k_n
     total = tl.zeros((BM, R), dtype=tl.float32)
     for start in range(0, D, BD):
@@ -37,8 +47,12 @@ def inner_kernel(
         b_k = tl.load(p_k + o_d[:, None], mask=m_r & (o_d < D)[:, None], other=0.0)
         b_x, b_k = cast_operand(b_x, PRECISION), cast_operand(b_k, PRECISION)
         total = dot_add(b_x, b_k, total, PRECISION)
-    p_p = p + (i_g * M + o_m[:, None]) * N + o_r[None, :]
-    tl.store(p_p, cast_operand(total, PRECISION).to(p.dtype.element_ty), mask=m_m & m_r)
+    if i_m < num_m:
+        p_p = p + (i_g * M + o_m[:, None]) * N + o_r[None, :]
+        tl.store(p_p, cast_operand(total, PRECISION).to(p.dtype.element_ty), mask=m_m & m_r)
+    else:
+        p_gram = gram + (i_g * R + o_m[:, None]) * R + o_r[None, :]
+        tl.store(p_gram, total, mask=(o_m < R)[:, None])
 
 
 @triton.jit
@@ -71,48 +85,73 @@ def update_kernel(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m & m_d)
 
 
-def apply_block(x: Tensor, k: Tensor, w: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Return `Y = X − P W` and `P = X Kᵀ`, for one block of reflectors."""
+def inner(x: Tensor, k: Tensor, precision: str, with_gram: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `P = X Kᵀ` of one block of reflectors and, if asked for, K Kᵀ as `cross` does."""
     G, M, D = x.shape
     N = k.shape[1]
-    y = contiguous_like(x)
-    p = x.new_empty(G, M, N, dtype=operand_dtype(precision))
     R = config.block_size(N)
+    p = x.new_empty(G, M, N, dtype=operand_dtype(precision))
+    gram = x.new_empty(G, 1, 1, R, R, dtype=torch.float32) if with_gram else None
     launch = config.inner_launch(R, precision)
-    inner_kernel[(G * triton.cdiv(M, launch.tiles["BM"]),)](
-        x, k, p, M, N, D, *x.stride()[:2], *k.stride()[:2],
-        R=R, PRECISION=precision, **launch.options,
+    rows = launch.tiles["BM"]
+    programs = triton.cdiv(M, rows) + (triton.cdiv(R, rows) if with_gram else 0)
+    inner_kernel[(G * programs,)](
+        x, k, p, gram, M, N, D, *x.stride()[:2], *k.stride()[:2],
+        R=R, GRAM=with_gram, PRECISION=precision, **launch.options,
     )  # fmt: skip
+    return p, gram
+
+
+def update(x: Tensor, p: Tensor, w: Tensor, precision: str) -> Tensor:
+    """Return `Y = X − P W`."""
+    G, M, D = x.shape
+    N = p.shape[2]
+    y = contiguous_like(x)
+    R = config.block_size(N)
     launch = config.update_launch(R, precision)
     tiles = triton.cdiv(M, launch.tiles["BM"]) * triton.cdiv(D, launch.tiles["BD"])
     update_kernel[(G * tiles,)](
         x, p, w, y, M, N, D, *x.stride()[:2], R=R, PRECISION=precision, **launch.options
     )
-    return y, p
+    return y
 
 
 @triton.jit
 def outer_kernel(
-    v, x, p, dy, out, M, N, D, x_g, x_m, dy_g, dy_m, G,
-    R: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    v, x, p, dy, out, parts, M, N, D, x_g, x_m, dy_g, dy_m, G,
+    R: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write columns of the sum over some rows of Vᵀ X, or of Pᵀ dY."""
+    """Write columns of the sum over some rows of Vᵀ X, of Pᵀ dY or of Vᵀ P.
+
+    For the transpose of the product the last is transposed.
+    """
     num_d = tl.cdiv(D, BD)
-    i_which = tl.program_id(1) % 2
-    i_split = tl.program_id(1) // 2
-    i_g = (tl.program_id(0) // num_d).to(tl.int64)
-    if i_which == 0:
+    num_r: tl.constexpr = (R + BD - 1) // BD
+    per_product = 2 * num_d + num_r
+    i_g = (tl.program_id(0) // per_product).to(tl.int64)
+    i = tl.program_id(0) % per_product
+    i_split = tl.program_id(1)
+    p_r = v + i_g * M * N
+    if i < num_d:
         p_row = x + i_g * x_g
-        stride = x_m
-        p_r = v + i_g * M * N
-    else:
+        stride = tl.cast(x_m, tl.int64)
+        width = D
+        i_d = i
+    elif i < 2 * num_d:
         p_row = dy + i_g * dy_g
-        stride = dy_m
+        stride = tl.cast(dy_m, tl.int64)
+        width = D
+        i_d = i - num_d
         p_r = p + i_g * M * N
-    o_d = (tl.program_id(0) % num_d) * BD + tl.arange(0, BD)
+    else:
+        p_row = p + i_g * M * N
+        stride = tl.cast(N, tl.int64)
+        width = N
+        i_d = i - 2 * num_d
+    o_d = i_d * BD + tl.arange(0, BD)
     o_r = tl.arange(0, R)
-    m_d = o_d < D
+    m_d = o_d < width
     m_r = o_r < N
     rows = tl.cdiv(tl.cdiv(M, SPLITS), BM) * BM
     start = i_split * rows
@@ -130,19 +169,36 @@ def outer_kernel(
         )
         b_x, b_r = cast_operand(b_x, PRECISION), cast_operand(b_r, PRECISION)
         total = dot_add(tl.trans(b_x), b_r, total, PRECISION)
-    p_out = out + (((i_which * SPLITS + i_split) * G + i_g) * N + o_r[None, :]) * D + o_d[:, None]
-    tl.store(p_out, total, mask=m_d[:, None] & m_r[None, :])
+    if i < 2 * num_d:
+        part = ((i // num_d) * SPLITS + i_split) * G + i_g
+        p_out = out + (part * N + o_r[None, :]) * D + o_d[:, None]
+        tl.store(p_out, total, mask=m_d[:, None] & m_r[None, :])
+    else:
+        p_parts = parts + (i_g * SPLITS + i_split) * R * R
+        if TRANSPOSE:
+            p_parts += o_d[:, None] * R + o_r[None, :]
+        else:
+            p_parts += o_r[None, :] * R + o_d[:, None]
+        tl.store(p_parts, total, mask=(o_d < R)[:, None] & (o_r < R)[None, :])
 
 
-def outer(v: Tensor, x: Tensor, p: Tensor, dy: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Return `Vᵀ X` and `Pᵀ dY`, float32 `[sums, G, N, D]` in parts over the rows."""
+def outer(
+    v: Tensor, x: Tensor, p: Tensor, dy: Tensor, transpose: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `Vᵀ X` and `Pᵀ dY`, float32 `[sums, G, N, D]`, and `Vᵀ P`, in parts over the rows.
+
+    The last is as `cross` returns it; of the transpose of a product it is `Pᵀ V`.
+    """
     G, M, D = x.shape
     N = v.shape[2]
     R, splits = config.block_size(N), config.outer_splits(M)
     launch = config.outer_launch(R, precision)
     out = torch.empty(2, splits, G, N, D, dtype=torch.float32, device=x.device)
-    outer_kernel[(G * triton.cdiv(D, launch.tiles["BD"]), 2 * splits)](
-        v, x, p, dy, out, M, N, D, *x.stride()[:2], *dy.stride()[:2], G,
-        R=R, SPLITS=splits, PRECISION=precision, **launch.options,
+    parts = torch.empty(G, 1, splits, R, R, dtype=torch.float32, device=x.device)
+    columns = launch.tiles["BD"]
+    programs = 2 * triton.cdiv(D, columns) + triton.cdiv(R, columns)
+    outer_kernel[(G * programs, splits)](
+        v, x, p, dy, out, parts, M, N, D, *x.stride()[:2], *dy.stride()[:2], G,
+        R=R, SPLITS=splits, TRANSPOSE=transpose, PRECISION=precision, **launch.options,
     )  # fmt: skip
-    return out[0], out[1]
+    return out[0], out[1], parts

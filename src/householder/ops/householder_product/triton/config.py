@@ -99,7 +99,7 @@ def inner_launch(R: int, precision: str) -> Launch:
 def update_launch(R: int, precision: str) -> Launch:
     """Parameters of what is taken from the rows: rows and columns of a tile."""
     if precision == "bf16":
-        return Launch({"BM": 64, "BD": 128}, 4, 1)
+        return Launch({"BM": 32 if R <= 64 else 64, "BD": 128}, 4 if R <= 64 else 8, 1)
     return Launch({"BM": 64, "BD": 64}, 4, 1)
 
 

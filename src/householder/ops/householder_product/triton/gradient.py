@@ -139,22 +139,28 @@ def reflector_back_kernel(
 
 
 def reflector_gradients(
-    a: Tensor, b: Tensor, k: Tensor, triangles: Triangles, beta: Tensor | None
+    a: Tensor,
+    b: Tensor,
+    k: Tensor,
+    triangles: Triangles,
+    beta: Tensor | None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the reflectors `k [G, N, D]` and of β, if that was given.
 
-    `a` and `b` are float32 `[sums, G, N, D]`, in parts to be added up.
+    `a` and `b` are float32 `[sums, G, N, D]`, in parts to be added up; `parts` are those of
+    `cross(a, k)`, if they are there already.
     """
     G, N, D = k.shape
     R, blocks = config.block_size(N), config.num_blocks(N)
     tile = config.tile_size(R)
-    parts = cross(a, k)
+    parts = cross(a, k) if parts is None else parts
     h, symmetric = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
     dbeta = None if beta is None else contiguous_like(beta)
     dk = contiguous_like(k)
     triangle_back_kernel[(G * blocks,)](
         parts, triangles.inverse, triangles.gram, triangles.beta, h, symmetric, dbeta, N,
-        BLOCKS=blocks, R=R, TILE=config.triangle_tile(R), SPLITS=parts.shape[2],
+        BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2],
         GIVEN=beta is not None, num_warps=4,
     )  # fmt: skip
     launch = config.square_launch()
