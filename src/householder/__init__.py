@@ -6,6 +6,7 @@ from householder.ops import (
     PathCache,
     delta_product,
     delta_product_step,
+    householder_frame,
     householder_product,
     path_attention,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "PathCache",
     "delta_product",
     "delta_product_step",
+    "householder_frame",
     "householder_product",
     "path_attention",
     "use_in_transformers",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from householder import householder_product
+from householder import householder_frame, householder_product
 from householder.ops.householder_product import chunk
 from householder.testing import assert_as_accurate, relative_error
 
@@ -189,6 +190,124 @@ def test_any_broadcast(batch, own, N, D, transpose, seed):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("impl", ["chunk", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32])
+def test_without_beta_the_product_is_orthogonal(impl, dtype):
+    x, k, beta = make((10, 16), (8, 16), dtype, strength=2.0)
+    k = torch.cat([k, torch.zeros_like(k[:1])])  # a zero reflector is the identity
+    close = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    )
+    actual = householder_product(x, k, impl=impl)
+    assert actual.dtype == dtype
+    expected = householder_product(x, k[:-1], beta, impl=impl)
+    torch.testing.assert_close(actual, expected, **close)
+    leaf = k.clone().requires_grad_()
+    householder_product(x, leaf, impl=impl).sin().sum().abs().backward()
+    assert leaf.grad.isfinite().all()
+    # The lengths of the reflectors do not matter, and so the gradient is at right angles to them.
+    inner = torch.linalg.vecdot(leaf.grad, k).real
+    torch.testing.assert_close(inner, torch.zeros_like(inner), rtol=0, atol=1e2 * close["atol"])
+    assert leaf.grad[:-1].abs().max() > 1e-2
+
+
+class TestFrame:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+    @pytest.mark.parametrize("given", [True, False])
+    @pytest.mark.parametrize(
+        ("batch", "N", "D", "M"),
+        [((), 1, 5, 5), ((), 3, 9, 4), ((2, 3), 3, 9, 9), ((), 90, 40, 40), ((2,), 20, 9, 1)],
+    )
+    def test_equals_the_product_with_the_identity(self, batch, N, D, M, given, dtype):
+        _, k, beta = make((1, D), (*batch, N, D), dtype)
+        arguments = [k, beta] if given else [k]
+        eye = torch.eye(M, D, dtype=dtype).reshape(M, *(1,) * len(batch), D)
+        results = []
+        for function in (
+            lambda *a: householder_frame(*a, num_columns=M),
+            lambda *a: householder_frame(*a, num_columns=M, impl="reference"),
+            lambda *a: householder_product(eye, *a).movedim(0, -1),
+        ):
+            leaves = [a.detach().clone().requires_grad_() for a in arguments]
+            Q = function(*leaves)
+            assert Q.shape == (*batch, D, M)
+            results.append([Q, *torch.autograd.grad(Q.sin().sum().abs(), leaves)])
+        for other in results[1:]:
+            torch.testing.assert_close(results[0], other, rtol=1e-10, atol=1e-10)
+
+    def test_is_as_accurate_as_the_definition(self):
+        _, k, beta = make((1, 64), (100, 64), strength=2.0)
+        results = [
+            householder_frame(*(t.to(dtype) for t in (k, beta)), impl=impl)
+            for dtype, impl in (
+                (torch.float32, "chunk"),
+                (torch.float32, "reference"),
+                (torch.float64, "reference"),
+            )
+        ]
+        assert_as_accurate(*results)
+
+    @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.99, 1.0])
+    @pytest.mark.parametrize(("N", "D"), [(32, 256), (256, 256)])
+    def test_is_orthogonal_however_close_the_reflectors_are(self, N, D, cosine):
+        """The largest entry of QᵀQ − I is at most 4 ε √D."""
+        _, k, _ = make((1, D), (N + 1, D))
+        k = torch.nn.functional.normalize(k, dim=-1)
+        k = cosine**0.5 * k[:1] + (1 - cosine) ** 0.5 * k[1:]
+        Q = householder_frame(k.float()).double()
+        error = (Q.mT @ Q - torch.eye(D)).abs().max()
+        assert error <= 4 * torch.finfo(torch.float32).eps * D**0.5
+
+    def test_rows_of_the_identity_are_not_multiplied(self):
+        """With one reflector nothing of D × D is summed over D but K Kᵀ."""
+        _, k, beta = make((1, 64), (1, 64))
+        with FlopCounterMode(display=False) as counter:
+            householder_frame(k, beta)
+        assert counter.get_total_flops() < 3 * 64 * 64
+
+    @pytest.mark.parametrize("batch", [(), (2,)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+    def test_nothing_to_do(self, batch, dtype):
+        k = torch.zeros(*batch, 0, 5, dtype=dtype)
+        expected = torch.eye(5, 3, dtype=dtype).expand(*batch, 5, 3)
+        assert torch.equal(householder_frame(k, num_columns=3), expected)
+        k = torch.ones(*batch, 2, 5, dtype=dtype)
+        assert householder_frame(k, num_columns=0).shape == (*batch, 5, 0)
+
+    def test_every_order_in_both_modes(self):
+        leaves = [a.requires_grad_() for a in make((1, 3), (2, 3))[1:]]
+        assert torch.autograd.gradcheck(householder_frame, leaves, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(householder_frame, leaves)
+
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    def test_compiles_without_graph_breaks(self):
+        _, k, beta = make((1, 6), (4, 6))
+        leaves = [k.requires_grad_(), beta.requires_grad_()]
+        compiled = torch.compile(householder_frame, fullgraph=True, backend="aot_eager")
+        results = [torch.autograd.grad(f(*leaves).sin().sum(), leaves)
+                   for f in (compiled, householder_frame)]  # fmt: skip
+        assert all(map(torch.equal, *results))
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ((torch.zeros(6),), r"reflectors\.unsqueeze\(-2\)"),
+            ((torch.zeros(4, 6), torch.zeros(5)), "`beta` must be"),
+            ((torch.zeros(2, 4, 6), torch.zeros(3, 4)), "batch dimensions must broadcast"),
+            ((torch.zeros(4, 6), None, 7), "`num_columns` must be between 0 and D = 6, got 7"),
+        ],
+    )
+    def test_errors_name_the_argument(self, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            householder_frame(*arguments)
+
+
+def test_triton_says_why_it_cannot_run():
+    x, k, beta = make((3, 6), (4, 6), torch.float32)
+    with pytest.raises(NotImplementedError, match=r'impl="triton" cannot run: it needs tensors on'):
+        householder_product(x, k, beta, impl="triton")
+
+
 class TestTransforms:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -256,12 +375,13 @@ class TestTransforms:
             assert torch.equal(a, b)
 
     def test_registration(self):
-        args = [a.unsqueeze(0) for a in make((3, 6), (4, 6))]
-        torch.library.opcheck(torch.ops.householder.householder_product.default, args)
-        torch.library.opcheck(
-            torch.ops.householder.householder_product_backward.default,
-            (torch.ones_like(args[0]), *args),
-        )
+        x, *args = [a.unsqueeze(0) for a in make((3, 6), (4, 6))]
+        forward = torch.ops.householder.householder_product.default
+        backward = torch.ops.householder.householder_product_backward.default
+        for rows, transpose in ((x, False), (x, True), (None, False)):
+            y, *saved = forward(rows, *args, 3, transpose, False, "chunk")
+            torch.library.opcheck(forward, (rows, *args, 3, transpose, False, "chunk"))
+            torch.library.opcheck(backward, (y, rows, *args, transpose, *saved, "chunk"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from householder.maps.base import Composition, LinearMap
 from householder.ops import _checks
-from householder.ops.householder_product import householder_product
+from householder.ops.householder_product import householder_frame, householder_product
 from householder.ops.wy import compute_dtype, result_dtype
 
 
@@ -162,14 +162,13 @@ class HouseholderProduct(LinearMap):
             - CWY Parametrization: a Solution for Parallelized Optimization of Orthogonal and
               Stiefel Matrices (Likhosherstov et al., 2021), https://arxiv.org/abs/2004.08675
         """
-        *batch, D, _ = self.shape
+        D = self.shape[-1]
         if not 0 <= M <= D:
             raise ValueError(
                 f"HouseholderProduct.frame: `M` must be between 0 and D = {D}, got {M}; "
                 "a product has no more columns than features"
             )
-        eye = torch.eye(M, D, dtype=self.dtype, device=self.device)
-        return self(eye.reshape(M, *(1,) * len(batch), D)).movedim(0, -1)
+        return householder_frame(self.reflectors, self.beta, M)
 
     def to_dense(self) -> Tensor:
         """Return the matrix `[*, D, D]`."""

@@ -1,5 +1,5 @@
 """Products of Householder transformations applied to vectors."""
 
-from householder.ops.householder_product.api import householder_product
+from householder.ops.householder_product.api import householder_frame, householder_product
 
-__all__ = ["householder_product"]
+__all__ = ["householder_frame", "householder_product"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
-from householder.ops.wy import compute_dtype
+from householder.ops.wy import compute_dtype, result_dtype
 
 # The most and the fewest reflectors of one block. The triangle costs n·D a reflector and the
 # products 4·M·D, so few vectors want small blocks; each block also costs some fixed time. More
@@ -25,19 +25,22 @@ MIN_BLOCK = 16
 
 
 @without_autocast
-def forward(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
-    """Return `H_{N−1} … H_0 x` for rows `x [G, M, D]`, reflectors `[G, N, D]`, beta `[G, N]`."""
-    X, blocks = _prepare(x, reflectors, beta)
-    for K, b in blocks:
-        X = _apply_block(X, K, b)[0]
-    return X.to(x.dtype)
+def forward(reflectors: Tensor, beta: Tensor, x: Tensor | None, rows: int) -> Tensor:
+    """Return `H_{N−1} … H_0 x` for rows `x [G, M, D]`, reflectors `[G, N, D]`, beta `[G, N]`.
+
+    Without x they are the first `rows` rows of the identity.
+    """
+    X, blocks = _prepare(x, reflectors, beta, rows)
+    for i, (K, b) in enumerate(blocks):
+        X = _apply_block(X, K, b, is_identity=x is None and i == 0)[0]
+    return X.to(result_dtype(reflectors, beta) if x is None else x.dtype)
 
 
 @without_autocast
 def backward(
-    dy: Tensor, x: Tensor, reflectors: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, reflectors and beta.
+    dy: Tensor, x: Tensor | None, reflectors: Tensor, beta: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of x (None without x), reflectors and beta.
 
     A forward pass makes each block's X again (undoing the block instead would lose accuracy where
     it is nearly singular). Then, from the last block to the first,
@@ -46,10 +49,10 @@ def backward(
         dX = dY + dP K         dL = −strict_lower(dBᵀ Ū)      E = diag(β̄) dL
         dK = dPᴴ X − Uᴴ dY + (Ē + Eᵀ) K        dβ = Σ_M dB ⊙ P̄ + Σ_cols dL ⊙ conj(K̄ Kᵀ)
     """
-    X, blocks = _prepare(x, reflectors, beta)
+    X, blocks = _prepare(x, reflectors, beta, dy.shape[1])
     steps = []
-    for K, b in blocks:
-        Y, gram, P, U = _apply_block(X, K, b)
+    for i, (K, b) in enumerate(blocks):
+        Y, gram, P, U = _apply_block(X, K, b, is_identity=x is None and i == 0)
         steps.append((X, K, b, gram, P, U))
         X = Y
 
@@ -68,20 +71,27 @@ def backward(
 
     dK = torch.cat(dK_blocks[::-1], dim=-2)
     db = torch.cat(db_blocks[::-1], dim=-1)
-    return tuple(_to_like(d, like) for d, like in ((dX, x), (dK, reflectors), (db, beta)))  # type: ignore[return-value]
+    dx = None if x is None else _to_like(dX, x)
+    return dx, _to_like(dK, reflectors), _to_like(db, beta)
 
 
 @without_autocast
 def tangent(
-    x: Tensor, reflectors: Tensor, beta: Tensor, dx: Tensor, dreflectors: Tensor, dbeta: Tensor
+    reflectors: Tensor,
+    beta: Tensor,
+    x: Tensor | None,
+    rows: int,
+    dx: Tensor | None,
+    dreflectors: Tensor,
+    dbeta: Tensor,
 ) -> Tensor:
     """Return the derivative of `forward` along `(dx, dreflectors, dbeta)`, for forward mode.
 
     Each line of the block's algorithm is differentiated in turn.
     """
-    X, blocks = _prepare(x, reflectors, beta)
-    dX, dblocks = _prepare(dx, dreflectors, dbeta)
-    dX = dX.to(X.dtype)
+    X, blocks = _prepare(x, reflectors, beta, rows)
+    dX, dblocks = _prepare(dx, dreflectors, dbeta, rows)
+    dX = torch.zeros_like(X) if dx is None else dX.to(X.dtype)
     for (K, b), (dK, db) in zip(blocks, dblocks, strict=True):
         Y, gram, P, U = _apply_block(X, K, b)
         dgram = dK.conj() @ K.mT + K.conj() @ dK.mT
@@ -90,23 +100,30 @@ def tangent(
         right = dP * b.unsqueeze(-2) + P * db.unsqueeze(-2) - U @ dL.mT
         dU = _solve_block(gram, b, right)
         X, dX = Y, dX - dU @ K - U @ dK
-    return dX.to(x.dtype)
+    return dX.to(result_dtype(reflectors, beta) if x is None else x.dtype)
 
 
 def _prepare(
-    x: Tensor, reflectors: Tensor, beta: Tensor
+    x: Tensor | None, reflectors: Tensor, beta: Tensor, rows: int
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Return the rows and the blocks of reflectors in the dtype to compute in."""
     dtype = compute_dtype(x, reflectors, beta)
-    size = min(MAX_BLOCK, max(MIN_BLOCK, min(2 * x.shape[1], x.shape[2])))
+    G, _, D = reflectors.shape
+    if x is None:
+        X = torch.eye(rows, D, dtype=dtype, device=reflectors.device).expand(G, rows, D)
+    else:
+        X = x.to(dtype)
+    size = min(MAX_BLOCK, max(MIN_BLOCK, min(2 * X.shape[1], D)))
     K, b = reflectors.to(dtype).split(size, dim=1), beta.to(dtype).split(size, dim=1)
-    return x.to(dtype), list(zip(K, b, strict=True))
+    return X, list(zip(K, b, strict=True))
 
 
-def _apply_block(X: Tensor, K: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Y, and for the gradient K̄ Kᵀ, P and U."""
+def _apply_block(
+    X: Tensor, K: Tensor, b: Tensor, is_identity: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Y, and for the gradient K̄ Kᵀ, P and U; rows of the identity pick columns of K."""
     gram = K.conj() @ K.mT
-    P = X @ K.mH
+    P = K[..., : X.shape[1]].mH if is_identity else X @ K.mH
     U = _solve_block(gram, b, P * b.unsqueeze(-2))
     return X - U @ K, gram, P, U
 

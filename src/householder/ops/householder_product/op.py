@@ -1,8 +1,10 @@
 """Registration of `householder::householder_product` with PyTorch: schema, fakes, autograd, vmap.
 
 The op works on `x [G, M, D]`, `reflectors [G, N, D]`, `beta [G, N]`; `api.py` brings every call to
-this form. First-order gradients run a second op in closed form. Where higher orders are wanted the
-gradient is computed by the same closed form in differentiable PyTorch instead.
+this form. Without x the rows are the first M of the identity; without beta, which only the Triton
+form takes, reflectors are orthogonal. First-order gradients run a second op in closed form. Where
+higher orders are wanted the gradient is computed by the same closed form in differentiable PyTorch
+instead.
 """
 
 from __future__ import annotations
@@ -12,40 +14,164 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from householder.ops._dispatch import contiguous_like, register
+from householder.ops._dispatch import contiguous_like, register, why_not_triton
 from householder.ops.householder_product import chunk
+from householder.ops.wy import compute_dtype, result_dtype
 
 
-def _forward_fake(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
-    return contiguous_like(x)
+def why_no_kernels(x: Tensor | None, reflectors: Tensor, beta: Tensor | None) -> str | None:
+    """Return why the Triton form cannot take these inputs, or None if it can."""
+    return why_not_triton({"x": x, "reflectors": reflectors, "beta": beta}, {})
+
+
+def orthogonal_beta(reflectors: Tensor) -> Tensor:
+    """Return β = 2 / ‖k‖² in at least float32, and 0 for a zero reflector.
+
+    Each ‖k‖² is rounded as the inner products of a block are, so that equal reflectors have equal
+    products: a difference that many of them share would add up.
+    """
+    k = reflectors.to(compute_dtype(reflectors))
+    squares = torch.linalg.vecdot(k, k).real if k.is_complex() else k.square().sum(-1)
+    grams = [(b.conj() @ b.mT).diagonal(dim1=-2, dim2=-1) for b in k.split(chunk.MAX_BLOCK, -2)]
+    rounded = torch.cat(grams, dim=-1)
+    squares = squares + ((rounded.real if k.is_complex() else rounded) - squares).detach()
+    zero = squares == 0
+    return torch.where(zero, torch.zeros_like(squares), 2 / torch.where(zero, 1, squares))
+
+
+def _triton() -> Any:
+    """Return the module of the kernels; triton is imported when first needed."""
+    from householder.ops.householder_product import triton
+
+    return triton
+
+
+def _forward(
+    x: Tensor | None,
+    reflectors: Tensor,
+    beta: Tensor | None,
+    rows: int,
+    transpose: bool,
+    save: bool,
+    form: str,
+) -> tuple[Tensor, ...]:
+    if form == "triton":
+        return _triton().forward(reflectors, beta, x, rows, transpose, save)
+    y = _chunk_forward(x, reflectors, beta, rows, transpose).contiguous()
+    # An op must not return its input.
+    y = y.clone() if x is not None and y.data_ptr() == x.data_ptr() else y
+    return y, *(y.new_empty(0) for _ in range(NUM_SAVED))
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    reflectors: Tensor,
+    beta: Tensor | None,
+    transpose: bool,
+    *saved_and_form: Any,
+) -> tuple[Tensor, ...]:
+    *saved, form = saved_and_form
+    if form == "triton":
+        grads = _triton().backward(dy, reflectors, beta, x, transpose, *saved)
+    else:
+        grads = _chunk_backward(dy, x, reflectors, beta, transpose)
+    # An op returns tensors only: an absent gradient is an empty tensor.
+    return tuple(dy.new_empty(0) if d is None else d.contiguous() for d in grads)
+
+
+def reverse(reflectors: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reflectors and coefficients of the (conjugate) transpose; its own inverse."""
+    return reflectors.flip(-2), beta.flip(-1).conj()
+
+
+def _chunk_forward(
+    x: Tensor | None, reflectors: Tensor, beta: Tensor | None, rows: int, transpose: bool
+) -> Tensor:
+    beta = orthogonal_beta(reflectors) if beta is None else beta
+    if transpose:
+        reflectors, beta = reverse(reflectors, beta)
+    return chunk.forward(reflectors, beta, x, rows)
+
+
+def _chunk_backward(
+    dy: Tensor, x: Tensor | None, reflectors: Tensor, beta: Tensor | None, transpose: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    given = beta is not None
+    beta = beta if beta is not None else orthogonal_beta(reflectors)
+    arguments = reverse(reflectors, beta) if transpose else (reflectors, beta)
+    dx, dk, dbeta = chunk.backward(dy, x, *arguments)
+    if transpose:
+        dk, dbeta = reverse(dk, dbeta)
+    if given:
+        return dx, dk, dbeta
+    # The gradient of β = 2 / ‖k‖² is −β² k.
+    return dx, (dk - (dbeta * beta.square()).unsqueeze(-1) * reflectors).to(dk.dtype), None
+
+
+def _chunk_tangent(
+    x: Tensor | None, reflectors: Tensor, beta: Tensor | None, rows: int, transpose: bool,
+    dx: Tensor | None, dreflectors: Tensor, dbeta: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if beta is None:
+        beta = orthogonal_beta(reflectors)
+        k, dk = reflectors.to(beta.dtype), dreflectors.to(beta.dtype)
+        dbeta = -beta.square() * (k * dk).sum(-1)
+    assert dbeta is not None
+    primals, tangents = (reflectors, beta), (dreflectors, dbeta)
+    if transpose:
+        primals, tangents = reverse(*primals), reverse(*tangents)
+    return chunk.tangent(*primals, x, rows, dx, *tangents)
+
+
+# What the Triton forward keeps for the gradient; see `triton.saved_shapes`.
+_SAVED = "Tensor p, Tensor left, Tensor right, Tensor inverse, Tensor gram, Tensor coefficients"
+NUM_SAVED = _SAVED.count("Tensor")
+
+
+def _forward_fake(
+    x: Tensor | None,
+    reflectors: Tensor,
+    beta: Tensor | None,
+    rows: int,
+    transpose: bool,
+    save: bool,
+    form: str,
+) -> tuple[Tensor, ...]:
+    G, _, D = reflectors.shape
+    if x is not None:
+        y = contiguous_like(x)
+    else:
+        dtype = reflectors.dtype
+        if beta is not None and beta.is_complex():
+            dtype = result_dtype(reflectors, beta)
+        y = reflectors.new_empty(G, rows, D, dtype=dtype)
+    if form != "triton" or not save:
+        return y, *(y.new_empty(0) for _ in range(NUM_SAVED))
+    shapes = _triton().saved_shapes(x, reflectors, rows)
+    return y, *(y.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, reflectors: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return contiguous_like(x), contiguous_like(reflectors), contiguous_like(beta)
+    dy: Tensor, x: Tensor | None, reflectors: Tensor, beta: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        dy.new_empty(0) if t is None else contiguous_like(t) for t in (x, reflectors, beta)
+    )
 
 
-def _forward(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
-    y = chunk.forward(x, reflectors, beta).contiguous()
-    # An op must not return its input.
-    return y.clone() if y.data_ptr() == x.data_ptr() else y
-
-
-def _backward(*args: Tensor) -> tuple[Tensor, ...]:
-    return tuple(d.contiguous() for d in chunk.backward(*args))
-
-
+_INPUTS = "Tensor? x, Tensor reflectors, Tensor? beta"
 FORWARD = register(
     "householder_product",
-    "(Tensor x, Tensor reflectors, Tensor beta) -> Tensor",
+    f"({_INPUTS}, int rows, bool transpose, bool save, str form) "
+    f"-> ({', '.join(['Tensor'] * (1 + NUM_SAVED))})",
     fake=_forward_fake,
     cpu=_forward,
     cuda=_forward,
 )
 BACKWARD = register(
     "householder_product_backward",
-    "(Tensor dy, Tensor x, Tensor reflectors, Tensor beta) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor dy, {_INPUTS}, bool transpose, {_SAVED}, str form) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward,
     cuda=_backward,
@@ -55,46 +181,88 @@ householder_product_backward_op = torch.ops.householder.householder_product_back
 
 
 class CompiledHouseholderProduct(torch.autograd.Function):
-    """Differentiable op for `torch.compile`, whose tracer takes no custom forward mode."""
+    """Differentiable op for `torch.compile`, whose tracer takes no custom forward mode.
+
+    `(x, reflectors, beta, rows, transpose, save, form)`; `save` says that a gradient is expected.
+    It only spares work: under function transforms a caller cannot know, and then `backward` makes
+    what was not saved. `form` is "chunk" or "triton".
+    """
 
     @staticmethod
-    def forward(x: Tensor, reflectors: Tensor, beta: Tensor) -> Tensor:
-        return householder_product_op(x, reflectors, beta)
+    def forward(
+        x: Tensor | None,
+        reflectors: Tensor,
+        beta: Tensor | None,
+        rows: int,
+        transpose: bool,
+        save: bool,
+        form: str,
+    ) -> tuple[Tensor, ...]:
+        return householder_product_op(x, reflectors, beta, rows, transpose, save, form)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, reflectors, beta, ctx.rows, ctx.transpose, _, ctx.form = inputs
+        saved = output[1:]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, reflectors, beta, *saved)
+        ctx.save_for_forward(x, reflectors, beta)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        return householder_product_backward_op(dy, *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return _first_order(ctx, dy)
+
+
+def _first_order(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    """Return the gradients by the registered op."""
+    x, reflectors, beta, *saved = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 7
+    if ctx.form == "triton" and saved[-1].numel() == 0:
+        arguments = (x, reflectors, beta, ctx.rows, ctx.transpose, True, ctx.form)
+        saved = householder_product_op(*arguments)[1:]
+    dx, dk, dbeta = householder_product_backward_op(
+        dy, x, reflectors, beta, ctx.transpose, *saved, ctx.form
+    )
+    dx = None if x is None else dx
+    dbeta = None if beta is None else dbeta
+    return dx, dk, dbeta, None, None, None, None
 
 
 class HouseholderProductFunction(CompiledHouseholderProduct):
     """Differentiable op with every order, reverse and forward mode, and vmap."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled():  # the graph of the gradient itself is wanted
-            return chunk.backward(dy, *ctx.saved_tensors)
-        return householder_product_backward_op(dy, *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dy is not None and torch.is_grad_enabled():  # the graph of the gradient itself is wanted
+            x, reflectors, beta = ctx.saved_tensors[:3]
+            grads = _chunk_backward(dy, x, reflectors, beta, ctx.transpose)
+            return *grads, None, None, None, None
+        return _first_order(ctx, dy)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        primals = ctx.saved_tensors
-        tangents = tuple(
-            torch.zeros_like(x) if t is None else t for x, t in zip(primals, tangents, strict=True)
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        x, k, beta = ctx.saved_tensors[:3]
+        dx, dk, dbeta = (
+            torch.zeros_like(t) if t is not None and dt is None else dt
+            for t, dt in zip((x, k, beta), tangents[:3], strict=True)
         )
-        return chunk.tangent(*primals, *tangents)
+        dy = _chunk_tangent(x, k, beta, ctx.rows, ctx.transpose, dx, dk, dbeta)
+        return dy, *(None,) * NUM_SAVED
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         # [G, …] with a batched dimension before it is [size · G, …].
-        x, reflectors, beta = (
-            (x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0))
-            for x, dim in zip(args, in_dims, strict=True)
-        )
-        folded = (x.flatten(0, 1), reflectors.flatten(0, 1), beta.flatten(0, 1))
-        y = HouseholderProductFunction.apply(*folded)
-        return y.unflatten(0, x.shape[:2]), 0
+        folded = []
+        for x, dim in zip(args[:3], in_dims[:3], strict=True):
+            if x is not None:
+                stacked = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+                x = stacked.expand(info.batch_size, *stacked.shape[1:]).flatten(0, 1)
+            folded.append(x)
+        rows, transpose, _, form = args[3:]
+        y, *saved = HouseholderProductFunction.apply(*folded, rows, transpose, False, form)
+        y = y.unflatten(0, (info.batch_size, y.shape[0] // info.batch_size))
+        # Nothing was saved, for it could not be split by the batched dimension.
+        saved = [x.new_empty(info.batch_size, 0) for x in saved]
+        return (y, *saved), (0,) * (1 + NUM_SAVED)

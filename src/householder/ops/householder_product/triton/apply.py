@@ -1,0 +1,204 @@
+"""Rows multiplied by one block of reflectors, and the sums over rows of the gradient.
+
+With P = X Kᵀ and W = Tᵀ K (for the transpose T K), Y = X − P W: one kernel makes P, another Y. One
+kernel for both would read X twice as well, and keeps fewer loads under way.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._dispatch import contiguous_like
+from householder.ops._triton import cast_operand, dot, dot_add, operand_dtype
+from householder.ops.householder_product.triton import config
+
+
+@triton.jit
+def inner_kernel(
+    x, k, p, gram, M, N, D, x_g, x_m, k_g, k_n,
+    R: tl.constexpr, GRAM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write rows of P = X Kᵀ; the last programs, if asked for, those of K Kᵀ."""
+    num_m = tl.cdiv(M, BM)
+    per_product = num_m
+    if GRAM:
+        per_product += tl.cdiv(R, BM)
+    i_g = (tl.program_id(0) // per_product).to(tl.int64)
+    i_m = tl.program_id(0) % per_product
+    if i_m < num_m:
+        o_m = (i_m * BM + tl.arange(0, BM)).to(tl.int64)
+        m_m = (o_m < M)[:, None]
+        p_x = x + i_g * x_g + o_m[:, None] * x_m
+    else:
+        o_m = ((i_m - num_m) * BM + tl.arange(0, BM)).to(tl.int64)
+        m_m = (o_m < N)[:, None]
+        p_x = k + i_g * k_g + o_m[:, None] * k_n
+    o_r = tl.arange(0, R)
+    m_r = (o_r < N)[None, :]
+    p_k = k + i_g * k_g + o_r[None, :] * k_n
+    total = tl.zeros((BM, R), dtype=tl.float32)
+    for start in range(0, D, BD):
+        o_d = start + tl.arange(0, BD)
+        b_x = tl.load(p_x + o_d[None, :], mask=m_m & (o_d < D)[None, :], other=0.0)
+        b_k = tl.load(p_k + o_d[:, None], mask=m_r & (o_d < D)[:, None], other=0.0)
+        b_x, b_k = cast_operand(b_x, PRECISION), cast_operand(b_k, PRECISION)
+        total = dot_add(b_x, b_k, total, PRECISION)
+    if i_m < num_m:
+        p_p = p + (i_g * M + o_m[:, None]) * N + o_r[None, :]
+        tl.store(p_p, cast_operand(total, PRECISION).to(p.dtype.element_ty), mask=m_m & m_r)
+    else:
+        p_gram = gram + (i_g * R + o_m[:, None]) * R + o_r[None, :]
+        tl.store(p_gram, total, mask=(o_m < R)[:, None])
+
+
+@triton.jit
+def update_kernel(
+    x, p, w, y, M, N, D, x_g, x_m,
+    R: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of Y = X − P W."""
+    num_m = tl.cdiv(M, BM)
+    num_d = tl.cdiv(D, BD)
+    # From the last rows to the first: those are still in the second-level cache.
+    i = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_g = (i // (num_m * num_d)).to(tl.int64)
+    o_m = ((i // num_d % num_m) * BM + tl.arange(0, BM)).to(tl.int64)
+    o_d = (i % num_d) * BD + tl.arange(0, BD)
+    o_r = tl.arange(0, R)
+    m_m = (o_m < M)[:, None]
+    m_d = (o_d < D)[None, :]
+    m_r = o_r < N
+    b_x = tl.load(x + i_g * x_g + o_m[:, None] * x_m + o_d[None, :], mask=m_m & m_d, other=0.0)
+    b_p = tl.load(
+        p + (i_g * M + o_m[:, None]) * N + o_r[None, :], mask=m_m & m_r[None, :], other=0.0
+    )
+    b_w = tl.load(
+        w + (i_g * N + o_r[:, None]) * D + o_d[None, :], mask=m_r[:, None] & m_d, other=0.0
+    )
+    b_p, b_w = cast_operand(b_p, PRECISION), cast_operand(b_w, PRECISION)
+    b_y = b_x.to(tl.float32) - dot(b_p, b_w, PRECISION)
+    p_y = y + (i_g * M + o_m[:, None]) * D + o_d[None, :]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m & m_d)
+
+
+def inner(x: Tensor, k: Tensor, precision: str, with_gram: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `P = X Kᵀ` of one block of reflectors and, if asked for, K Kᵀ as `cross` does."""
+    G, M, D = x.shape
+    N = k.shape[1]
+    R = config.block_size(N)
+    p = x.new_empty(G, M, N, dtype=operand_dtype(precision))
+    gram = x.new_empty(G, 1, 1, R, R, dtype=torch.float32) if with_gram else None
+    launch = config.inner_launch(R, precision)
+    rows = launch.tiles["BM"]
+    programs = triton.cdiv(M, rows) + (triton.cdiv(R, rows) if with_gram else 0)
+    inner_kernel[(G * programs,)](
+        x, k, p, gram, M, N, D, *x.stride()[:2], *k.stride()[:2],
+        R=R, GRAM=with_gram, PRECISION=precision, **launch.options,
+    )  # fmt: skip
+    return p, gram
+
+
+def update(x: Tensor, p: Tensor, w: Tensor, precision: str) -> Tensor:
+    """Return `Y = X − P W`."""
+    G, M, D = x.shape
+    N = p.shape[2]
+    y = contiguous_like(x)
+    R = config.block_size(N)
+    launch = config.update_launch(R, precision)
+    tiles = triton.cdiv(M, launch.tiles["BM"]) * triton.cdiv(D, launch.tiles["BD"])
+    update_kernel[(G * tiles,)](
+        x, p, w, y, M, N, D, *x.stride()[:2], R=R, PRECISION=precision, **launch.options
+    )
+    return y
+
+
+@triton.jit
+def outer_kernel(
+    v, x, p, dy, out, parts, M, N, D, x_g, x_m, dy_g, dy_m, G,
+    R: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write columns of the sum over some rows of Vᵀ X, of Pᵀ dY or of Vᵀ P.
+
+    For the transpose of the product the last is transposed.
+    """
+    num_d = tl.cdiv(D, BD)
+    num_r: tl.constexpr = (R + BD - 1) // BD
+    per_product = 2 * num_d + num_r
+    i_g = (tl.program_id(0) // per_product).to(tl.int64)
+    i = tl.program_id(0) % per_product
+    i_split = tl.program_id(1)
+    p_r = v + i_g * M * N
+    if i < num_d:
+        p_row = x + i_g * x_g
+        stride = tl.cast(x_m, tl.int64)
+        width = D
+        i_d = i
+    elif i < 2 * num_d:
+        p_row = dy + i_g * dy_g
+        stride = tl.cast(dy_m, tl.int64)
+        width = D
+        i_d = i - num_d
+        p_r = p + i_g * M * N
+    else:
+        p_row = p + i_g * M * N
+        stride = tl.cast(N, tl.int64)
+        width = N
+        i_d = i - 2 * num_d
+    o_d = i_d * BD + tl.arange(0, BD)
+    o_r = tl.arange(0, R)
+    m_d = o_d < width
+    m_r = o_r < N
+    rows = tl.cdiv(tl.cdiv(M, SPLITS), BM) * BM
+    start = i_split * rows
+    # Transposed, [BD, R]: the tensor cores want at least 64 rows, and there may be few reflectors.
+    total = tl.zeros((BD, R), dtype=tl.float32)
+    for m in range(start, tl.minimum(start + rows, M), BM):
+        o_m = (m + tl.arange(0, BM)).to(tl.int64)
+        m_m = o_m < M
+        b_x = tl.load(
+            p_row + o_m[:, None] * stride + o_d[None, :],
+            mask=m_m[:, None] & m_d[None, :], other=0.0,
+        )  # fmt: skip
+        b_r = tl.load(
+            p_r + o_m[:, None] * N + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0
+        )
+        b_x, b_r = cast_operand(b_x, PRECISION), cast_operand(b_r, PRECISION)
+        total = dot_add(tl.trans(b_x), b_r, total, PRECISION)
+    if i < 2 * num_d:
+        part = ((i // num_d) * SPLITS + i_split) * G + i_g
+        p_out = out + (part * N + o_r[None, :]) * D + o_d[:, None]
+        tl.store(p_out, total, mask=m_d[:, None] & m_r[None, :])
+    else:
+        p_parts = parts + (i_g * SPLITS + i_split) * R * R
+        if TRANSPOSE:
+            p_parts += o_d[:, None] * R + o_r[None, :]
+        else:
+            p_parts += o_r[None, :] * R + o_d[:, None]
+        tl.store(p_parts, total, mask=(o_d < R)[:, None] & (o_r < R)[None, :])
+
+
+def outer(
+    v: Tensor, x: Tensor, p: Tensor, dy: Tensor, transpose: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `Vᵀ X` and `Pᵀ dY`, float32 `[sums, G, N, D]`, and `Vᵀ P`, in parts over the rows.
+
+    The last is as `cross` returns it; of the transpose of a product it is `Pᵀ V`.
+    """
+    G, M, D = x.shape
+    N = v.shape[2]
+    R, splits = config.block_size(N), config.outer_splits(M)
+    launch = config.outer_launch(R, precision)
+    out = torch.empty(2, splits, G, N, D, dtype=torch.float32, device=x.device)
+    parts = torch.empty(G, 1, splits, R, R, dtype=torch.float32, device=x.device)
+    columns = launch.tiles["BD"]
+    programs = 2 * triton.cdiv(D, columns) + triton.cdiv(R, columns)
+    outer_kernel[(G * programs, splits)](
+        v, x, p, dy, out, parts, M, N, D, *x.stride()[:2], *dy.stride()[:2], G,
+        R=R, SPLITS=splits, TRANSPOSE=transpose, PRECISION=precision, **launch.options,
+    )  # fmt: skip
+    return out[0], out[1], parts
