@@ -1,5 +1,6 @@
 """`path_attention` as Triton kernels."""
 
 from householder.ops.path_attention.triton.attend import forward
+from householder.ops.path_attention.triton.gradients import backward
 
-__all__ = ["forward"]
+__all__ = ["backward", "forward"]
