@@ -35,15 +35,18 @@ def pass_product(
     read back from where it was stored.
     """
     store_tile(p_d, o_rows, mine, 0, b_d, K, BK)
+    # What is moved is taken out of the accumulator before it goes in again: one tile, not two.
     o_k = tl.arange(0, BK)
     if BP == BK:
+        moving = cast_operand(tl.where(mine[:, None], b_d, 0.0), PRECISION)
+        b_d = tl.where(mine[:, None], 0.0, b_d)
         b_f = cast_operand(load_tile(p_f, o_k * K, o_k < K, 0, K, BK), PRECISION)
         if TRANSPOSED:
             b_f = tl.trans(b_f)
-        moved = dot(cast_operand(b_d, PRECISION), b_f, PRECISION)
+        return dot_add(moving, b_f, b_d, PRECISION)
     else:
         tl.debug_barrier()
-        moved = tl.zeros_like(b_d)
+        b_d = tl.where(mine[:, None], 0.0, b_d)
         for start in range(0, K, BP):
             o_p = start + tl.arange(0, BP)
             part = cast_operand(load_tile(p_d, o_rows, mine, start, K, BP), PRECISION)
@@ -51,8 +54,8 @@ def pass_product(
                 b_f = tl.trans(load_tile(p_f, o_k * K, o_k < K, start, K, BP))
             else:
                 b_f = load_tile(p_f, o_p * K, o_p < K, 0, K, BK)
-            moved = dot_add(part, cast_operand(b_f, PRECISION), moved, PRECISION)
-    return tl.where(mine[:, None], moved, b_d)
+            b_d = dot_add(part, cast_operand(b_f, PRECISION), b_d, PRECISION)
+        return b_d
 
 
 @triton.jit

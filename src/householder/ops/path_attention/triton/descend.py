@@ -141,9 +141,9 @@ def sum_kernel(
     i_h = ((tl.program_id(0) // num_p) % H).to(tl.int64)
     i = tl.program_id(0) // (num_p * H)
     if PACKED:
-        _, _, length, tile = locate_tile(i, T, cu_seqlens, tile_sequence, first_tile, PACKED)
-        # Tile t lies in the middle of the block whose slot, among odd ones, is t.
-        middle = i - tile + 1
+        # Programs go through the odd slots, those of blocks of all levels from 1 on.
+        _, _, length, tile = locate_tile(i // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED)
+        middle = i - 2 * tile + 1
         level = lowest_bit(middle) + 1
         block = middle >> level
     else:

@@ -24,6 +24,17 @@ class Blocks(NamedTuple):
     launch: Launch
 
 
+class ChunkBlocks(NamedTuple):
+    """How much of K and V the kernels of the chunks take at a time, and their parameters."""
+
+    inner_k: int  # of K in the kernels that sum over it
+    inner_v: int
+    columns_k: int  # of K in the kernel that writes its columns
+    columns_v: int
+    pairs: Launch
+    columns: Launch
+
+
 def gradient_precision(precision: str) -> str:
     """Return the precision of products of gradients.
 
@@ -38,9 +49,9 @@ def query_tiles(K: int, V: int, precision: str) -> Tiles:
     if precision != "bf16":
         return Tiles(64, 32, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
     if widest <= 64:
-        return Tiles(128, 64, block, Launch(4, 3))
+        return Tiles(64, 64, block, Launch(4, 3))
     if widest <= 128:
-        return Tiles(128, 64, block, Launch(8, 2))
+        return Tiles(128, 64, block, Launch(8, 3))
     return Tiles(64, 32, min(block, 64), Launch(4, 2))
 
 
@@ -49,8 +60,6 @@ def key_tiles(K: int, V: int, precision: str) -> Tiles:
     block, widest = key_block(K, precision), key_block(max(K, V), precision)
     if precision != "bf16":
         return Tiles(32, 64, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
-    if widest <= 64:
-        return Tiles(64, 128, block, Launch(4, 3))
     if widest <= 128:
         return Tiles(64, 128, block, Launch(8, 2))
     return Tiles(32, 64, min(block, 64), Launch(8, 2))
@@ -62,8 +71,11 @@ def product_blocks(K: int, precision: str) -> Blocks:
     return Blocks(min(block, 64), min(block, 64), Launch(4 if block <= 128 else 8, 1))
 
 
-def chunk_blocks(K: int, V: int, precision: str) -> Blocks:
-    """How much of K and of V the kernels of the chunks hold at once."""
-    most = 128 if precision == "bf16" else 64
+def chunk_blocks(K: int, V: int, precision: str) -> ChunkBlocks:
+    """Tiles of the kernels of the chunks."""
+    most = 64 if precision == "bf16" else 32
     K, V = key_block(K, precision), key_block(V, precision)
-    return Blocks(min(K, most), min(V, most), Launch(4 if precision == "bf16" else 8, 1))
+    warps = 4 if precision == "bf16" else 8
+    return ChunkBlocks(
+        min(K, most), min(V, most), min(K, most), min(V, most), Launch(warps, 1), Launch(warps, 1)
+    )

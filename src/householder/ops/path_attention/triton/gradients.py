@@ -16,9 +16,11 @@ from householder.ops._triton import addressable, on_its_device
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
+    columns_kernel,
     gate_kernel,
-    key_chunk_kernel,
-    query_chunk_kernel,
+    pairs_kernel,
+    solve_kernel,
+    values_kernel,
 )
 from householder.ops.path_attention.triton.config import CHUNK_TOKENS
 from householder.ops.path_attention.triton.descend import (
@@ -27,7 +29,7 @@ from householder.ops.path_attention.triton.descend import (
     rows_kernel,
     sum_kernel,
 )
-from householder.ops.path_attention.triton.problem import Problem, make_problem, strides
+from householder.ops.path_attention.triton.problem import LOG2_E, Problem, make_problem, strides
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
 # Chunks whose sums of the gates' gradients are loaded at once.
@@ -126,7 +128,7 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     if p.cu_seqlens is not None:
         at_level = [p.num_tiles] * L
     rows = tree.q, tree.k, x.dq_levels, x.dk_levels
-    number = p.num_tiles if p.cu_seqlens is not None else sum(at_level[1 : L - 1])
+    number = p.chunks if p.cu_seqlens is not None else sum(at_level[1 : L - 1])
     if number:
         sum_kernel[(number * H * pieces,)](
             *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants
@@ -141,6 +143,61 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
         w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants,
     )  # fmt: skip
     return wdf, wdft
+
+
+def finish_chunks(
+    p: Problem,
+    tree: Tree,
+    rows: Rows,
+    x: Climbed,
+    o: Tensor,
+    do: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    dg_inside: Tensor | None,
+) -> None:
+    """Write the gradients of q, k, v, w and beta, and what the chunks themselves give to g's."""
+    dq, dk, dv, dw, dbeta = gradients
+    H, K = p.k.shape[2:]
+    HQ, V, T = p.heads, p.v.shape[-1], p.q.shape[1]
+    wdf, wdft = descend(p, tree, x)
+
+    def pairs(heads: int) -> Tensor:
+        return torch.empty(heads, p.rows, 64, dtype=x.dq.dtype, device=do.device)
+
+    p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs = (pairs(HQ) for _ in range(5))
+    e_pairs, de_pairs, n_pairs = (pairs(H) for _ in range(3))
+    blocks = config.chunk_blocks(K, V, p.precision)
+    constants = {
+        "GROUP": HQ // H, "PACKED": p.cu_seqlens is not None,
+        "PRECISION": config.gradient_precision(p.precision),
+    }  # fmt: skip
+    exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
+    q, k, v, w, beta, do_strides = (
+        strides(name, y)
+        for name, y in zip("q k v w beta do".split(), (*p[:5], do), strict=True)
+    )
+    g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
+    pairs_kernel[(p.chunks * HQ,)](
+        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, rows.lse, rows.delta, tree.inverse, x.dq,
+        dg_inside, p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
+        p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
+        **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
+        WINDOWED=p.window is not None, **blocks.pairs.options,
+    )  # fmt: skip
+    solve_kernel[(p.chunks * H,)](
+        p.k, p.w, p.beta, tree.inverse, x.dk, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs,
+        n_pairs, dbeta, *p.packing, T, p.num_tiles, H, **k, **w, **beta, **constants, **exact,
+        **blocks.pairs.options,
+    )  # fmt: skip
+    columns_kernel[(p.chunks * H * -(-K // blocks.columns_k),)](
+        p.q, p.k, p.w, p.beta, tree.inverse, x.dq, x.dk, wdf, wdft, x_pairs, da_pairs, dx_pairs,
+        e_pairs, de_pairs, n_pairs, dq, dk, dw, *p.packing, p.scale, T, p.num_tiles, H, **q, **k,
+        **w, **beta, **constants, K=K, BK=blocks.columns_k, **blocks.columns.options,
+    )  # fmt: skip
+    values_kernel[(p.chunks * H * -(-V // blocks.columns_v),)](
+        do, p_pairs, x.dv, dv, *p.packing, T, p.num_tiles, H, **do_strides, **constants, V=V,
+        BV=blocks.columns_v, **blocks.columns.options,
+    )  # fmt: skip
 
 
 @on_its_device
@@ -175,32 +232,8 @@ def backward(
     tree = build_tree(p, inverse=True)
     rows = make_rows(p, o, lse, do)
     x = climb_down(p, tree, rows, do, dtype)
-    wdf, wdft = descend(p, tree, x)
-
-    # What passes from the kernel of the query heads to that of the key heads.
-    pairs = [torch.empty(HQ, p.rows, 64, dtype=dtype, device=q.device) for _ in range(4)]
     dg_inside = None if g is None else torch.empty_like(rows.delta)
-    blocks = config.chunk_blocks(K, V, p.precision)
-    constants = {
-        "GROUP": HQ // H, "K": K, "V": V, "PACKED": cu_seqlens is not None,
-        "EXACT": p.constants["PRECISION"], "PRECISION": config.gradient_precision(p.precision),
-        "BK": blocks.first, "BV": blocks.second, **blocks.launch.options,
-    }  # fmt: skip
-    laid_out = {
-        **strides("q", p.q), **strides("k", p.k), **strides("w", p.w),
-        **strides("beta", p.beta), **strides("do", do),
-    }  # fmt: skip
-    gates = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
-    query_chunk_kernel[(p.chunks * HQ,)](
-        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, rows.lse, rows.delta, tree.inverse, x.dq, dq,
-        dg_inside, *pairs, *p.packing, scale, window, T, p.num_tiles, HQ, **laid_out,
-        **strides("v", p.v), **strides("o", o), **gates, **constants,
-        GATED=g is not None, WINDOWED=window is not None,
-    )  # fmt: skip
-    key_chunk_kernel[(p.chunks * H,)](
-        p.q, p.k, p.w, p.beta, do, tree.inverse, x.dq, x.dk, x.dv, wdf, wdft, *pairs, dk, dv, dw,
-        dbeta, *p.packing, scale, T, p.num_tiles, H, **laid_out, **constants,
-    )  # fmt: skip
+    finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta), dg_inside)
     if dg is not None and x.sums is not None:
         # Levels that a chunk has no sums of are not read.
         totals = x.sums.unflatten(-1, (-1, CHUNK_TOKENS)).sum(-1)
@@ -210,11 +243,8 @@ def backward(
         )  # fmt: skip
     dsinks = None
     if sinks is not None:
-        seen = torch.exp(sinks.float() - lse) * rows_of_tokens(p, rows.delta, do, o)
-        dsinks = seen.sum((0, 1)).neg_().to(sinks.dtype)
+        # Rows behind a sequence's end have lse = ∞.
+        seen = torch.exp2(sinks.float()[:, None] * LOG2_E.value - rows.lse) * rows.delta
+        dsinks = seen.sum(1).neg_().to(sinks.dtype)
     return dq, dk, dv, dw, dbeta, dg, dsinks
 
-
-def rows_of_tokens(p: Problem, delta: Tensor, do: Tensor, o: Tensor) -> Tensor:
-    """Return δ `[B, T, HQ]`."""
-    return (do.float() * o.float()).sum(-1)
