@@ -9,8 +9,8 @@ and of each query head, with X = lower(Q Wᵀ),
 
     Q← = Q − X Z        A = lower(Q Kᵀ − X E)
 
-The attention inside the chunk begins the softmax of its rows. Q← and K→ go to the first level of the
-tree that uses them.
+The attention inside the chunk begins the softmax of its rows. Q← and K→ go to the first level of
+the tree that uses them.
 """
 
 from __future__ import annotations
