@@ -6,11 +6,11 @@
     python benchmarks/path_gpu.py --results /tmp/out   # where `path-attention-gpu.csv` is appended
 
 bfloat16 inputs. `sdpa` is `scaled_dot_product_attention(is_causal=True)`, attention without
-positions: what the reflectors cost is the difference. All are called through their public functions,
-gradients through autograd to every input. Before a case is timed, the outputs (and gradients) of
-one sequence are compared with the chunked form in float64. Times are medians of repeats with the L2
-cache cleared in between, of the call replayed from a CUDA graph. Peak memory is what the timed call
-takes beyond its inputs.
+positions: what the reflectors cost is the difference. All are called through their public
+functions, gradients through autograd to every input. Before a case is timed, the outputs (and
+gradients) of one sequence are compared with the chunked form in float64. Times are medians of
+repeats with the L2 cache cleared in between, of the call replayed from a CUDA graph. Peak memory is
+what the timed call takes beyond its inputs.
 """
 
 from __future__ import annotations
