@@ -219,14 +219,16 @@ def _build(p: Problem, inverse: bool, diagonal: bool) -> tuple[Tree, Softmax | N
     if p.num_tiles == 0:
         return tree, softmax
     T = p.q.shape[1]
-    launch = config.prepare_launch(K, V, p.precision)
+    block, launch = config.prepare_launch(p.precision)
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     prepare_kernel[(p.chunks * H,)](
         p.q, p.k, p.v, p.w, p.beta, p.g, tree.q, tree.k, tree.f, tree.inverse, tree.decay,
         tree.gate_sums, *((None,) * 3 if softmax is None else softmax), *p.packing, p.scale,
         p.window, T, H, p.rows, L, **strides("q", p.q), **strides("k", p.k), **strides("v", p.v),
-        **strides("w", p.w), **strides("beta", p.beta), **g, **p.constants, **p.value_constants,
-        WINDOWED=p.window is not None, DIAGONAL=diagonal, **launch.options,
+        **strides("w", p.w), **strides("beta", p.beta), **g,
+        **(p.constants | {"BK": min(p.constants["BK"], block)}), V=V,
+        BV=min(config.key_block(V, p.precision), block), WINDOWED=p.window is not None,
+        DIAGONAL=diagonal, **launch.options,
     )  # fmt: skip
     join(p, tree)
     if L > 1:
