@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,22 @@ NAMESPACE = "householder"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# What the Triton kernels of every op are made for: dtypes, and K and V up to TRITON_MAX_DIM.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_MAX_DIM = 256
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # something forbids its import
+        return False
+
+
+# Looked up once: the choice of a form must not change in between, nor break a compiled graph.
+HAS_TRITON = _is_installed("triton")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in tests
+
 
 def check_impl(op: str, impl: str, available: Sequence[str]) -> None:
     """Raise ValueError unless `impl` names one of the op's forms."""
@@ -22,6 +40,43 @@ def check_impl(op: str, impl: str, available: Sequence[str]) -> None:
         raise ValueError(
             f'{op}: `impl` must be one of {names}, got "{impl}"; "auto" suits most uses'
         )
+
+
+def why_not_triton(tensors: Mapping[str, Tensor | None], sizes: Mapping[str, int]) -> str | None:
+    """Return why no Triton kernel can take these inputs, or None if nothing is in the way.
+
+    A pure function of device, dtypes and sizes, and of whether triton is installed. The tensors are
+    on one device; `sizes` are dimensions whose whole rows the kernels load.
+    """
+    device = next(x.device for x in tensors.values() if x is not None)
+    if device.type != "cuda" and not INTERPRETING:
+        return f"it needs tensors on a CUDA device, got {device}"
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in TRITON_DTYPES:
+            return f"it takes float32, bfloat16 and float16, got `{name}` in {x.dtype}"
+    for name, size in sizes.items():
+        if size % 16 or not 0 < size <= TRITON_MAX_DIM:
+            return f"{name} must be a multiple of 16 up to {TRITON_MAX_DIM}, got {size}"
+    return None
+
+
+def runs_triton(
+    op: str, impl: str, device: torch.device, why_not: Callable[[], str | None]
+) -> bool:
+    """Return whether `impl` means the Triton form; raise if that cannot take the inputs.
+
+    `why_not` says why it cannot, if so.
+    """
+    if impl not in ("auto", "triton") or (impl == "auto" and device.type != "cuda"):
+        return False
+    reason = why_not()
+    if reason is not None and impl == "triton":
+        raise NotImplementedError(
+            f'{op}: impl="triton" cannot run: {reason}; impl="auto" chooses a form that can'
+        )
+    return reason is None
 
 
 def register(

@@ -134,14 +134,13 @@ def attend_kernel(
     seen = 0
     if WINDOWED:
         seen = tl.maximum(token + 1 - window, 0) // 64 * 64
-    if BM == 128:
-        # The tile's second chunk sees its first one.
-        if (length - token > 64) & (seen < token + 64):
-            b_o, b_top, b_total = attend_block(
-                b_o, b_top, b_total, q_levels, k_levels, decay, p_v, v_t, 0, i_hq, row, sequence,
-                num_rows, H, token, token + 64, token, window, 64, GROUP, K, V, GATED, WINDOWED,
-                PRECISION, BM, BN if BN < 64 else 64, BK, BV,
-            )  # fmt: skip
+    # The second chunk of a tile sees its first one.
+    if BM == 128 and (length - token > 64) & (seen < token + 64):
+        b_o, b_top, b_total = attend_block(
+            b_o, b_top, b_total, q_levels, k_levels, decay, p_v, v_t, 0, i_hq, row, sequence,
+            num_rows, H, token, token + 64, token, window, 64, GROUP, K, V, GATED, WINDOWED,
+            PRECISION, BM, BN if BN < 64 else 64, BK, BV,
+        )  # fmt: skip
     for level in range(BM // 128, num_levels):
         block = token // 64 >> level
         stop = block * (64 << level)

@@ -52,10 +52,9 @@ def key_block(K: int, precision: str) -> int:
     return power_of_two(K, least=32 if precision == "tf32x3" else 16)
 
 
-def prepare_launch(K: int, V: int, precision: str) -> Launch:
-    """Parameters of the kernel of the triangles."""
-    widest = key_block(max(K, V), precision)
-    return Launch(4 if widest <= 64 else 8, 1)
+def prepare_launch(precision: str) -> tuple[int, Launch]:
+    """Tile, part of K and of V, and parameters of the kernel of the triangles."""
+    return 64, Launch(8 if precision == "tf32x3" else 4, 1)
 
 
 def join_launch(K: int, precision: str) -> tuple[int, Launch]:

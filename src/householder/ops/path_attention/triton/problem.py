@@ -5,9 +5,9 @@ sequences; the last tile of a sequence is filled up with zeros. In what they kee
 `tile · TILE_TOKENS + r` belongs to token r of the tile. For a packed batch a tile's sequence comes
 from small tables made on the device, so that nothing waits for the host.
 
-In the tree, chunk c of a sequence belongs at level l to the block c >> l of 2^l chunks. The bit l of
-c says which of two neighbours this is: the left one (0) or the right one (1). The products of all
-blocks of a sequence lie in one array as the nodes of the tree do from left to right: block b of
+In the tree, chunk c of a sequence belongs at level l to the block c >> l of 2^l chunks. The bit l
+of c says which of two neighbours this is: the left one (0) or the right one (1). The products of
+all blocks of a sequence lie in one array as the nodes of the tree do from left to right: block b of
 level l at (2b + 1) 2^l − 1.
 """
 

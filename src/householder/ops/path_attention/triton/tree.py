@@ -65,11 +65,10 @@ def join_kernel(
     b_left = load_tile(p_f + left * (K * K), o_k * K, o_k < K, i_n, K, BN)
     b_f = dot(cast_operand(b_right, PRECISION), cast_operand(b_left, PRECISION), PRECISION)
     store_tile(p_f + joined * (K * K), o_k * K, o_k < K, i_n, b_f, K, BN)
-    if GATED:
-        if i_n == 0:
-            for i in range(GROUP):
-                p_sums = gate_sums + (i_h * GROUP + i) * num_slots
-                tl.store(p_sums + joined, tl.load(p_sums + left) + tl.load(p_sums + right))
+    if GATED and i_n == 0:
+        for i in range(GROUP):
+            p_sums = gate_sums + (i_h * GROUP + i) * num_slots
+            tl.store(p_sums + joined, tl.load(p_sums + left) + tl.load(p_sums + right))
 
 
 @triton.jit
@@ -220,14 +219,16 @@ def _build(p: Problem, inverse: bool, diagonal: bool) -> tuple[Tree, Softmax | N
     if p.num_tiles == 0:
         return tree, softmax
     T = p.q.shape[1]
-    launch = config.prepare_launch(K, V, p.precision)
+    block, launch = config.prepare_launch(p.precision)
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     prepare_kernel[(p.chunks * H,)](
         p.q, p.k, p.v, p.w, p.beta, p.g, tree.q, tree.k, tree.f, tree.inverse, tree.decay,
         tree.gate_sums, *((None,) * 3 if softmax is None else softmax), *p.packing, p.scale,
-        p.window, T, H, p.rows, p.num_levels, **strides("q", p.q), **strides("k", p.k), **strides("v", p.v),
-        **strides("w", p.w), **strides("beta", p.beta), **g, **p.constants, **p.value_constants,
-        WINDOWED=p.window is not None, DIAGONAL=diagonal, **launch.options,
+        p.window, T, H, p.rows, L, **strides("q", p.q), **strides("k", p.k), **strides("v", p.v),
+        **strides("w", p.w), **strides("beta", p.beta), **g,
+        **(p.constants | {"BK": min(p.constants["BK"], block)}), V=V,
+        BV=min(config.key_block(V, p.precision), block), WINDOWED=p.window is not None,
+        DIAGONAL=diagonal, **launch.options,
     )  # fmt: skip
     join(p, tree)
     if L > 1:
