@@ -23,9 +23,6 @@ from householder.ops._dispatch import (
 from householder.ops.path_attention import chunk
 from householder.ops.wy import compute_dtype
 
-# The form of the gradient that goes with each form of the outputs.
-GRADIENT_FORMS = {"chunk": "chunk", "triton": "chunk"}
-
 
 def why_not_triton(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> str | None:
     """Return why the Triton form cannot take these inputs, or None if it can.
@@ -53,7 +50,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, form = args
     # An op returns tensors only: an absent gradient is an empty tensor.
-    grads = _kernels(GRADIENT_FORMS[form]).backward(do, *inputs)
+    grads = _kernels(form).backward(do, *inputs)
     return tuple(do.new_empty(0) if x is None else x for x in grads)
 
 

@@ -114,7 +114,7 @@ def pairs_kernel(
     b_a = qk * scale - dot(cast_operand(b_x, EXACT), b_e, EXACT)
     if GATED:
         p_g = g + batch * g_b + start * g_t + i_hq * g_h
-        b_a += decay_inside(load_gates(p_g, g_t, n))
+        b_a += decay_inside(load_gates(p_g, g_t, n), EXACT)
     seen = below | diagonal
     if WINDOWED:
         seen = seen & (o_c[:, None] - o_c[None, :] < window)
