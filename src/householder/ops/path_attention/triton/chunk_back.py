@@ -50,7 +50,7 @@ def store_pairs(pointer, x):
 
 @triton.jit
 def pairs_kernel(
-    q, k, v, w, beta, g, o, do, lse, delta, inverse, dq_start, dg_inside, p_pairs, x_pairs,
+    q, k, v, w, beta, g, o, do, lse, delta, inverse, dq_start, p_pairs, x_pairs,
     da_pairs, dx_pairs, r_pairs, cu_seqlens, tile_sequence, first_tile, scale, window, T,
     num_tiles, HQ, q_b, q_h, k_b, k_h, v_b, v_h, w_b, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     o_b, o_h, do_b, do_h, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
@@ -59,7 +59,7 @@ def pairs_kernel(
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    """Write P, X, dA, dX and R of one chunk and query head, and what dA gives to the gates.
+    """Write P, X, dA, dX and R of one chunk and query head.
 
     EXACT is the precision of what the logits are made of, PRECISION that of gradients.
     """
@@ -114,7 +114,7 @@ def pairs_kernel(
     b_a = qk * scale - dot(cast_operand(b_x, EXACT), b_e, EXACT)
     if GATED:
         p_g = g + batch * g_b + start * g_t + i_hq * g_h
-        b_a += decay_inside(load_gates(p_g, g_t, n), EXACT)
+        b_a += decay_inside(load_gates(p_g, g_t, n))
     seen = below | diagonal
     if WINDOWED:
         seen = seen & (o_c[:, None] - o_c[None, :] < window)
@@ -137,11 +137,6 @@ def pairs_kernel(
     b_da = b_p * tl.where(diagonal, b_own[:, None], b_da - b_delta[:, None])
     b_da = cast_operand(b_da, PRECISION)
     store_pairs(da_pairs + row * 64, b_da)
-    if GATED:
-        # The gate of token s is crossed by the pairs with j < s ≤ i.
-        from_here = cast_operand(tl.where(below, 0.0, 1.0), PRECISION)
-        later = dot(from_here, b_da, PRECISION)
-        tl.store(dg_inside + row + o_c, tl.sum(tl.where(below, later, 0.0), 1))
     b_r = cast_operand(b_r * b_beta[None, :], PRECISION)
     b_dx = dot(b_r, tl.trans(cast_operand(b_inverse, PRECISION)), PRECISION)
     b_dx = dot_add(b_da, tl.trans(cast_operand(b_e, PRECISION)), b_dx, PRECISION)
@@ -349,13 +344,14 @@ def sum_range(totals, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def gate_kernel(
-    sums, totals, dg_inside, dg, cu_seqlens, tile_sequence, first_tile, T, num_tiles, num_levels,
-    HQ, dg_b, dg_t, dg_h, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    sums, totals, da_pairs, dg, cu_seqlens, tile_sequence, first_tile, T, num_tiles, num_levels,
+    HQ, dg_b, dg_t, dg_h, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write dg of one chunk and query head.
 
-    In a rectangle, a gate of the right block is crossed by the rows from its token on, and one of
-    the left block by the columns before it. `totals` are the chunks' sums of `sums`.
+    In the chunk, the gate of token s is crossed by the pairs with j < s ≤ i; in a rectangle, one of
+    the right block by the rows from its token on, and one of the left block by the columns before
+    it. `totals` are the chunks' sums of `sums`.
     """
     i_chunk = tl.program_id(0) // HQ
     i_hq = (tl.program_id(0) % HQ).to(tl.int64)
@@ -370,20 +366,22 @@ def gate_kernel(
     num_rows = tl.cast(num_tiles, tl.int64) * 128
     row = i_chunk.to(tl.int64) * 64
     o_c = tl.arange(0, 64)
-    from_here = o_c[:, None] <= o_c[None, :]
-    b_dg = tl.load(dg_inside + i_hq * num_rows + row + o_c)
+    b_da = load_pairs(da_pairs + (i_hq * num_rows + row) * 64, PRECISION)
+    before = cast_operand(tl.where(o_c[:, None] < o_c[None, :], 1.0, 0.0), PRECISION)
+    later = o_c[:, None] >= o_c[None, :]
+    b_dg = tl.sum(tl.where(later, dot(b_da, before, PRECISION), 0.0), 0)
     for level in range(num_levels):
         block = chunk >> level
         of_head = (tl.cast(level, tl.int64) * HQ + i_hq) * num_rows
         p_totals = totals + of_head // 64 + tl.cast(tile, tl.int64) * 2
         if block % 2 == 1:
             b_sum = tl.load(sums + of_head + row + o_c)
-            b_dg += tl.sum(tl.where(from_here, b_sum[None, :], 0.0), 1)
+            b_dg += tl.sum(tl.where(later, b_sum[:, None], 0.0), 0)
             stop = tl.minimum((block + 1) << level, num_chunks)
             b_dg += sum_range(p_totals, chunk + 1, stop, BLOCK)
         elif ((block + 1) << level) < num_chunks:
             b_sum = tl.load(sums + of_head + row + o_c)
-            b_dg += tl.sum(tl.where(from_here, 0.0, b_sum[None, :]), 1)
+            b_dg += tl.sum(tl.where(later, 0.0, b_sum[:, None]), 0)
             b_dg += sum_range(p_totals, block << level, chunk, BLOCK)
     p_dg = dg + tl.cast(batch, tl.int64) * dg_b + (tl.cast(first, tl.int64) + chunk * 64) * dg_t
     p_dg += i_hq * dg_h

@@ -44,10 +44,12 @@ def gradient_precision(precision: str) -> str:
 
 
 def query_tiles(K: int, V: int, precision: str) -> Tiles:
-    """Tiles of the kernel of the queries; 128 rows or 64."""
+    """Tiles of the kernel of the queries; at most 128 rows."""
     block, widest = key_block(K, precision), key_block(max(K, V), precision)
     if precision != "bf16":
-        return Tiles(64, 32, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
+        if widest <= 128:
+            return Tiles(64, 32, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
+        return Tiles(32, 32, min(block, 32), Launch(4, 1))
     if widest <= 64:
         return Tiles(64, 64, block, Launch(4, 3))
     if widest <= 128:
@@ -56,10 +58,14 @@ def query_tiles(K: int, V: int, precision: str) -> Tiles:
 
 
 def key_tiles(K: int, V: int, precision: str) -> Tiles:
-    """Tiles of the kernel of the keys; 128 columns or 64."""
+    """Tiles of the kernel of the keys; at most 128 columns."""
     block, widest = key_block(K, precision), key_block(max(K, V), precision)
     if precision != "bf16":
-        return Tiles(32, 64, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
+        if widest <= 128:
+            return Tiles(32, 64, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
+        return Tiles(32, 32, min(block, 32), Launch(4, 1))
+    if widest <= 64:
+        return Tiles(64, 64, block, Launch(4, 3))
     if widest <= 128:
         return Tiles(64, 128, block, Launch(8, 2))
     return Tiles(32, 64, min(block, 64), Launch(8, 2))
@@ -68,6 +74,8 @@ def key_tiles(K: int, V: int, precision: str) -> Tiles:
 def product_blocks(K: int, precision: str) -> Blocks:
     """Rows of dF that one program makes, and how much of K it sums over at a time."""
     block = key_block(K, precision)
+    if precision == "tf32x3":
+        return Blocks(32, 32, Launch(8, 1))
     return Blocks(min(block, 64), min(block, 64), Launch(4 if block <= 128 else 8, 1))
 
 

@@ -152,11 +152,10 @@ def finish_chunks(
     x: Climbed,
     o: Tensor,
     do: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    dg_inside: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
-    """Write the gradients of q, k, v, w and beta, and what the chunks themselves give to g's."""
-    dq, dk, dv, dw, dbeta = gradients
+    """Write the gradients of q, k, v, w, beta and g."""
+    dq, dk, dv, dw, dbeta, dg = gradients
     H, K = p.k.shape[2:]
     HQ, V, T = p.heads, p.v.shape[-1], p.q.shape[1]
     wdf, wdft = descend(p, tree, x)
@@ -179,7 +178,7 @@ def finish_chunks(
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     pairs_kernel[(p.chunks * HQ,)](
         p.q, p.k, p.v, p.w, p.beta, p.g, o, do, rows.lse, rows.delta, tree.inverse, x.dq,
-        dg_inside, p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
+        p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
         p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
         **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
         WINDOWED=p.window is not None, **blocks.pairs.options,
@@ -198,6 +197,14 @@ def finish_chunks(
         do, p_pairs, x.dv, dv, *p.packing, T, p.num_tiles, H, **do_strides, **constants, V=V,
         BV=blocks.columns_v, **blocks.columns.options,
     )  # fmt: skip
+    if dg is not None and x.sums is not None:
+        # Levels that a chunk has no sums of are not read.
+        totals = x.sums.unflatten(-1, (-1, CHUNK_TOKENS)).sum(-1)
+        gate_kernel[(p.chunks * HQ,)](
+            x.sums, totals, da_pairs, dg, *p.packing, T, p.num_tiles, p.num_levels, HQ,
+            *dg.stride(), PACKED=p.cu_seqlens is not None, PRECISION=constants["PRECISION"],
+            BLOCK=TOTALS_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 @on_its_device
@@ -232,15 +239,7 @@ def backward(
     tree = build_tree(p, inverse=True)
     rows = make_rows(p, o, lse, do)
     x = climb_down(p, tree, rows, do, dtype)
-    dg_inside = None if g is None else torch.empty_like(rows.delta)
-    finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta), dg_inside)
-    if dg is not None and x.sums is not None:
-        # Levels that a chunk has no sums of are not read.
-        totals = x.sums.unflatten(-1, (-1, CHUNK_TOKENS)).sum(-1)
-        gate_kernel[(p.chunks * HQ,)](
-            x.sums, totals, dg_inside, dg, *p.packing, T, p.num_tiles, p.num_levels, HQ,
-            *dg.stride(), PACKED=cu_seqlens is not None, BLOCK=TOTALS_BLOCK, num_warps=4,
-        )  # fmt: skip
+    finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta, dg))
     dsinks = None
     if sinks is not None:
         # Rows behind a sequence's end have lse = ∞.
