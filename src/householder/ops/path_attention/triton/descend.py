@@ -28,13 +28,15 @@ from householder.ops.path_attention.triton.problem import (
 
 @triton.jit
 def rows_kernel(
-    o, do, lse, lse_rows, delta_rows, cu_seqlens, tile_sequence, first_tile, T, num_tiles, HQ,
+    o, do, lse, sinks, lse_rows, delta_rows, dsinks_rows, cu_seqlens, tile_sequence, first_tile,
+    T, num_tiles, HQ,
     o_b, o_t, o_h, do_b, do_t, do_h, lse_b, lse_t, lse_h,
     V: tl.constexpr, PACKED: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Write δ = rowsum(dO ⊙ O) and lse, to the base 2, of one chunk and head.
 
-    Rows behind the sequence's end get lse = ∞: they attend to nothing.
+    Rows behind the sequence's end get lse = ∞: they attend to nothing. A sink's logit has the
+    gradient −δ times its part of the softmax, of each row.
     """
     i_chunk = tl.program_id(0) // HQ
     i_hq = (tl.program_id(0) % HQ).to(tl.int64)
@@ -51,9 +53,13 @@ def rows_kernel(
     b_o = load_tile(p_o, o_c * o_t, m_c, 0, V, BV).to(tl.float32)
     b_do = load_tile(p_do, o_c * do_t, m_c, 0, V, BV).to(tl.float32)
     at = i_hq * (tl.cast(num_tiles, tl.int64) * 128) + i_chunk.to(tl.int64) * 64 + o_c
-    tl.store(delta_rows + at, tl.sum(b_o * b_do, 1))
+    b_delta = tl.sum(b_o * b_do, 1)
+    tl.store(delta_rows + at, b_delta)
     b_lse = tl.load(lse + batch * lse_b + (start + o_c) * lse_t + i_hq * lse_h, mask=m_c, other=0.0)
     tl.store(lse_rows + at, tl.where(m_c, b_lse * LOG2_E, float("inf")))
+    if sinks is not None:
+        b_sink = tl.load(sinks + i_hq).to(tl.float32)
+        tl.store(dsinks_rows + at, tl.where(m_c, -b_delta * tl.exp(b_sink - b_lse), 0.0))
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from householder.ops.path_attention.triton.descend import (
     rows_kernel,
     sum_kernel,
 )
-from householder.ops.path_attention.triton.problem import LOG2_E, Problem, make_problem, strides
+from householder.ops.path_attention.triton.problem import Problem, make_problem, strides
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
 # Chunks whose sums of the gates' gradients are loaded at once.
@@ -41,6 +41,7 @@ class Rows(NamedTuple):
 
     lse: Tensor  # [HQ, rows], to the base 2; ∞ behind a sequence's end
     delta: Tensor  # [HQ, rows]: rowsum(dO ⊙ O)
+    dsinks: Tensor | None  # [HQ, rows]: what each row gives to the gradient of the sinks
 
 
 class Climbed(NamedTuple):
@@ -56,9 +57,13 @@ class Climbed(NamedTuple):
 
 def make_rows(p: Problem, o: Tensor, lse: Tensor, do: Tensor) -> Rows:
     """Bring lse to the tiles' rows, and make δ."""
-    rows = Rows(*(torch.empty(p.heads, p.rows, dtype=torch.float32, device=o.device) for _ in "12"))
+
+    def room() -> Tensor:
+        return torch.empty(p.heads, p.rows, dtype=torch.float32, device=o.device)
+
+    rows = Rows(room(), room(), None if p.sinks is None else room())
     rows_kernel[(p.chunks * p.heads,)](
-        o, do, lse, *rows, *p.packing, o.shape[1], p.num_tiles, p.heads, *o.stride()[:3],
+        o, do, lse, p.sinks, *rows, *p.packing, o.shape[1], p.num_tiles, p.heads, *o.stride()[:3],
         *do.stride()[:3], *lse.stride(), **p.value_constants, PACKED=p.cu_seqlens is not None,
         num_warps=4,
     )  # fmt: skip
@@ -241,9 +246,7 @@ def backward(
     x = climb_down(p, tree, rows, do, dtype)
     finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta, dg))
     dsinks = None
-    if sinks is not None:
-        # Rows behind a sequence's end have lse = ∞.
-        seen = torch.exp2(sinks.float()[:, None] * LOG2_E.value - rows.lse) * rows.delta
-        dsinks = seen.sum(1).neg_().to(sinks.dtype)
+    if sinks is not None and rows.dsinks is not None:
+        dsinks = rows.dsinks.sum(1).to(sinks.dtype)
     return dq, dk, dv, dw, dbeta, dg, dsinks
 
