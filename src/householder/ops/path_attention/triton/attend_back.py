@@ -136,13 +136,15 @@ def query_kernel(
                 b_k = cast_operand(b_k, PRECISION)
                 b_v = load_tile(p_v + at * v_t, o_n * v_t, everywhere, 0, V, BV)
                 b_v = cast_operand(b_v, PRECISION)
-                b_a = dot(b_q, tl.trans(b_k), PRECISION) * LOG2_E - b_top[:, None]
+                # Both products are under way before the first is waited for.
+                b_a = dot(b_q, tl.trans(b_k), PRECISION)
+                b_dp = dot(b_do, tl.trans(b_v), PRECISION)
+                b_a = b_a * LOG2_E - b_top[:, None]
                 if GATED:
                     b_a += (tl.load(decay + of_head + sequence + at + o_n) * LOG2_E)[None, :]
                 if WINDOWED:
                     apart = token - key + o_m[:, None] - o_n[None, :]
                     b_a = tl.where(apart < window, b_a, -float("inf"))
-                b_dp = dot(b_do, tl.trans(b_v), PRECISION)
                 b_da = tl.exp2(b_a) * (b_dp - b_delta[:, None])
                 if GATED:
                     b_sum += tl.sum(b_da, 1)
@@ -192,14 +194,20 @@ def key_kernel(
     p_f = f + i_h * (num_rows // 32) * (K * K)
     b_v = cast_operand(load_tile(p_v, o_n * v_t, token + o_n < length, 0, V, BV), PRECISION)
 
+    of_tile = i_h * num_rows + row
     b_dk = tl.zeros((BN, BK), tl.float32)
     b_dv = tl.zeros((BN, BV), tl.float32)
     for down in range(num_levels):
         level = num_levels - 1 - down
         block = chunk >> level
         if ((block & 1) == 0) & has_right(chunk, level, num_chunks):
-            # At the first level only the first chunk of a tile is a left block.
+            # At the first level only the first chunk of a tile is a left block. The second one is
+            # ready then, and what is still added to it is not looked at.
             mine = ((chunk + o_n // 64) >> level) == block
+            if BN == 128:
+                if level == 0:
+                    store_tile(dk + of_tile * K, o_keys, o_n >= 64, 0, b_dk, K, BK)
+                    store_tile(dv + of_tile * V, o_n * V, o_n >= 64, 0, b_dv, V, BV)
             of_level = level.to(tl.int64)
             of_head = (of_level * H + i_h) * num_rows + row
             if ((chunk ^ (num_chunks - 1)) >> (level + 1)) != 0:
@@ -235,23 +243,25 @@ def key_kernel(
                     b_top = tl.load(p_lse + at + o_m)
                     if GATED:
                         b_top -= tl.load(decay + of_rows + at + o_m) * LOG2_E
-                    b_a = dot(b_k, tl.trans(b_q), PRECISION) * LOG2_E - b_top[None, :]
+                    b_a = dot(b_k, tl.trans(b_q), PRECISION)
+                    b_dp = dot(b_v, tl.trans(b_do), PRECISION)
+                    b_a = b_a * LOG2_E - b_top[None, :]
                     if GATED:
                         b_a += b_decay[:, None]
                     if WINDOWED:
                         apart = query - token + o_m[None, :] - o_n[:, None]
                         b_a = tl.where(apart < window, b_a, -float("inf"))
-                    if BN == 128:
-                        b_a = tl.where(mine[:, None], b_a, -float("inf"))
                     b_p = tl.exp2(b_a)
                     b_dv = dot_add(cast_operand(b_p, PRECISION), b_do, b_dv, PRECISION)
-                    b_dp = dot(b_v, tl.trans(b_do), PRECISION)
                     b_da = b_p * (b_dp - tl.load(p_delta + at + o_m)[None, :])
                     if GATED:
                         b_sum += tl.sum(b_da, 1)
                     b_dk = dot_add(cast_operand(b_da, PRECISION), b_q, b_dk, PRECISION)
                 if GATED:
                     tl.store(sums + of_rows + token + o_n, b_sum, mask=mine)
-    of_head = i_h * num_rows + row
-    store_tile(dk + of_head * K, o_keys, o_n >= 0, 0, b_dk, K, BK)
-    store_tile(dv + of_head * V, o_n * V, o_n >= 0, 0, b_dv, V, BV)
+    ready = BN
+    if BN == 128:
+        if has_right(chunk, 0, num_chunks):
+            ready = 64
+    store_tile(dk + of_tile * K, o_keys, o_n < ready, 0, b_dk, K, BK)
+    store_tile(dv + of_tile * V, o_n * V, o_n < ready, 0, b_dv, V, BV)

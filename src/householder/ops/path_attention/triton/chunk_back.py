@@ -264,18 +264,18 @@ def columns_kernel(
         i_hq = i_h * GROUP + i_g
         of_head = i_hq * num_rows + within
         p_q = q + batch * q_b + start * q_t + i_hq * q_h
-        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k, K, BK), PRECISION)
         b_dqs = load_tile(dq_start + of_head * K, o_c * K, everywhere, i_k, K, BK)
+        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k, K, BK), PRECISION)
         b_da = load_pairs(da_pairs + of_head * 64, PRECISION)
         b_dx = load_pairs(dx_pairs + of_head * 64, PRECISION)
         b_x = tl.trans(load_pairs(x_pairs + of_head * 64, PRECISION))
-        b_dz = dot_add(b_x, cast_operand(b_dqs, PRECISION), b_dz, PRECISION)
-        b_dk = dot_add(tl.trans(b_da), b_q, b_dk, PRECISION)
-        b_dw = dot_add(tl.trans(b_dx), b_q, b_dw, PRECISION)
         b_dq = dot_add(b_da, b_k, b_dqs.to(tl.float32), PRECISION)
         b_dq = dot_add(b_dx, b_w, b_dq, PRECISION) * scale
         p_dq = dq + ((batch * T + start) * (H * GROUP) + i_hq) * K
         store_tile(p_dq, o_c * (H * GROUP * K), m_c, i_k, b_dq, K, BK)
+        b_dz = dot_add(b_x, cast_operand(b_dqs, PRECISION), b_dz, PRECISION)
+        b_dk = dot_add(tl.trans(b_da), b_q, b_dk, PRECISION)
+        b_dw = dot_add(tl.trans(b_dx), b_q, b_dw, PRECISION)
 
     b_de = load_pairs(de_pairs + row * 64, PRECISION)
     b_dk = dot_add(tl.trans(b_de), b_w, b_dk * scale + b_dke.to(tl.float32), PRECISION)

@@ -67,7 +67,7 @@ def key_tiles(K: int, V: int, precision: str) -> Tiles:
     if widest <= 64:
         return Tiles(64, 64, block, Launch(4, 3))
     if widest <= 128:
-        return Tiles(64, 128, block, Launch(8, 2))
+        return Tiles(64, 128, block, Launch(8, 3))
     return Tiles(32, 64, min(block, 64), Launch(8, 2))
 
 
@@ -84,6 +84,9 @@ def chunk_blocks(K: int, V: int, precision: str) -> ChunkBlocks:
     most = 64 if precision == "bf16" else 32
     K, V = key_block(K, precision), key_block(V, precision)
     warps = 4 if precision == "bf16" else 8
+    # The columns' kernel fits three programs on a multiprocessor: 0.32 ms instead of 0.37 on an
+    # H200, B·T·H = 262,144, K = V = 128. The others lose more by spilling.
+    columns = Launch(warps, 1, 168 if precision == "bf16" else None)
     return ChunkBlocks(
-        min(K, most), min(V, most), min(K, most), min(V, most), Launch(warps, 1), Launch(warps, 1)
+        min(K, most), min(V, most), min(K, most), min(V, most), Launch(warps, 1), columns
     )
