@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from householder import delta_product, delta_product_step
+from householder.ops import _dispatch
 from householder.ops.delta_product import chunk, op
 from householder.testing import assert_as_accurate, delta_product_inputs, relative_error
 
@@ -508,8 +509,8 @@ class TestChoiceOfForm:
 
     @pytest.fixture(autouse=True)
     def _not_interpreted(self, monkeypatch):
-        monkeypatch.setattr(op, "INTERPRETING", False)
-        monkeypatch.setattr(op, "HAS_TRITON", True)
+        monkeypatch.setattr(_dispatch, "INTERPRETING", False)
+        monkeypatch.setattr(_dispatch, "HAS_TRITON", True)
 
     def make(self, K=16, V=16, N=2, dtype=torch.float32, device="cuda"):
         class Like:  # all that the choice may look at
@@ -535,7 +536,7 @@ class TestChoiceOfForm:
         assert actual is None if reason is None else reason in actual
 
     def test_without_triton(self, monkeypatch):
-        monkeypatch.setattr(op, "HAS_TRITON", False)
+        monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
         assert "not installed" in op.why_not_triton(*self.make())
 
     def test_explicit_choice_raises_with_the_reason(self):

@@ -474,10 +474,10 @@ class TestTransforms:
     def test_registration(self, optional):
         args = (*self.args[:5], *(self.args[5:] if optional else (None, None)), 0.3, 9, None)
         op = torch.ops.householder
-        o, lse = op.path_attention.default(*args)
-        torch.library.opcheck(op.path_attention.default, args)
+        o, lse = op.path_attention.default(*args, "chunk")
+        torch.library.opcheck(op.path_attention.default, (*args, "chunk"))
         torch.library.opcheck(
-            op.path_attention_backward.default, (torch.ones_like(o), *args, o, lse)
+            op.path_attention_backward.default, (torch.ones_like(o), *args, o, lse, "chunk")
         )
 
     def test_second_order_is_refused_with_the_remedy(self):
@@ -512,7 +512,7 @@ class TestErrors:
             ({"sinks": torch.zeros(3)}, ValueError, r"`sinks` must be \[HQ\]"),
             ({"w": [1.0]}, TypeError, "`w` must be a tensor, got list"),
             ({"q": torch.zeros(2, 37, 2, 8, dtype=torch.long)}, TypeError, "`q` must be real"),
-            ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "chunk"'),
+            ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "triton"'),
             ({"window": 0}, ValueError, "`window` must be at least 1, got 0"),
             ({"window": 2.0}, TypeError, "`window` must be an int"),
             ({"g": torch.zeros(2, 37, 2, device="meta")}, ValueError, "one device"),

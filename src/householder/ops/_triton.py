@@ -88,10 +88,56 @@ def round_to_tf32(x):
 
 
 @triton.jit
+def load_tile(pointer, offsets, valid, start, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Load columns `start …` of rows at `offsets`: `[rows, BLOCK]`, zero where not `valid`."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[None, :] < D)
+    return tl.load(pointer + offsets[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what `load_tile` loads."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[None, :] < D)
+    tl.store(pointer + offsets[:, None] + o_d[None, :], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tile_t(pointer, offsets, valid, start, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Load the same tile transposed, `[BLOCK, rows]`."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[None, :]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[:, None] < D)
+    return tl.load(pointer + offsets[None, :] + o_d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile_t(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a tile `[BLOCK, rows]` where `load_tile_t` loads it."""
+    o_d = start + tl.arange(0, BLOCK)
+    mask = valid[None, :]
+    if D % BLOCK != 0:
+        mask = mask & (o_d[:, None] < D)
+    tl.store(pointer + offsets[None, :] + o_d[:, None], x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def cast_operand(x, PRECISION: tl.constexpr):
-    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns."""
+    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or "fp16".
+
+    The latter is for what has norms of about 1, as products of reflections: it keeps three bits
+    more than bfloat16 at the same cost.
+    """
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
+    elif PRECISION == "fp16":
+        return x.to(tl.float16)
     elif PRECISION == "tf32":
         return round_to_tf32(x.to(tl.float32))
     else:
@@ -101,7 +147,7 @@ def cast_operand(x, PRECISION: tl.constexpr):
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """Multiply two tiles that went through `cast_operand`, into float32."""
-    if PRECISION == "bf16":
+    if PRECISION == "bf16" or PRECISION == "fp16":
         return tl.dot(a, b)
     elif PRECISION == "tf32x3":
         return dot_in_parts(a, b)
@@ -112,7 +158,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def dot_add(a, b, acc, PRECISION: tl.constexpr):
     """Return `acc + a b`."""
-    if PRECISION == "bf16":
+    if PRECISION == "bf16" or PRECISION == "fp16":
         return tl.dot(a, b, acc)
     elif PRECISION == "tf32x3":
         return acc + dot_in_parts(a, b)

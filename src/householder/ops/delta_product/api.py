@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl
+from householder.ops._dispatch import apply, check_impl, runs_triton
 from householder.ops.delta_product import reference
 from householder.ops.delta_product.activations import activate, check_activations, definition
 from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
@@ -242,14 +242,7 @@ def _runs_triton(
     op: str, impl: str, q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None
 ) -> bool:
     """Return whether `impl` means the Triton form; raise if that cannot take these inputs."""
-    if impl not in ("auto", "triton") or (impl == "auto" and v.device.type != "cuda"):
-        return False
-    reason = why_not_triton(q, k, v, **others)
-    if reason is not None and impl == "triton":
-        raise NotImplementedError(
-            f'{op}: impl="triton" cannot run: {reason}; impl="auto" chooses a form that can'
-        )
-    return reason is None
+    return runs_triton(op, impl, v.device, lambda: why_not_triton(q, k, v, **others))
 
 
 def _check_sequence_inputs(

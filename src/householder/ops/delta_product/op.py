@@ -6,13 +6,12 @@ that one again is refused with the remedy rather than answered wrongly.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from householder.ops import _dispatch
 from householder.ops._dispatch import (
     apply,
     contiguous_like,
@@ -24,22 +23,8 @@ from householder.ops._dispatch import (
 from householder.ops.delta_product import chunk
 from householder.ops.wy import compute_dtype
 
-# Sizes the Triton kernels are made for.
+# How many reflectors of a token the Triton kernels are made for.
 TRITON_MAX_REFLECTORS = 8
-TRITON_MAX_DIM = 256
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # something forbids its import
-        return False
-
-
-# Looked up once: the choice of a form must not change in between, nor break a compiled graph.
-HAS_TRITON = _is_installed("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in tests
 
 
 def why_not_triton(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> str | None:
@@ -47,20 +32,11 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> 
 
     A pure function of device, dtypes and sizes, and of whether triton is installed.
     """
-    N, K, V = v.shape[-3], k.shape[-1], v.shape[-1]
-    if v.device.type != "cuda" and not INTERPRETING:
-        return f"it needs tensors on a CUDA device, got {v.device}"
-    if not HAS_TRITON:
-        return "the package triton is not installed"
-    for name, x in {"q": q, "k": k, "v": v, **others}.items():
-        if x is not None and x.dtype not in TRITON_DTYPES:
-            return f"it takes float32, bfloat16 and float16, got `{name}` in {x.dtype}"
-    for name, size in (("K", K), ("V", V)):
-        if size % 16 or not 0 < size <= TRITON_MAX_DIM:
-            return f"{name} must be a multiple of 16 up to {TRITON_MAX_DIM}, got {size}"
-    if N > TRITON_MAX_REFLECTORS:
-        return f"N must be at most {TRITON_MAX_REFLECTORS}, got {N}"
-    return None
+    tensors = {"q": q, "k": k, "v": v, **others}
+    reason = _dispatch.why_not_triton(tensors, {"K": k.shape[-1], "V": v.shape[-1]})
+    if reason is None and v.shape[-3] > TRITON_MAX_REFLECTORS:
+        return f"N must be at most {TRITON_MAX_REFLECTORS}, got {v.shape[-3]}"
+    return reason
 
 
 def _kernels(form: str) -> Any:

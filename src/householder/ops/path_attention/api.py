@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import check_impl
+from householder.ops._dispatch import apply, check_impl, runs_triton
 from householder.ops.path_attention import reference
-from householder.ops.path_attention.op import PathAttention
+from householder.ops.path_attention.op import PathAttention, why_not_triton
 
-IMPLS = ("chunk", "reference")
+IMPLS = ("triton", "chunk", "reference")
 
 
 def path_attention(
@@ -52,17 +52,20 @@ def path_attention(
         window: how many tokens a query sees, its own included; all earlier ones if None.
         cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
             Sequences may be empty.
-        impl: `"chunk"` (blocked into matrix products, on any device), `"reference"` (a loop over
-            tokens), or `"auto"`, which is `"chunk"`.
+        impl: `"triton"` (kernels for CUDA; K and V multiples of 16 up to 256; float32, bfloat16 or
+            float16), `"chunk"` (the same algorithm as PyTorch's matrix products, on any device),
+            `"reference"` (a loop over tokens), or `"auto"`: `"triton"` on CUDA for what it takes,
+            and `"chunk"` otherwise.
 
     Returns:
-        o `[B, T, HQ, V]` in v's dtype. bfloat16 and float16 inputs are computed with in float32.
+        o `[B, T, HQ, V]` in v's dtype. Products of bfloat16 and float16 inputs are summed in
+        float32; `"chunk"` and `"reference"` also multiply in float32.
 
     Raises:
         ValueError: a shape, device, `window` or `cu_seqlens` does not fit, or `impl` is unknown.
         TypeError: an argument has the wrong type, or is not real floating point.
-        NotImplementedError: a second-order gradient of a form other than the reference is asked
-            for.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of a
+            form other than the reference is asked for.
 
     Gradients:
         First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
@@ -98,7 +101,11 @@ def path_attention(
     args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
     if impl == "reference":
         return reference.forward(*args)
-    o, _ = PathAttention.apply(*args)
+    others = {"w": w, "beta": beta, "g": g, "sinks": sinks}
+    kernels = runs_triton(
+        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **others)
+    )
+    o, _ = apply(PathAttention, *args, "triton" if kernels else "chunk")
     return o.to(v.dtype)
 
 

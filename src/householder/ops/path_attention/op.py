@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from householder.ops import _dispatch
 from householder.ops._dispatch import (
+    apply,
     contiguous_like,
     fold_into_heads,
     register,
@@ -22,17 +24,42 @@ from householder.ops.path_attention import chunk
 from householder.ops.wy import compute_dtype
 
 
-def _backward(do: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def why_not_triton(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> str | None:
+    """Return why the Triton form cannot take these inputs, or None if it can.
+
+    A pure function of device, dtypes and sizes, and of whether triton is installed.
+    """
+    tensors = {"q": q, "k": k, "v": v, **others}
+    return _dispatch.why_not_triton(tensors, {"K": k.shape[-1], "V": v.shape[-1]})
+
+
+def _kernels(form: str) -> Any:
+    """Return the module of a form; triton is imported when first needed."""
+    if form == "triton":
+        from householder.ops.path_attention import triton
+
+        return triton
+    return chunk
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, form = args
+    return _kernels(form).forward(*inputs)
+
+
+def _backward(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, form = args
     # An op returns tensors only: an absent gradient is an empty tensor.
-    grads = chunk.backward(do, *inputs)
+    grads = _kernels(form).backward(do, *inputs)
     return tuple(do.new_empty(0) if x is None else x for x in grads)
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, *_: Any
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
+    *_, form = others
     dtype = compute_dtype(q, k, v, w, beta)
-    o = v.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype)
+    o = v.new_empty(*q.shape[:3], v.shape[-1], dtype=v.dtype if form == "triton" else dtype)
     return o, v.new_empty(q.shape[:3], dtype=dtype)
 
 
@@ -46,14 +73,14 @@ _INPUTS = (
 )
 FORWARD = register(
     "path_attention",
-    f"({_INPUTS}) -> (Tensor, Tensor)",
+    f"({_INPUTS}, str form) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=chunk.forward,
-    cuda=chunk.forward,
+    cpu=_forward,
+    cuda=_forward,
 )
 BACKWARD = register(
     "path_attention_backward",
-    f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse) "
+    f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward,
@@ -82,7 +109,10 @@ def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
 
 
 class PathAttention(torch.autograd.Function):
-    """Differentiable `(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)`."""
+    """Differentiable `(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens, form)`.
+
+    `form` is "chunk", whose o is in the dtype of the computation, or "triton", whose o is in v's.
+    """
 
     @staticmethod
     @with_signature
@@ -97,12 +127,13 @@ class PathAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
         cu_seqlens: Tensor | None,
+        form: str,
     ) -> tuple[Tensor, Tensor]:
-        return path_attention_op(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
+        return path_attention_op(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.window, cu_seqlens = inputs
+        *tensors, ctx.scale, ctx.window, cu_seqlens, ctx.form = inputs
         o, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(*tensors, cu_seqlens, o, lse)
@@ -110,22 +141,21 @@ class PathAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         *tensors, cu_seqlens, o, lse = ctx.saved_tensors
-        q, k, v, w, beta, g, sinks = tensors
-        grads = PathAttentionBackward.apply(
-            do, q, k, v, w, beta, g, sinks, ctx.scale, ctx.window, cu_seqlens, o, lse
-        )
+        inputs = (*tensors, ctx.scale, ctx.window, cu_seqlens)
+        grads = apply(PathAttentionBackward, do, *inputs, o, lse, ctx.form)
         wanted = (dx if x is not None else None for x, dx in zip(tensors, grads, strict=True))
-        return *wanted, None, None, None
+        return *wanted, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        o, lse = PathAttention.apply(*_fold_inputs(size, in_dims, args))
+        *inputs, form = args
+        o, lse = PathAttention.apply(*_fold_inputs(size, in_dims, inputs), form)
         return (unfold_from_heads(o, size, 2), unfold_from_heads(lse, size, 2)), (2, 2)
 
 
 class PathAttentionBackward(torch.autograd.Function):
-    """The gradient, itself not differentiable: `(do, *inputs, o, lse)`."""
+    """The gradient, itself not differentiable: `(do, *inputs, o, lse, form)`."""
 
     @staticmethod
     @with_signature
@@ -143,9 +173,10 @@ class PathAttentionBackward(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         o: Tensor,
         lse: Tensor,
+        form: str,
     ) -> tuple[Tensor, ...]:
         inputs = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-        return path_attention_backward_op(do, *inputs, o, lse)
+        return path_attention_backward_op(do, *inputs, o, lse, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,7 +185,7 @@ class PathAttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError(
-            "path_attention: the chunked form has first-order gradients only, and a second order "
+            "path_attention: the blocked forms have first-order gradients only, and a second order "
             'was asked for; use impl="reference", which has every order'
         )
 
@@ -163,7 +194,7 @@ class PathAttentionBackward(torch.autograd.Function):
         size = info.batch_size
         do, o, lse = (fold_into_heads(args[i], in_dims[i], size, 2) for i in (0, 11, 12))
         inputs = _fold_inputs(size, in_dims[1:11], args[1:11])
-        grads = PathAttentionBackward.apply(do, *inputs, o, lse)
+        grads = PathAttentionBackward.apply(do, *inputs, o, lse, args[13])
         # An absent gradient is an empty tensor and has no batched dimension.
         split = [
             (dx, None) if x is None else (unfold_from_heads(dx, size, heads), heads)

@@ -33,7 +33,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import addressable, cast_operand, dot, dot_add, on_its_device
+from householder.ops._triton import (
+    addressable,
+    cast_operand,
+    dot,
+    dot_add,
+    load_tile,
+    load_tile_t,
+    on_its_device,
+    store_tile,
+    store_tile_t,
+)
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
@@ -42,16 +52,12 @@ from householder.ops.delta_product.triton.chunks import (
     TOKEN_FROM_START,
     Problem,
     attention,
-    load_tile,
-    load_tile_t,
     locate_chunk,
     locate_sequence,
     make_problem,
     make_table,
     pair_decay,
     row_offsets,
-    store_tile,
-    store_tile_t,
     strides,
 )
 from householder.ops.delta_product.triton.segments import (

@@ -105,46 +105,6 @@ def row_offsets(R: tl.constexpr, N: tl.constexpr, stride_t, stride_n):
 
 
 @triton.jit
-def load_tile(pointer, offsets, valid, start, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Load columns `start …` of rows at `offsets`: `[rows, BLOCK]`, zero where not `valid`."""
-    o_d = start + tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if D % BLOCK != 0:
-        mask = mask & (o_d[None, :] < D)
-    return tl.load(pointer + offsets[:, None] + o_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Store what `load_tile` loads."""
-    o_d = start + tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if D % BLOCK != 0:
-        mask = mask & (o_d[None, :] < D)
-    tl.store(pointer + offsets[:, None] + o_d[None, :], x.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_tile_t(pointer, offsets, valid, start, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Load the same tile transposed, `[BLOCK, rows]`."""
-    o_d = start + tl.arange(0, BLOCK)
-    mask = valid[None, :]
-    if D % BLOCK != 0:
-        mask = mask & (o_d[:, None] < D)
-    return tl.load(pointer + offsets[None, :] + o_d[:, None], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile_t(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a tile `[BLOCK, rows]` where `load_tile_t` loads it."""
-    o_d = start + tl.arange(0, BLOCK)
-    mask = valid[None, :]
-    if D % BLOCK != 0:
-        mask = mask & (o_d[:, None] < D)
-    tl.store(pointer + offsets[None, :] + o_d[:, None], x.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def pair_decay(table, later, earlier, causal, R: tl.constexpr):
     """Return Γ between rows `later` and `earlier` of a chunk, zero where not `causal`."""
     high = tl.load(table + LOG_HIGH * R + later) - tl.load(table + LOG_HIGH * R + earlier)

@@ -25,7 +25,11 @@ from householder.ops._triton import (
     dot,
     dot_add,
     inverse_unit_lower,
+    load_tile,
+    load_tile_t,
     on_its_device,
+    store_tile,
+    store_tile_t,
 )
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
@@ -36,16 +40,12 @@ from householder.ops.delta_product.triton.chunks import (
     Problem,
     attention,
     empty_table,
-    load_tile,
-    load_tile_t,
     locate_chunk,
     locate_sequence,
     make_problem,
     make_table,
     pair_decay,
     row_offsets,
-    store_tile,
-    store_tile_t,
     strides,
     suits_hopper,
 )

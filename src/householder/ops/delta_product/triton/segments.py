@@ -29,7 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import cast_operand, dot, dot_add, power_of_two
+from householder.ops._triton import (
+    cast_operand,
+    dot,
+    dot_add,
+    load_tile,
+    load_tile_t,
+    power_of_two,
+    store_tile,
+    store_tile_t,
+)
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
@@ -41,13 +50,9 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
     Problem,
-    load_tile,
-    load_tile_t,
     locate_sequence,
     pair_decay,
     row_offsets,
-    store_tile,
-    store_tile_t,
     strides,
     suits_hopper,
 )

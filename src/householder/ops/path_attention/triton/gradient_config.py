@@ -1,0 +1,92 @@
+"""Tile sizes and launch parameters of the backward kernels: a table, as `config.py` is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from householder.ops.path_attention.triton.config import Launch, key_block
+
+
+class Tiles(NamedTuple):
+    """Tiles and launch parameters of one kernel of the rectangles."""
+
+    rows: int  # queries
+    columns: int  # keys
+    inner: int  # how much of K passes a product at a time
+    launch: Launch
+
+
+class Blocks(NamedTuple):
+    """Tiles and launch parameters of a kernel that works on products or chunks."""
+
+    first: int
+    second: int
+    launch: Launch
+
+
+class ChunkBlocks(NamedTuple):
+    """How much of K and V the kernels of the chunks take at a time, and their parameters."""
+
+    inner_k: int  # of K in the kernels that sum over it
+    inner_v: int
+    columns_k: int  # of K in the kernel that writes its columns
+    columns_v: int
+    pairs: Launch
+    columns: Launch
+
+
+def gradient_precision(precision: str) -> str:
+    """Return the precision of products of gradients.
+
+    float16 has not the range of what is summed; TF32 has, and float16's digits.
+    """
+    return "tf32" if precision == "fp16" else precision
+
+
+def query_tiles(K: int, V: int, precision: str) -> Tiles:
+    """Tiles of the kernel of the queries; at most 128 rows."""
+    block, widest = key_block(K, precision), key_block(max(K, V), precision)
+    if precision != "bf16":
+        if widest <= 128:
+            return Tiles(64, 32, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
+        return Tiles(32, 32, min(block, 32), Launch(4, 1))
+    if widest <= 64:
+        return Tiles(64, 64, block, Launch(4, 3))
+    if widest <= 128:
+        return Tiles(128, 64, block, Launch(8, 3))
+    return Tiles(64, 32, min(block, 64), Launch(4, 2))
+
+
+def key_tiles(K: int, V: int, precision: str) -> Tiles:
+    """Tiles of the kernel of the keys; at most 128 columns."""
+    block, widest = key_block(K, precision), key_block(max(K, V), precision)
+    if precision != "bf16":
+        if widest <= 128:
+            return Tiles(32, 64, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
+        return Tiles(32, 32, min(block, 32), Launch(4, 1))
+    if widest <= 64:
+        return Tiles(64, 64, block, Launch(4, 3))
+    if widest <= 128:
+        return Tiles(64, 128, block, Launch(8, 3))
+    return Tiles(32, 64, min(block, 64), Launch(8, 2))
+
+
+def product_blocks(K: int, precision: str) -> Blocks:
+    """Rows of dF that one program makes, and how much of K it sums over at a time."""
+    block = key_block(K, precision)
+    if precision == "tf32x3":
+        return Blocks(32, 32, Launch(8, 1))
+    return Blocks(min(block, 64), min(block, 64), Launch(4 if block <= 128 else 8, 1))
+
+
+def chunk_blocks(K: int, V: int, precision: str) -> ChunkBlocks:
+    """Tiles of the kernels of the chunks."""
+    most = 64 if precision == "bf16" else 32
+    K, V = key_block(K, precision), key_block(V, precision)
+    warps = 4 if precision == "bf16" else 8
+    # The columns' kernel fits three programs on a multiprocessor: 0.32 ms instead of 0.37 on an
+    # H200, B·T·H = 262,144, K = V = 128. The others lose more by spilling.
+    columns = Launch(warps, 1, 168 if precision == "bf16" else None)
+    return ChunkBlocks(
+        min(K, most), min(V, most), min(K, most), min(V, most), Launch(warps, 1), columns
+    )

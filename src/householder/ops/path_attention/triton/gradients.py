@@ -1,0 +1,250 @@
+"""`path_attention` backward: up the tree once more, and down it.
+
+Nothing is kept from the forward pass but o and lse. The tree is built again; then come, in this
+order, the rectangles of all levels (`attend_back.py`), the products of blocks (`descend.py`) and
+the chunks (`chunk_back.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from householder.ops._triton import addressable, on_its_device
+from householder.ops.path_attention.triton import gradient_config as config
+from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
+from householder.ops.path_attention.triton.chunk_back import (
+    columns_kernel,
+    gate_kernel,
+    pairs_kernel,
+    solve_kernel,
+    values_kernel,
+)
+from householder.ops.path_attention.triton.config import CHUNK_TOKENS
+from householder.ops.path_attention.triton.descend import (
+    descend_kernel,
+    leaf_kernel,
+    rows_kernel,
+    sum_kernel,
+)
+from householder.ops.path_attention.triton.problem import Problem, make_problem, strides
+from householder.ops.path_attention.triton.tree import Tree, build_tree
+
+# Chunks whose sums of the gates' gradients are loaded at once.
+TOTALS_BLOCK = 128
+
+
+class Rows(NamedTuple):
+    """What the gradient needs of every row, over the tiles' rows (see `problem.py`)."""
+
+    lse: Tensor  # [HQ, rows], to the base 2; ∞ behind a sequence's end
+    delta: Tensor  # [HQ, rows]: rowsum(dO ⊙ O)
+    dsinks: Tensor | None  # [HQ, rows]: what each row gives to the gradient of the sinks
+
+
+class Climbed(NamedTuple):
+    """Gradients of the rows of the tree, without what the chunks themselves give."""
+
+    dq_levels: Tensor  # [levels, HQ, rows, K]: of queries behind the product that they pass
+    dk_levels: Tensor  # [levels, H, rows, K]; the same tensor without groups
+    dq: Tensor  # [HQ, rows, K]: of Q←
+    dk: Tensor  # [H, rows, K]: of K→
+    dv: Tensor  # [H, rows, V]
+    sums: Tensor | None  # [levels, HQ, rows]: rows of dA, or columns, summed; with gates
+
+
+def make_rows(p: Problem, o: Tensor, lse: Tensor, do: Tensor) -> Rows:
+    """Bring lse to the tiles' rows, and make δ."""
+
+    def room() -> Tensor:
+        return torch.empty(p.heads, p.rows, dtype=torch.float32, device=o.device)
+
+    rows = Rows(room(), room(), None if p.sinks is None else room())
+    rows_kernel[(p.chunks * p.heads,)](
+        o, do, lse, p.sinks, *rows, *p.packing, o.shape[1], p.num_tiles, p.heads, *o.stride()[:3],
+        *do.stride()[:3], *lse.stride(), **p.value_constants, PACKED=p.cu_seqlens is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return rows
+
+
+def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtype) -> Climbed:
+    """Run the kernels of the rectangles."""
+    H, K = p.k.shape[2:]
+    HQ, V, L, T = p.heads, p.v.shape[-1], p.num_levels, p.q.shape[1]
+
+    def room(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=do.device)
+
+    dq_levels = room(L, HQ, p.rows, K)
+    x = Climbed(
+        dq_levels=dq_levels,
+        dk_levels=dq_levels if H == HQ else room(L, H, p.rows, K),
+        dq=room(HQ, p.rows, K),
+        dk=room(H, p.rows, K),
+        dv=room(H, p.rows, V),
+        sums=None if p.g is None else room(L, HQ, p.rows, dtype=torch.float32),
+    )
+    constants = {
+        **p.constants, **p.value_constants, "WINDOWED": p.window is not None,
+        "PRECISION": config.gradient_precision(p.precision),
+    }  # fmt: skip
+    for kernel, tiles, programs, outputs in (
+        (
+            query_kernel,
+            config.query_tiles(K, V, p.precision),
+            lambda tiles: p.rows // tiles.rows * HQ,
+            (x.dq_levels, x.dq),
+        ),
+        (
+            key_kernel,
+            config.key_tiles(K, V, p.precision),
+            lambda tiles: p.rows // tiles.columns * H,
+            (x.dk_levels, x.dk, x.dv),
+        ),
+    ):
+        kernel[(programs(tiles),)](
+            tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f, *outputs, x.sums,
+            *p.packing, p.window, T, p.num_tiles, L, H, **strides("v", p.v), **strides("do", do),
+            **constants, BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
+        )  # fmt: skip
+    return x
+
+
+def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
+    """Return W dF and W dFᵀ `[H, rows, K]` of all chunks whose product F has a gradient."""
+    H, K = p.k.shape[2:]
+    B, T, L = p.q.shape[0], p.q.shape[1], p.num_levels
+    wdf, wdft = torch.empty_like(x.dk), torch.empty_like(x.dk)
+    # Without three chunks no product has one between its ends.
+    if L < 2:
+        return wdf, wdft
+    blocks = config.product_blocks(K, p.precision)
+    constants = {
+        "K": K, "BK": p.constants["BK"], "PACKED": p.cu_seqlens is not None, "BP": blocks.first,
+        "PRECISION": config.gradient_precision(p.precision), **blocks.launch.options,
+    }  # fmt: skip
+    group = p.heads // H
+    df = x.dk.new_empty(H, p.chunks, K, K)
+    pieces = -(-K // blocks.first)
+    at_level = [B * (-(-T // CHUNK_TOKENS) >> level) for level in range(L)]
+    if p.cu_seqlens is not None:
+        at_level = [p.num_tiles] * L
+    rows = tree.q, tree.k, x.dq_levels, x.dk_levels
+    number = p.chunks if p.cu_seqlens is not None else sum(at_level[1 : L - 1])
+    if number:
+        sum_kernel[(number * H * pieces,)](
+            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants
+        )
+    for level in range(L - 3, 0, -1):
+        descend_kernel[(at_level[level] * H * pieces,)](
+            tree.f, df, *p.packing, T, p.num_tiles, level, H, BR=blocks.second, **constants
+        )
+    w = strides("w", p.w)
+    leaf_kernel[(p.chunks * H,)](
+        *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, w["w_b"], w["w_h"],
+        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants,
+    )  # fmt: skip
+    return wdf, wdft
+
+
+def finish_chunks(
+    p: Problem,
+    tree: Tree,
+    rows: Rows,
+    x: Climbed,
+    o: Tensor,
+    do: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+) -> None:
+    """Write the gradients of q, k, v, w, beta and g."""
+    dq, dk, dv, dw, dbeta, dg = gradients
+    H, K = p.k.shape[2:]
+    HQ, V, T = p.heads, p.v.shape[-1], p.q.shape[1]
+    wdf, wdft = descend(p, tree, x)
+
+    def pairs(heads: int) -> Tensor:
+        return torch.empty(heads, p.rows, 64, dtype=x.dq.dtype, device=do.device)
+
+    p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs = (pairs(HQ) for _ in range(5))
+    e_pairs, de_pairs, n_pairs = (pairs(H) for _ in range(3))
+    blocks = config.chunk_blocks(K, V, p.precision)
+    constants = {
+        "GROUP": HQ // H, "PACKED": p.cu_seqlens is not None,
+        "PRECISION": config.gradient_precision(p.precision),
+    }  # fmt: skip
+    exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
+    q, k, v, w, beta, do_strides = (
+        strides(name, y) for name, y in zip("q k v w beta do".split(), (*p[:5], do), strict=True)
+    )
+    g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
+    pairs_kernel[(p.chunks * HQ,)](
+        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, rows.lse, rows.delta, tree.inverse, x.dq,
+        p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
+        p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
+        **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
+        WINDOWED=p.window is not None, **blocks.pairs.options,
+    )  # fmt: skip
+    solve_kernel[(p.chunks * H,)](
+        p.k, p.w, p.beta, tree.inverse, x.dk, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs,
+        n_pairs, dbeta, *p.packing, T, p.num_tiles, H, **k, **w, **beta, **constants, **exact,
+        **blocks.pairs.options,
+    )  # fmt: skip
+    columns_kernel[(p.chunks * H * -(-K // blocks.columns_k),)](
+        p.q, p.k, p.w, p.beta, tree.inverse, x.dq, x.dk, wdf, wdft, x_pairs, da_pairs, dx_pairs,
+        e_pairs, de_pairs, n_pairs, dq, dk, dw, *p.packing, p.scale, T, p.num_tiles, H, **q, **k,
+        **w, **beta, **constants, K=K, BK=blocks.columns_k, **blocks.columns.options,
+    )  # fmt: skip
+    values_kernel[(p.chunks * H * -(-V // blocks.columns_v),)](
+        do, p_pairs, x.dv, dv, *p.packing, T, p.num_tiles, H, **do_strides, **constants, V=V,
+        BV=blocks.columns_v, **blocks.columns.options,
+    )  # fmt: skip
+    if dg is not None and x.sums is not None:
+        # Levels that a chunk has no sums of are not read.
+        totals = x.sums.unflatten(-1, (-1, CHUNK_TOKENS)).sum(-1)
+        gate_kernel[(p.chunks * HQ,)](
+            x.sums, totals, da_pairs, dg, *p.packing, T, p.num_tiles, p.num_levels, HQ,
+            *dg.stride(), PACKED=p.cu_seqlens is not None, PRECISION=constants["PRECISION"],
+            BLOCK=TOTALS_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+@on_its_device
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
+    p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
+    B, T, HQ, K = q.shape
+    H, V = v.shape[2:]
+    dq, dk, dw = (x.new_empty(x.shape) for x in (q, k, w))
+    dv, dbeta = v.new_empty(v.shape), beta.new_empty(beta.shape)
+    dg = None if g is None else g.new_empty(g.shape)
+    if p.num_tiles == 0 or HQ == 0:
+        dsinks = None if sinks is None else torch.zeros_like(sinks)
+        return dq, dk, dv, dw, dbeta, dg, dsinks
+    do, o = addressable(do), addressable(o)
+    dtype = torch.bfloat16 if p.precision == "bf16" else torch.float32
+
+    tree = build_tree(p, inverse=True)
+    rows = make_rows(p, o, lse, do)
+    x = climb_down(p, tree, rows, do, dtype)
+    finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta, dg))
+    dsinks = None
+    if sinks is not None and rows.dsinks is not None:
+        dsinks = rows.dsinks.sum(1).to(sinks.dtype)
+    return dq, dk, dv, dw, dbeta, dg, dsinks

@@ -1,0 +1,195 @@
+"""Where tokens and blocks lie: what the kernels of `path_attention` share.
+
+The kernels see tokens in tiles of `TILE_TOKENS`, two chunks each, numbered through over all
+sequences; the last tile of a sequence is filled up with zeros. In what they keep in memory, row
+`tile · TILE_TOKENS + r` belongs to token r of the tile. For a packed batch a tile's sequence comes
+from small tables made on the device, so that nothing waits for the host.
+
+In the tree, chunk c of a sequence belongs at level l to the block c >> l of 2^l chunks. The bit l
+of c says which of two neighbours this is: the left one (0) or the right one (1). The products of
+all blocks of a sequence lie in one array as the nodes of the tree do from left to right: block b of
+level l at (2b + 1) 2^l − 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import addressable, dot_precision
+from householder.ops.path_attention.triton.config import (
+    CHUNK_TOKENS,
+    TILE_TOKENS,
+    key_block,
+    num_levels,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
+LEAST_GATE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def locate_tile(i_tile, T, cu_seqlens, tile_sequence, first_tile, PACKED: tl.constexpr):
+    """Return, of a tile's sequence, the batch row, the first token there, tokens and first tile.
+
+    Tiles past the last one of a packed batch lie behind the end of its last sequence.
+    """
+    if PACKED:
+        i_s = tl.load(tile_sequence + i_tile)
+        start = tl.load(cu_seqlens + i_s)
+        return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_tile + i_s)
+    else:
+        per_row = tl.cdiv(T, 128)
+        row = i_tile // per_row
+        return row, 0, T, row * per_row
+
+
+@triton.jit
+def lowest_bit(x):
+    """Return the number of the lowest bit that is set in a 32-bit integer; negative if none is."""
+    alone = (x & -x).to(tl.float32)
+    return (alone.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def block_slot(first_chunk, level, block):
+    """Return where the product of a block of a sequence lies."""
+    return 2 * first_chunk + ((2 * block + 1) << level) - 1
+
+
+@triton.jit
+def has_right(chunk, level, num_chunks):
+    """Return whether the block of `chunk` at `level`, a left one, has a right neighbour."""
+    return (((chunk >> level) + 1) << level) < num_chunks
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Return the strides of `x [B, T, H, …]` by their names in the kernels.
+
+    That of tokens is a constant of the kernel where x has a last dimension: offsets inside a tile
+    then need no registers.
+    """
+    return {f"{name}_{letter}": x.stride(i) for i, letter in enumerate("bth")}
+
+
+class Problem(NamedTuple):
+    """The op's inputs as the kernels read them, and what follows from their shapes."""
+
+    q: Tensor  # [B, T, HQ, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, V]
+    w: Tensor  # [B, T, H, K]
+    beta: Tensor  # [B, T, H]
+    g: Tensor | None  # [B, T, HQ]
+    sinks: Tensor | None  # [HQ]
+    scale: float
+    window: int | None
+    cu_seqlens: Tensor | None
+    tile_sequence: Tensor | None  # [num_tiles]: the sequence of each tile
+    first_tile: Tensor | None  # [S + 1]: the first tile of each sequence
+    num_tiles: int
+    num_levels: int
+    precision: str  # of products of inputs: "bf16", "fp16" or "tf32x3"
+
+    @property
+    def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Tables of the packed batch; all None otherwise."""
+        return self.cu_seqlens, self.tile_sequence, self.first_tile
+
+    @property
+    def operand(self) -> torch.dtype:
+        """The dtype of queries and keys in memory, and of the operands of the attention."""
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return names.get(self.precision, torch.float32)
+
+    @property
+    def product(self) -> torch.dtype:
+        """The dtype of products of reflections, whose entries are of the size of 1."""
+        return torch.float32 if self.precision == "tf32x3" else torch.float16
+
+    @property
+    def heads(self) -> int:
+        """Query heads, HQ."""
+        return self.q.shape[2]
+
+    @property
+    def rows(self) -> int:
+        """Rows of what the kernels keep in memory."""
+        return self.num_tiles * TILE_TOKENS
+
+    @property
+    def chunks(self) -> int:
+        return self.rows // CHUNK_TOKENS
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments that all kernels share."""
+        K = self.k.shape[-1]
+        return {
+            "GROUP": self.q.shape[2] // self.k.shape[2],
+            "K": K,
+            "BK": key_block(K, self.precision),
+            "GATED": self.g is not None,
+            "PACKED": self.cu_seqlens is not None,
+            "PRECISION": "tf32x3" if self.precision == "tf32x3" else "fp16",
+        }
+
+    @property
+    def value_constants(self) -> dict[str, int]:
+        V = self.v.shape[-1]
+        return {"V": V, "BV": key_block(V, self.precision)}
+
+
+def make_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+) -> Problem:
+    """Bring the inputs to what the kernels can read and number the tiles."""
+    B, T = q.shape[:2]
+    tile_sequence = first_tile = None
+    num_tiles = B * -(-T // TILE_TOKENS)
+    if cu_seqlens is not None:
+        S = cu_seqlens.shape[0] - 1
+        # Every sequence may end in one tile that is not full.
+        num_tiles = T // TILE_TOKENS + S
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        first_tile = torch.zeros_like(cu_seqlens)
+        tiles = (cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS
+        torch.cumsum(tiles, 0, dtype=torch.int32, out=first_tile[1:])
+        numbers = torch.arange(num_tiles, device=q.device, dtype=torch.int32)
+        tile_sequence = torch.searchsorted(first_tile[1:], numbers, right=True, out_int32=True)
+        tile_sequence.clamp_(max=S - 1)
+    # float16 products in TF32, which `dot_precision` names, would double the time of attention.
+    precision = dot_precision(q, k, v, w)
+    return Problem(
+        q=addressable(q),
+        k=addressable(k),
+        v=addressable(v),
+        w=addressable(w),
+        # A value per token: their last dimension is heads, whatever its stride.
+        beta=beta,
+        g=g,
+        sinks=None if sinks is None else sinks.contiguous(),
+        scale=scale,
+        window=window,
+        cu_seqlens=cu_seqlens,
+        tile_sequence=tile_sequence,
+        first_tile=first_tile,
+        num_tiles=num_tiles,
+        num_levels=num_levels(T),
+        precision="fp16" if precision == "tf32" else precision,
+    )

@@ -1,0 +1,197 @@
+"""The Triton kernels of `path_attention` on a GPU: every configuration, against float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from householder import path_attention
+from householder.ops.path_attention import chunk
+from householder.testing import path_attention_inputs, relative_error
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("q", "k", "v", "w", "beta", "g", "sinks")
+# A logit is a product of two vectors that were rounded once per level; for float32 the rounding of
+# sums of 64 terms.
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 3e-6}
+
+# Sizes and options of `path_attention_inputs`, and `window`: all that config.py tells apart.
+SHAPES = {
+    "narrow": {"B": 2, "T": 700, "K": 64, "V": 64, "decay": None},
+    "wide": {"B": 2, "T": 700, "K": 128, "V": 128, "decay": None},
+    "narrow, gated, sinks": {"B": 2, "T": 700, "K": 64, "V": 64, "with_sinks": True},
+    "wide, gated, grouped heads": {"B": 1, "T": 700, "K": 128, "V": 128, "HQ": 6},
+    "strong gate": {"B": 2, "T": 700, "K": 64, "V": 64, "decay": 20.0},
+    "reflections": {"B": 1, "T": 3000, "K": 64, "V": 64, "strength": 2.0, "decay": None},
+    "least": {"B": 1, "T": 700, "K": 16, "V": 16},
+    "keys wider than values": {"B": 1, "T": 700, "K": 128, "V": 32},
+    "values wider than keys": {"B": 1, "T": 700, "K": 32, "V": 160},
+    "not powers of two": {"B": 1, "T": 500, "K": 48, "V": 80, "window": 200},
+    "widest": {"B": 1, "T": 500, "K": 256, "V": 256},
+    "window": {"B": 2, "T": 900, "K": 64, "V": 64, "window": 100, "decay": None},
+    "long window, gated": {"B": 1, "T": 900, "K": 128, "V": 128, "window": 500},
+    "packed": {"B": 1, "T": 2000, "K": 64, "V": 64, "num_sequences": 7},
+    "hundreds of short sequences": {"B": 1, "T": 2000, "K": 64, "V": 64, "num_sequences": 300},
+    "packed, wide, window": {"B": 1, "T": 2000, "K": 128, "V": 128, "num_sequences": 5,
+                             "window": 300, "decay": None},
+    "one token": {"B": 3, "T": 1, "K": 64, "V": 64},
+}  # fmt: skip
+
+
+def arrange(shape, dtype):
+    shape = dict(shape)
+    window = shape.pop("window", None)
+    inputs = path_attention_inputs(**{"H": 2, **shape}, dtype=dtype, device="cuda")
+    scale = shape["K"] ** -0.5
+    return [inputs[name] for name in NAMES], (scale, window, inputs["cu_seqlens"])
+
+
+def exact(arguments, others):
+    return chunk.forward(*(None if x is None else x.double() for x in arguments), *others)
+
+
+@pytest.fixture
+def kernels():
+    pytest.importorskip("triton")
+    from householder.ops.path_attention import triton as kernels
+
+    return kernels
+
+
+@pytest.fixture
+def poisoned():
+    """Fill fresh memory with NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_agree_with_float64(name, dtype, kernels, poisoned):
+    arguments, others = arrange(SHAPES[name], dtype)
+    o, lse = kernels.forward(*arguments, *others)
+    again, _ = kernels.forward(*arguments, *others)
+    torch.use_deterministic_algorithms(False)
+    expected, expected_lse = exact(arguments, others)
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+    assert relative_error(o, expected) < LIMITS[dtype]
+    assert relative_error(lse, expected_lse) < LIMITS[dtype]
+    assert torch.equal(o, again)
+
+
+def test_inputs_of_several_dtypes(kernels):
+    arguments, others = arrange(SHAPES["narrow, gated, sinks"], torch.float32)
+    arguments[2] = arguments[2].bfloat16()
+    o, _ = kernels.forward(*arguments, *others)
+    assert o.dtype == torch.bfloat16
+    assert relative_error(o, exact(arguments, others)[0]) < 4e-3
+
+
+def test_a_sequence_depends_neither_on_its_batch_nor_on_packing(kernels):
+    arguments, (scale, window, _) = arrange(
+        {"B": 3, "T": 700, "K": 64, "V": 64}, torch.bfloat16
+    )  # fmt: skip
+    alone, packed = (
+        [None if x is None else change(x) for x in arguments]
+        for change in (lambda x: x[1:2].contiguous(), lambda x: x.flatten(0, 1).unsqueeze(0))
+    )
+    bounds = torch.arange(4, device="cuda", dtype=torch.int32) * 700
+    together = kernels.forward(*arguments, scale, window, None)
+    separate = kernels.forward(*alone, scale, window, None)
+    in_a_row = kernels.forward(*packed, scale, window, bounds)
+    for a, b, c in zip(together, separate, in_a_row, strict=True):
+        assert torch.equal(a[1:2], b)
+        assert torch.equal(a.flatten(0, 1), c[0])
+
+
+def test_packed_sequences_are_those_alone(kernels):
+    arguments, (scale, window, bounds) = arrange(SHAPES["packed"], torch.bfloat16)
+    together, _ = kernels.forward(*arguments, scale, window, bounds)
+    for start, end in itertools.pairwise(bounds.tolist()):
+        alone = [None if x is None else x[:, start:end] for x in arguments]
+        o, _ = kernels.forward(*alone, scale, window, None)
+        assert torch.equal(o, together[:, start:end])
+
+
+@pytest.mark.parametrize("K", [64, 128])
+def test_strides_do_not_matter(K, kernels):
+    arguments, others = arrange({"B": 2, "T": 300, "K": K, "V": K}, torch.bfloat16)
+    expected = kernels.forward(*arguments, *others)
+    swapped = [
+        None if x is None else x.transpose(1, 2).contiguous().transpose(1, 2)
+        for x in arguments[:6]
+    ]  # fmt: skip
+    shifted = []
+    for x in arguments[:6]:
+        room = None if x is None else x.new_empty(x.numel() + 1)[1:]
+        shifted.append(None if x is None else room.view(x.shape).copy_(x))
+    for changed in (swapped, shifted):
+        for a, b in zip(kernels.forward(*changed, None, *others), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_gate_of_minus_infinity_hides_all_earlier_tokens(kernels):
+    arguments, others = arrange({"B": 1, "T": 900, "K": 64, "V": 64}, torch.bfloat16)
+    arguments[5][:, 400] = -math.inf
+    whole, _ = kernels.forward(*arguments, *others)
+    tail = [None if x is None else x[:, 400:] for x in arguments]
+    assert relative_error(whole[:, 400:], exact(tail, others)[0]) < LIMITS[torch.bfloat16]
+    assert whole.isfinite().all()
+
+
+def test_the_call_is_captured_without_waiting_for_the_host(kernels):
+    arguments, others = arrange(SHAPES["packed"], torch.bfloat16)
+    expected, _ = kernels.forward(*arguments, *others)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = kernels.forward(*arguments, *others)
+    o.zero_()
+    graph.replay()
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.parametrize("num_sequences", [None, 5])
+def test_compiles_into_one_graph(num_sequences):
+    inputs = path_attention_inputs(
+        1, 300, 2, 64, 64, num_sequences=num_sequences, dtype=torch.bfloat16, device="cuda"
+    )
+    compiled = torch.compile(path_attention, fullgraph=True)
+    assert torch.equal(compiled(**inputs), path_attention(**inputs, impl="triton"))
+
+
+def test_auto_takes_the_kernels_where_they_can(monkeypatch, kernels):
+    inputs = path_attention_inputs(1, 100, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(path_attention(**inputs), path_attention(**inputs, impl="triton"))
+    odd = path_attention_inputs(1, 100, 1, 20, 64, dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(path_attention(**odd), path_attention(**odd, impl="chunk"))
+    with pytest.raises(NotImplementedError, match="K must be a multiple of 16"):
+        path_attention(**odd, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_long_sequences_keep_their_accuracy(dtype, kernels):
+    arguments, others = arrange(
+        {"B": 1, "T": 16_000, "H": 1, "K": 64, "V": 64, "decay": None, "strength": 2.0}, dtype
+    )  # fmt: skip
+    o, _ = kernels.forward(*arguments, *others)
+    expected, _ = exact(arguments, others)
+    assert relative_error(o[:, -1000:], expected[:, -1000:]) < 2 * LIMITS[dtype]
+
+
+def test_more_than_two_to_the_31_elements(kernels):
+    def draw(*shape):
+        return torch.randn(1, T, H, *shape, device="cuda", dtype=torch.bfloat16)
+
+    # The levels' queries and keys together are 4·10⁹ elements.
+    T, H, D, window = 300_000, 16, 64, 1000
+    q, k, v, beta = draw(D), draw(D), draw(D), draw().sigmoid()
+    w = torch.nn.functional.normalize(draw(D), dim=-1)
+    o, _ = kernels.forward(q, k, v, w, beta, None, None, 0.1, window, None)
+    start = T - 3 * 1024 - T % 1024
+    last = [x[:, start:].contiguous() for x in (q, k, v, w, beta)]
+    expected, _ = kernels.forward(*last, None, None, 0.1, window, None)
+    assert relative_error(o[:, -1000:], expected[:, -1000:]) < 1e-2
