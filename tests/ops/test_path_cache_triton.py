@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 # Arguments of `path_attention_inputs`, and of the cache. The tokens before the last six are a
 # prompt; among the six a block is made and joined with another.
 CASES = {
-    "plain": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "decay": None},
     "grouped heads, gates, sinks": {"B": 1, "HQ": 3, "H": 1, "K": 16, "V": 24, "with_sinks": True,
                                     "max_rollback": 3},
     "not powers of two": {"B": 1, "HQ": 2, "H": 2, "K": 40, "V": 12, "decay": None},
