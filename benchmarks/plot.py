@@ -120,6 +120,49 @@ def state_tracking() -> None:
     figure.savefig(IMAGES / "state-tracking-h200.png", dpi=150)
 
 
+def decoding() -> None:
+    """Time of a decoded token against the cache's length, and the drift of decoded outputs."""
+    if not (RESULTS / "decoding-gpu.csv").exists():
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    curves: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
+    for row in read("decoding-gpu.csv"):
+        curves[int(row["B"]), row["variant"]][int(row["T"])] = float(row["us"])
+    for (B, variant), times in sorted(curves.items()):
+        ours = variant == "householder"
+        left.plot(
+            *zip(*sorted(times.items()), strict=True),
+            marker="o",
+            label=f"{'path_attention' if ours else variant}, B = {B}",
+            color="C0" if B == 1 else "C1",
+            linestyle="-" if ours else "--",
+        )
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_xlabel("tokens in the cache")
+    left.set_ylabel("µs per token")
+    left.set_title("One token, H = 16, K = 128, bfloat16, H200", loc="left")
+    finish(left)
+    names = {
+        "decoded": "one by one",
+        "prefilled": "after a prefill",
+        "forward": "full forward pass",
+    }
+    drift: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in read("decoding-drift-gpu.csv"):
+        for name in names:
+            drift[name][int(row["T"])] = float(row[name])
+    for name, errors in drift.items():
+        right.plot(*zip(*sorted(errors.items()), strict=True), marker="o", label=names[name])
+    right.set_xscale("log", base=2)
+    right.set_ylim(bottom=0)
+    right.set_xlabel("tokens decoded")
+    right.set_ylabel("error of the last 128 outputs")
+    right.set_title("Reflections, bfloat16", loc="left")
+    finish(right)
+    figure.savefig(IMAGES / "decoding-h200.png", dpi=150)
+
+
 def finish(axes: Axes) -> None:
     """Give the axes what all pictures share."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -132,3 +175,4 @@ if __name__ == "__main__":
     cost_against_length()
     state_tracking()
     delta_product_gpu()
+    decoding()

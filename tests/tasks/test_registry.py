@@ -16,6 +16,7 @@ def test_names():
         "s4",
         "a5",
         "s5",
+        "a5-cycles",
         "s5-swaps",
         "s5-3moves",
         "parity",

@@ -78,6 +78,18 @@ def test_moves_are_all_permutations_that_move_few_points(name, max_moved, size):
     assert len(labels[:, 20:].unique()) == 120  # the products still fill S5
 
 
+def test_a5_cycles_are_three_cycles_with_their_inverses():
+    task = make_task("a5-cycles")
+    tokens, labels = task.sample(2000, 30, rng(3))
+    cycles = [task.group.elements[i] for i in tokens[:, 1:].unique().tolist()]
+    assert len(cycles) == 6
+    for p in cycles:
+        moved = {point for point in range(5) if p[point] != point}
+        assert moved in ({0, 1, 2}, {0, 1, 3}, {0, 1, 4})
+        assert tuple(p.index(point) for point in range(5)) in cycles
+    assert len(labels[:, 20:].unique()) == 60  # they generate A5
+
+
 @pytest.mark.parametrize("name", ["s3", "s5-swaps"])
 def test_seed_decides_everything(name):
     task = make_task(name)

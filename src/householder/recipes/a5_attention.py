@@ -1,10 +1,10 @@
 """The word problem of A5: how many layers attention needs, with PaTH and with rotary positions.
 
-Published as a figure only: the fewest layers with which the accuracy exceeds 90%, on the word
-problem of the group A5 as posed by Merrill et al. Here: words of uniform elements after a BOS
-token, the running product as the label of every position (the task `a5`), and as the accuracy at
-length n the fraction of words whose first n products are all right. One model per mixer and depth,
-trained on the longest words, answers for all lengths, since it is causal.
+Published as a figure only: the fewest layers with which the accuracy exceeds 90%, on words of the
+generators (1 2 3), (1 2 4), (1 2 5) and their inverses. Here: uniform words of these after a BOS
+token, the running product as the label of every position (the task `a5-cycles`), and as the
+accuracy at length n the fraction of words whose first n products are all right. One model per mixer
+and depth, trained on the longest words, answers for all lengths, since it is causal.
 
 References:
     PaTH Attention: Position Encoding via Accumulating Householder Transformations (Yang et al.,
@@ -86,7 +86,7 @@ def settings(size: str) -> dict[str, Any]:
     if size not in SIZES:
         raise ConfigError(f"a5-attention: `size` must be one of cpu, gpu, got {size!r}")
     mixers = ["path_attention", "rotary_attention"]
-    return {"task": "a5", "mixer": mixers, **(_GPU if size == "gpu" else _CPU)}
+    return {"task": "a5-cycles", "mixer": mixers, **(_GPU if size == "gpu" else _CPU)}
 
 
 def fewest_layers(results: Sequence[TrainResult]) -> dict[str, dict[int, int | None]]:

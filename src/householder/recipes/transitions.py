@@ -89,7 +89,7 @@ def transitions_figure(found: Transitions, labels: list[str], title: str) -> Fig
     for head in range(HQ):
         above, below = axes[0, head], axes[1, head]
         # The square root shows small weights too.
-        above.imshow(found.attention[head].sqrt(), cmap="Blues", vmin=0, vmax=1)
+        above.imshow(found.attention[head].sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
         above.set_title(f"head {head}: attention (query ↓, key →)", fontsize=10, color=INK)
         _draw_beta(below, found.beta[:, head // group], labels)
         for ax in (above, below):

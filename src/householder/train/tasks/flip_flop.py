@@ -28,11 +28,11 @@ class FlipFlop(Task):
 
     Examples:
         >>> task = FlipFlop()
-        >>> tokens, labels = task.sample(1, 12, torch.Generator().manual_seed(6))
+        >>> tokens, labels = task.sample(1, 12, torch.Generator().manual_seed(8))
         >>> task.decode(tokens[0])
-        'w0 i1 w1 i1 i0 r1'
+        'w0 w1 r1 i1 i0 r1'
         >>> labels
-        tensor([[-100, -100, -100, -100, -100, -100, -100, -100, -100, -100,    1, -100]])
+        tensor([[-100, -100, -100, -100,    1, -100, -100, -100, -100, -100,    1, -100]])
 
     References:
         Exposing Attention Glitches with Flip-Flop Language Modeling (Liu, Ash, Goel, Krishnamurthy,

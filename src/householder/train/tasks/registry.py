@@ -13,13 +13,14 @@ from householder.train.tasks.base import Task
 from householder.train.tasks.chomsky import BracketedArithmetic, ModularArithmetic, Parity
 from householder.train.tasks.flip_flop import FlipFlop
 from householder.train.tasks.mqar import MultiQueryAssociativeRecall
-from householder.train.tasks.word_problems import WordProblem, s5_moves
+from householder.train.tasks.word_problems import WordProblem, a5_cycles, s5_moves
 
 _TASKS: dict[str, Callable[..., Task]] = {
     "s3": lambda: WordProblem(groups.symmetric_group(3)),
     "s4": lambda: WordProblem(groups.symmetric_group(4)),
     "a5": lambda: WordProblem(groups.alternating_group(5)),
     "s5": lambda: WordProblem(groups.symmetric_group(5)),
+    "a5-cycles": a5_cycles,
     "s5-swaps": partial(s5_moves, 2, "s5-swaps"),
     "s5-3moves": partial(s5_moves, 3, "s5-3moves"),
     Parity.name: Parity,

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from householder.train.tasks.base import IGNORE_INDEX, Batch, Task
-from householder.train.tasks.groups import Group, num_moved, symmetric_group
+from householder.train.tasks.groups import (
+    Group,
+    alternating_group,
+    num_moved,
+    symmetric_group,
+)
 
 
 class WordProblem(Task):
@@ -98,3 +103,24 @@ def s5_moves(max_moved: int, name: str) -> WordProblem:
     group = symmetric_group(5)
     alphabet = [i for i, p in enumerate(group.elements) if num_moved(p) <= max_moved]
     return WordProblem(group, alphabet=alphabet, name=name)
+
+
+def a5_cycles() -> WordProblem:
+    """Return the word problem over A5 from (1 2 3), (1 2 4), (1 2 5) and their inverses.
+
+    These six cycles of three points generate the group: the running products range over all 60
+    elements.
+
+    Examples:
+        >>> task = a5_cycles()
+        >>> [task.group.elements[i] for i in task.alphabet][:2]
+        [(1, 2, 0, 3, 4), (2, 0, 1, 3, 4)]
+    """
+    group = alternating_group(5)
+    cycles = []
+    for last in (2, 3, 4):
+        forward = {0: 1, 1: last, last: 0}
+        cycle = tuple(forward.get(point, point) for point in range(5))
+        cycles += [cycle, tuple(cycle.index(point) for point in range(5))]
+    alphabet = [group.elements.index(cycle) for cycle in cycles]
+    return WordProblem(group, alphabet=alphabet, name="a5-cycles")

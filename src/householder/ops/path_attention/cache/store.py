@@ -89,16 +89,20 @@ class Store:
         self.beta = beta.new_empty(B, H, 0)
         # Of recent tokens, the triangles of their compact WY form: T, and Y = tril(W Kᵀ, −1). A
         # token adds a row to both, and what is taken back loses its rows; above the diagonal there
-        # are zeros, and remain. In float64, or the blocks made from them would be less exact than
-        # those of a prompt.
+        # are zeros, and remain. With keys that are not rounded to half precision in float64, or the
+        # blocks made from them would be less exact than those of a prompt.
         room = BLOCK + max_rollback
-        self.ut = k.new_zeros(B, H, room, room, dtype=torch.float64)
-        self.wk = k.new_zeros(B, H, room, room, dtype=torch.float64)
+        self.exact = torch.float32 if k.dtype.itemsize == 2 else torch.float64
+        self.ut = k.new_zeros(B, H, room, room, dtype=self.exact)
+        self.wk = k.new_zeros(B, H, room, room, dtype=self.exact)
         # Of blocks: the product F of each, by level, and what brings a query from the end of the
-        # newest block to the end of the next but i.
+        # newest block to the end of the next but i. The latter is read at every token: beside keys
+        # in half precision it is in float16, whose eleven bits are no fewer than theirs, and whose
+        # range is enough for products of reflectors.
         self.every_row = torch.ones(B, dtype=torch.int32, device=k.device)
         self.products = k.new_zeros(0, B, H, K, K, dtype=dtype)
-        self.paths = k.new_zeros(0, B, H, K, K, dtype=dtype)
+        half = k.is_cuda and k.dtype.itemsize == 2
+        self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.float16 if half else dtype)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -262,7 +266,7 @@ class Store:
             decay = g.sum(-1, keepdim=True)
 
         blocks = list(at.blocks())
-        queries = [q, *(q @ self.paths[: len(blocks) - 1, rows])]
+        queries = [q, *(q @ self.paths[: len(blocks) - 1, rows].to(self.dtype))]
         for i, (level, start) in enumerate(blocks):
             seen = slice(max(start, first), start + (BLOCK << level))
             if seen.start >= seen.stop:
@@ -286,17 +290,17 @@ class Store:
             brought to the end of the newest block.
         """
         rows, r = at.rows, at.recent
-        w = self.w[rows, :, : r + 1].double()
-        k = self.keys[rows, :, at.old : at.old + r + 1].double()
+        w = self.w[rows, :, : r + 1].to(self.exact)
+        k = self.keys[rows, :, at.old : at.old + r + 1].to(self.exact)
         ut, wk = (x[rows, :, : r + 1, : r + 1] for x in (self.ut, self.wk))
-        beta = self.beta[rows, :, r, None, None].double()
+        beta = self.beta[rows, :, r, None, None].to(self.exact)
         newest, before = w[:, :, r:], w[:, :, :r]
         # T of the products up to the newest token: its row is −β (w Wᵀ) T, and β on the diagonal.
         ut[:, :, r:, :r] = (newest @ before.mT @ ut[:, :, :r, :r]).mul_(-beta)
         ut[:, :, r:, r:] = beta
         wk[:, :, r:, :r] = newest @ k[:, :, :r].mT
         wk[:, :, r:, r:] = 0
-        q = q.double()
+        q = q.to(self.exact)
         along = q @ w.mT @ ut
         logits, q = q @ k.mT - along @ wk, q - along @ w
         return logits.to(self.dtype), q.to(self.dtype)
@@ -416,8 +420,8 @@ class Store:
         """Make a block of the first recent tokens, from the triangles, and drop them there."""
         rows, rest = at.rows, at.recent + at.new - BLOCK
         ut, wk = (x[rows, :, :BLOCK, :BLOCK] for x in (self.ut, self.wk))
-        w = self.w[rows, :, :BLOCK].double()
-        k = self.keys[rows, :, at.old : at.old + BLOCK].double()
+        w = self.w[rows, :, :BLOCK].to(self.exact)
+        k = self.keys[rows, :, at.old : at.old + BLOCK].to(self.exact)
         keys = k - (ut @ wk).mT @ w
         f = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - w.mT @ (ut @ w)
         self._make_blocks(at, 1, keys, f.to(self.dtype).unsqueeze(2))
@@ -478,9 +482,9 @@ class Store:
     def make_triangles(self, at: Group) -> None:
         """Make the triangles of the recent tokens anew."""
         rows, r = at.rows, at.recent
-        w = self.w[rows, :, :r].double()
-        k = self.keys[rows, :, at.old : at.old + r].double()
-        beta = self.beta[rows, :, :r].double()
+        w = self.w[rows, :, :r].to(self.exact)
+        k = self.keys[rows, :, at.old : at.old + r].to(self.exact)
+        beta = self.beta[rows, :, :r].to(self.exact)
         # Above the diagonal, and on that of Y, there have to be zeros.
         gram = (w @ w.mT * beta.unsqueeze(-1)).flatten(0, 1)
         inverse = inverse_unit_lower(gram).unflatten(0, w.shape[:2])

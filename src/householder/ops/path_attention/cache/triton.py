@@ -26,6 +26,8 @@ from householder.ops._triton import (
 # Tokens whose keys one program of `attend` sees, and how many at a time.
 SPAN = 256
 TILE = 64
+# Programs of `enter` that fill a GPU.
+ENTER_PROGRAMS = 264
 # Keys of the smallest block, as in the store.
 BLOCK = 64
 LOG2_E = 1.4426950408889634
@@ -89,15 +91,17 @@ def decode(
     parts = q.new_empty(B, HQ, num_spans + 1, V, dtype=torch.float32)
     tops = q.new_empty(2, B, HQ, num_spans + 1, dtype=torch.float32)
     o = v.new_empty(B, HQ, V)
-    enter_kernel[(B * H, num_paths + 1)](
+    # Whichever program brings a query to a block, it does the same: a matter of speed alone.
+    side_by_side = max(1, min(num_paths + 1, ENTER_PROGRAMS // (B * H)))
+    enter_kernel[(B * H, side_by_side)](
         q, k, v, w, beta, g, counts, new,
         keys, values, store["w"], store["beta"], store.get("g"), store["ut"], store["wk"],
         paths, store.get("path_decays"), queries, shifts, parts, tops,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *w.stride()[:2], *beta.stride()[:2],
         *((0, 0) if g is None else g.stride()[:2]),
-        scale * LOG2_E, 0 if window is None else window, num_spans + 1,
+        scale * LOG2_E, 0 if window is None else window, num_spans + 1, num_paths + 1,
         keys.shape[2], room, store["ut"].shape[2],
-        B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, R=R, KC=min(BK, 32), BLOCK=BLOCK,
+        B=B, H=H, G=G, K=K, V=V, BK=BK, BV=BV, R=R, KC=min(BK, (1 << 14) // BK), BLOCK=BLOCK,
         GATED=gated, WINDOWED=window is not None,
         num_warps=8,
     )  # fmt: skip
@@ -111,10 +115,20 @@ def decode(
         )  # fmt: skip
     finish_kernel[(B * HQ,)](
         parts, tops, sinks, counts, new, o, num_spans + 1,
-        B=B, HQ=HQ, V=V, BV=BV, PARTS=16, SPAN=SPAN, WITH_SINKS=sinks is not None,
-        num_warps=4,
+        B=B, HQ=HQ, V=V, BV=BV, PARTS=(1 << 13) // BV, SPAN=SPAN,
+        WITH_SINKS=sinks is not None, num_warps=4,
     )  # fmt: skip
     return o
+
+
+@triton.jit
+def count_ones(x):
+    """Return how many bits of a number from 0 to 2³¹ − 1 are one."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 0x3F
 
 
 @triton.jit
@@ -131,26 +145,23 @@ def enter_kernel(
     p_keys, p_values, p_ws, p_betas, p_gs, p_ut, p_wk,
     p_paths, p_path_decays, p_queries, p_shifts, p_parts, p_tops,
     s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
-    scale, window, num_parts, room, recent_room, triangle_room,
+    scale, window, num_parts, num_queries, room, recent_room, triangle_room,
     B: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Program (row and key head, i): bring the queries to the end of the newest block but i.
+    """Program (row and key head, i): bring the queries to the end of every so-many-th block.
 
     The program with i = 0 also attends to recent tokens, and appends the new one. The others read
     nothing that it writes.
     """
-    i_bh, i_path = tl.program_id(0), tl.program_id(1)
+    i_bh, i_first = tl.program_id(0), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
     # Replays of a graph that nobody counted must not write outside.
     r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
-    blocks = old // BLOCK
-    num_blocks = 0
-    for bit in tl.static_range(31):
-        num_blocks += (blocks >> bit) & 1
-    if tl.load(p_new + i_b) == 0 or (i_path > 0 and i_path >= num_blocks):
+    num_blocks = count_ones(old // BLOCK)
+    if tl.load(p_new + i_b) == 0 or (i_first > 0 and i_first >= num_blocks):
         return
 
     o_r, o_k, o_v = tl.arange(0, R), tl.arange(0, BK), tl.arange(0, BV)
@@ -174,45 +185,35 @@ def enter_kernel(
         turned = q - beta * tl.sum(q * w_new, 0) * w_new
         along = tl.sum(ut * tl.sum(ws * turned[None, :], 1)[:, None], 0)
         at_block = turned - tl.sum(ws * along[:, None], 0)
-        p_query = p_queries + ((head * tl.num_programs(1) + i_path) * G + i_g) * K
-        g_new = 0.0
         decay = 0.0
+        g_new = 0.0
         g_recent = tl.zeros((R,), tl.float32)
         if GATED:
             g_new = tl.load(p_g + i_b * s_gb + i_hq * s_gh).to(tl.float32)
             p_g_row = p_gs + (head * G + i_g) * recent_room
             g_recent = tl.load(p_g_row + o_r, mask=m_r, other=0.0).to(tl.float32)
             decay = tl.sum(g_recent, 0) + g_new
-        if i_path > 0:
-            # In parts of K, so that the product never is in registers as a whole.
-            o_c = tl.arange(0, KC)
-            p_path = p_paths + ((i_path - 1) * B * H + head) * K * K
-            brought = tl.zeros((BK,), tl.float32)
-            for start in range(0, K, KC):
-                m_c = start + o_c < K
-                w_part = tl.load(
-                    p_ws + (head * recent_room + o_r)[:, None] * K + start + o_c[None, :],
-                    mask=m_r[:, None] & m_c[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                q_part = tl.load(
-                    p_q + i_b * s_qb + i_hq * s_qh + start + o_c, mask=m_c, other=0.0
-                ).to(tl.float32)
-                w_new_part = tl.load(
-                    p_w + i_b * s_wb + i_h * s_wh + start + o_c, mask=m_c, other=0.0
-                ).to(tl.float32)
-                q_part = q_part * scale - beta * tl.sum(q * w_new, 0) * w_new_part
-                q_part -= tl.sum(w_part * along[:, None], 0)
-                path = tl.load(
-                    p_path + (start + o_c)[:, None] * K + o_k[None, :],
-                    mask=m_c[:, None] & m_k[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                brought += tl.sum(q_part[:, None] * path, 0)
-            tl.store(p_query + o_k, brought, mask=m_k)
+        for i_path in range(i_first, num_blocks, tl.num_programs(1)):
+            query = (head * num_queries + i_path) * G + i_g
+            path = head + (i_path - 1) * B * H
+            shift = decay
+            if i_path == 0:
+                tl.store(p_queries + query * K + o_k, at_block, mask=m_k)
+            else:
+                for start in tl.static_range(0, BK, KC):
+                    # In parts of its columns, where the product is too large for the registers.
+                    o_c = start + tl.arange(0, KC)
+                    product = tl.load(
+                        p_paths + path * K * K + o_k[:, None] * K + o_c[None, :],
+                        mask=m_k[:, None] & (o_c < K)[None, :], other=0.0,
+                    ).to(tl.float32)  # fmt: skip
+                    brought = tl.sum(at_block[:, None] * product, 0)
+                    tl.store(p_queries + query * K + o_c, brought, mask=o_c < K)
+                if GATED:
+                    shift += tl.load(p_path_decays + path * G + i_g).to(tl.float32)
             if GATED:
-                path_decay = p_path_decays + ((i_path - 1) * B * H + head) * G + i_g
-                decay += tl.load(path_decay).to(tl.float32)
-        else:
-            tl.store(p_query + o_k, at_block, mask=m_k)
+                tl.store(p_shifts + query, shift * 1.4426950408889634)
+        if i_first == 0:
             tokens = head * room + old
             rows = (tokens + o_r)[:, None]
             k_recent = tl.load(
@@ -247,11 +248,8 @@ def enter_kernel(
             )
             if GATED:
                 tl.store(p_gs + (head * G + i_g) * recent_room + r, g_new)
-        if GATED:
-            p_shift = p_shifts + (head * tl.num_programs(1) + i_path) * G + i_g
-            tl.store(p_shift, decay * 1.4426950408889634)
 
-    if i_path == 0:
+    if i_first == 0:
         tokens = head * room + old
         k_new = tl.load(p_k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0)
         v_new = tl.load(p_v + i_b * s_vb + i_h * s_vh + o_v, mask=m_v, other=0.0)
@@ -259,17 +257,18 @@ def enter_kernel(
         tl.store(p_values + (tokens + r) * V + o_v, v_new, mask=m_v)
         tl.store(p_ws + (head * recent_room + r) * K + o_k, w_new, mask=m_k)
         tl.store(p_betas + head * recent_room + r, beta)
-        # The row of T is −β (w Wᵀ) T, and β on the diagonal; in float64, see the store.
-        exact = tl.load(p_ut + triangle, mask=m_rr, other=0.0)
-        gram = tl.sum(ws.to(tl.float64) * w_new[None, :].to(tl.float64), 1)
-        row = -beta.to(tl.float64) * tl.sum(exact * gram[:, None], 0)
+        # The row of T is −β (w Wᵀ) T, and β on the diagonal; as exact as the store keeps it.
+        exact = p_ut.dtype.element_ty
+        rows_before = tl.load(p_ut + triangle, mask=m_rr, other=0.0)
+        gram = tl.sum(ws.to(exact) * w_new[None, :].to(exact), 1)
+        row = -beta.to(exact) * tl.sum(rows_before * gram[:, None], 0)
         p_row = p_ut + (head * triangle_room + r) * triangle_room + o_r
-        tl.store(p_row, tl.where(o_r == r, beta.to(tl.float64), row), mask=o_r <= r)
+        tl.store(p_row, tl.where(o_r == r, beta.to(exact), row), mask=o_r <= r)
         keys = tl.load(
             p_keys + (tokens + o_r)[:, None] * K + o_k[None, :],
             mask=m_r[:, None] & m_k[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        row = tl.sum(keys.to(tl.float64) * w_new[None, :].to(tl.float64), 1)
+        row = tl.sum(keys.to(exact) * w_new[None, :].to(exact), 1)
         p_row = p_wk + (head * triangle_room + r) * triangle_room + o_r
         tl.store(p_row, tl.where(o_r == r, 0.0, row), mask=o_r <= r)
 
@@ -306,10 +305,7 @@ def attend_kernel(
         behind = blocks ^ tile
         for shift in tl.static_range(5):
             behind |= behind >> (1 << shift)
-        behind = blocks & (behind >> 1)
-        i_path = 0
-        for bit in tl.static_range(31):
-            i_path += (behind >> bit) & 1
+        i_path = count_ones(blocks & (behind >> 1))
         query = (head * num_queries + i_path) * G + o_g
         q = tl.load(
             p_queries + query[:, None] * K + o_k[None, :],
