@@ -32,7 +32,10 @@ BELOW = {
     "hf": {"hf", "models", "nn", "maps", "ops"},
     "train": {"train", "adapters", "storage", "models", "nn", "maps", "ops"},
     "recipes": {"recipes", "train", "adapters", "storage", "hf", "models", "nn", "maps", "ops", ""},
-    "cli": {"cli", "recipes", "train", "adapters", "hf", "models", "nn", "maps", "ops", ""},
+    "cli": {
+        *("cli", "recipes", "train", "adapters", "storage", "hf", "models", "nn", "maps", "ops"),
+        "",
+    },
     "__main__": {"cli"},
     "testing": {"testing", "nn", "maps", "ops", ""},
     # The package's own __init__ re-exports maps, ops and one function of hf. Only what stands above

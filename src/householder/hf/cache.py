@@ -164,8 +164,8 @@ def _batch_size(state: Any) -> int:
 
 def _selected(state: Any, change: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
     if isinstance(state, MixerState):
-        conv = None if state.conv is None else tuple(change(x) for x in state.conv)
-        return MixerState(change(state.matrix), conv)  # type: ignore[arg-type]
+        convs: Any = None if state.conv is None else tuple(change(x) for x in state.conv)
+        return MixerState(change(state.matrix), convs)
     if isinstance(state, KeyValueState):
         return KeyValueState(*(None if x is None else change(x) for x in state))  # type: ignore[arg-type]
     conv = None if state.conv is None else change(state.conv)

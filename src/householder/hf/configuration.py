@@ -46,7 +46,8 @@ class HouseholderConfig(PretrainedConfig):
         options.setdefault("bos_token_id", None)
         options.setdefault("eos_token_id", None)
         options.setdefault("pad_token_id", None)
-        super().__init__(tie_word_embeddings=False, **options)
+        options["tie_word_embeddings"] = False
+        super().__init__(**options)
 
     def lm_config(self) -> CausalLMConfig:
         """Return the config of the model itself."""

@@ -146,7 +146,7 @@ def config_from_fla(theirs: Mapping[str, Any]) -> CausalLMConfig:
     Raises:
         ConversionError: it says something that no config of ours can.
     """
-    kind = theirs.get("model_type")
+    kind = str(theirs.get("model_type"))
     if kind not in _READERS:
         raise ConversionError(
             f"from_fla: `model_type` must be one of {', '.join(_READERS)}, got {kind!r}"
@@ -303,12 +303,13 @@ def config_to_fla(ours: CausalLMConfig) -> dict[str, Any]:
             f"PaTH, got {', '.join(sorted(set(names)))}; there is no such model there"
         )
     (kind,) = kinds
-    mixer = CausalLM(ours, device="meta").layers[names.index(kind)].mixer
+    block: Any = CausalLM(ours, device="meta").layers[names.index(kind)]
+    mixer = block.mixer
     shared = {
         "vocab_size": ours.vocab_size,
         "hidden_size": ours.d_model,
         "num_hidden_layers": ours.num_layers,
-        "intermediate_size": CausalLM(ours, device="meta").layers[0].mlp.up_proj.out_features,
+        "intermediate_size": block.mlp.up_proj.out_features,
         "norm_eps": ours.norm_eps,
         "tie_word_embeddings": ours.tie_embeddings,
         "hidden_act": "swish",

@@ -60,7 +60,7 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the embeddings."""
         return self.model.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the embeddings; with tied embeddings the head's weight too."""
         self.model.embeddings = value
 
@@ -68,20 +68,17 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the head, or `None` where the embeddings are its weight."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the head."""
         self.model.head = new_embeddings
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
-        self.model.checkpoint_activations = enable
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def gradient_checkpointing_enable(self, *_: Any, **options: Any) -> None:
         """Make a block's inner values anew in the backward pass."""
-        self._set_gradient_checkpointing(True)
+        self.model.checkpoint_activations = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep a block's inner values."""
-        self._set_gradient_checkpointing(False)
+        self.model.checkpoint_activations = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -169,8 +166,8 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         return HouseholderCache(self.model)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    def _prepare_cache_for_generation(  # type: ignore[override] # the rest means nothing here
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **options: Any
     ) -> None:
         """Make a cache of ours: none of transformers' own fits."""
         if generation_config.cache_implementation is not None:
