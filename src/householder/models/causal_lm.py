@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from householder.models.block import Block
 from householder.models.causal_lm_config import SLIDING_WINDOW, CausalLMConfig
 from householder.models.loss import linear_cross_entropy
+from householder.models.stack import BlockStack
 from householder.nn import MIXERS
 from householder.nn.initialization import init_weight
 
 
-class CausalLM(nn.Module):
+class CausalLM(BlockStack):
     """Predict the next token: embedding, blocks of mixer and MLP, a final RMSNorm, a linear head.
 
     The logits at a position depend on the tokens up to and including it.
@@ -64,17 +63,17 @@ class CausalLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(config, CausalLMConfig):
             config = CausalLMConfig.from_dict(config)
-        self.config = config
-        self.checkpoint_activations = False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embeddings = nn.Embedding(config.vocab_size, config.d_model, **factory)
-        self.layers = nn.ModuleList(
-            config.build_block(name, impl=impl, **factory) for name in config.layer_names()
+        super().__init__(
+            config.vocab_size,
+            config.d_model,
+            (config.build_block(name, impl=impl, **factory) for name in config.layer_names()),
+            norm_eps=config.norm_eps,
+            **factory,
         )
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **factory)
+        self.config = config
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False, **factory)
@@ -122,32 +121,6 @@ class CausalLM(nn.Module):
         hidden, new_states = hidden
         return self.logits(hidden), new_states
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        states: Sequence[Any] | None = None,
-        cu_seqlens: Tensor | None = None,
-        mask: Tensor | None = None,
-        return_states: bool = False,
-    ) -> Any:
-        """Return what the head reads, `[B, T, d_model]`; arguments and results as in `forward`."""
-        x = self._embed(tokens, "[B, T]", dim=2)
-        new_states: list[Any] = []
-        save_memory = self.checkpoint_activations and self.training and not return_states
-        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
-            if save_memory:
-                x = checkpoint(
-                    layer, x, state=state, cu_seqlens=cu_seqlens, mask=mask, use_reentrant=False
-                )
-                continue
-            x = layer(x, state=state, cu_seqlens=cu_seqlens, mask=mask, return_state=return_states)
-            if return_states:
-                x, new_state = x
-                new_states.append(new_state)
-        x = self._normalize(x)
-        return (x, new_states) if return_states else x
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits `[..., vocab_size]` that the head reads from `hidden`."""
         return F.linear(hidden, self.head_weight)
@@ -178,14 +151,6 @@ class CausalLM(nn.Module):
             self.hidden(tokens, cu_seqlens=cu_seqlens), self.head_weight, labels
         )
 
-    def init_state(self, batch_size: int) -> list[Any]:
-        """Return the states before the first token, one per layer.
-
-        Args:
-            batch_size: B, sequences that advance together.
-        """
-        return [layer.init_state(batch_size) for layer in self._blocks()]
-
     def step(self, tokens: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Return the logits after one more token of each sequence.
 
@@ -201,12 +166,8 @@ class CausalLM(nn.Module):
             TypeError: `tokens` is not int64.
             ValueError: a shape does not fit.
         """
-        x = self._embed(tokens, "[B]", dim=1)
-        new_states = []
-        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
-            x, new_state = layer.step(x, state)
-            new_states.append(new_state)
-        return self.logits(self._normalize(x)), new_states
+        hidden, new_states = self.hidden_step(tokens, states)
+        return self.logits(hidden), new_states
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Return how many numbers the model has, with or without its embeddings."""
@@ -227,7 +188,7 @@ class CausalLM(nn.Module):
         total = 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
         if self.head is not None:
             total -= 2.0 * self.embeddings.weight.numel()
-        for name, layer in zip(self.config.layer_names(), self._blocks(), strict=True):
+        for name, layer in zip(self.config.layer_names(), self.blocks(), strict=True):
             mixer: Any = layer.mixer
             if name in MIXERS:
                 state = mixer.num_value_heads * mixer.head_dim * mixer.value_head_dim
@@ -238,33 +199,3 @@ class CausalLM(nn.Module):
                     seen = min(seen, self.config.window)
                 total += 4.0 * mixer.num_heads * mixer.head_dim * seen
         return total
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        # Under autocast x is wider or narrower than the weight, which nn.RMSNorm warns about.
-        return self.norm(x.to(self.norm.weight.dtype))
-
-    def _blocks(self) -> Iterator[Block]:
-        return cast("Iterator[Block]", iter(self.layers))
-
-    def _per_layer(self, states: Sequence[Any] | None) -> Sequence[Any]:
-        num_layers = self.config.num_layers
-        if states is None:
-            return [None] * num_layers
-        if len(states) != num_layers:
-            raise ValueError(
-                f"CausalLM: `states` must have one entry per layer, {num_layers}, "
-                f"got {len(states)}; use those of this model"
-            )
-        return states
-
-    def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
-        if tokens.dtype != torch.int64:
-            raise TypeError(
-                f"CausalLM: `tokens` must be int64, got {tokens.dtype}; convert with .long()"
-            )
-        if tokens.dim() != dim:
-            raise ValueError(
-                f"CausalLM: `tokens` must be {layout}, got shape {list(tokens.shape)}; "
-                "use forward for sequences and step for single tokens"
-            )
-        return self.embeddings(tokens)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from householder.models.block import Block
+from householder.models.stack import BlockStack
 from householder.nn import ATTENTIONS, MIXERS
 from householder.nn._checks import (
     check_choice,
@@ -180,7 +181,7 @@ class SequenceTaggerConfig:
         return Block(mixer, mlp_width=self.mlp_width, **shared)
 
 
-class SequenceTagger(nn.Module):
+class SequenceTagger(BlockStack):
     """Label every token: embedding, blocks of mixer and MLP, a final RMSNorm, a linear head.
 
     The logits at a position depend on the tokens up to and including it.
@@ -220,16 +221,17 @@ class SequenceTagger(nn.Module):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
         config = SequenceTaggerConfig(vocab_size, num_classes, **options)
-        self.config = config
-        d_model = config.d_model
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embeddings = nn.Embedding(vocab_size, d_model, **factory)
-        self.layers = nn.ModuleList(
-            config.build_block(device=device, dtype=dtype) for _ in range(config.num_layers)
+        d_model = config.d_model
+        super().__init__(
+            vocab_size,
+            d_model,
+            (config.build_block(**factory) for _ in range(config.num_layers)),
+            norm_eps=config.norm_eps,
+            **factory,
         )
-        self.norm = nn.RMSNorm(d_model, eps=config.norm_eps, **factory)
+        self.config = config
         self.head = nn.Linear(d_model, num_classes, bias=False, **factory)
         if config.init_std is not None:
             nn.init.normal_(self.embeddings.weight, std=config.init_std)
@@ -253,14 +255,6 @@ class SequenceTagger(nn.Module):
         if not isinstance(config, SequenceTaggerConfig):
             config = SequenceTaggerConfig.from_dict(config)
         return cls(**config.to_dict(), device=device, dtype=dtype)
-
-    def init_state(self, batch_size: int) -> list[Any]:
-        """Return the state before the first token, one entry per layer.
-
-        Args:
-            batch_size: B, sequences that advance together.
-        """
-        return [layer.init_state(batch_size) for layer in self._blocks()]
 
     def forward(
         self,
@@ -286,15 +280,13 @@ class SequenceTagger(nn.Module):
             TypeError: `tokens` is not int64.
             ValueError: a shape or `cu_seqlens` does not fit.
         """
-        x = self._embed(tokens, "[B, T]", dim=2)
-        new_states: list[Any] = []
-        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
-            x = layer(x, state=state, cu_seqlens=cu_seqlens, return_state=return_states)
-            if return_states:
-                x, new_state = x
-                new_states.append(new_state)
-        logits = self.head(self.norm(x))
-        return (logits, new_states) if return_states else logits
+        hidden = self.hidden(
+            tokens, states=states, cu_seqlens=cu_seqlens, return_states=return_states
+        )
+        if not return_states:
+            return self.head(hidden)
+        hidden, new_states = hidden
+        return self.head(hidden), new_states
 
     def step(self, tokens: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Label one more token of each sequence.
@@ -312,35 +304,5 @@ class SequenceTagger(nn.Module):
             TypeError: `tokens` is not int64.
             ValueError: a shape does not fit.
         """
-        x = self._embed(tokens, "[B]", dim=1)
-        new_states = []
-        for layer, state in zip(self._blocks(), self._per_layer(states), strict=True):
-            x, new_state = layer.step(x, state)
-            new_states.append(new_state)
-        return self.head(self.norm(x)), new_states
-
-    def _blocks(self) -> Iterator[Block]:
-        return cast("Iterator[Block]", iter(self.layers))
-
-    def _per_layer(self, states: Sequence[Any] | None) -> Sequence[Any]:
-        num_layers = self.config.num_layers
-        if states is None:
-            return [None] * num_layers
-        if len(states) != num_layers:
-            raise ValueError(
-                f"SequenceTagger: `states` must have one entry per layer, {num_layers}, "
-                f"got {len(states)}; use those of this model"
-            )
-        return states
-
-    def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
-        if tokens.dtype != torch.int64:
-            raise TypeError(
-                f"SequenceTagger: `tokens` must be int64, got {tokens.dtype}; convert with .long()"
-            )
-        if tokens.dim() != dim:
-            raise ValueError(
-                f"SequenceTagger: `tokens` must be {layout}, got shape {list(tokens.shape)}; "
-                "use forward for sequences and step for single tokens"
-            )
-        return self.embeddings(tokens)
+        hidden, new_states = self.hidden_step(tokens, states)
+        return self.head(hidden), new_states

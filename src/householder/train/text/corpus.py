@@ -81,15 +81,18 @@ def documents(files: Iterable[Path], skipped: Callable[[Path], None]) -> Iterato
         ConfigError: a line of a `.jsonl` file is no JSON object with a text.
     """
     for file in files:
+        if file.suffix == ".jsonl":
+            yield from _json_lines(file)
+            continue
         try:
-            text = file.read_text(encoding="utf-8")
+            yield file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             skipped(file)
-            continue
-        if file.suffix != ".jsonl":
-            yield text
-            continue
-        for number, line in enumerate(text.splitlines(), start=1):
+
+
+def _json_lines(file: Path) -> Iterator[str]:
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
             try:
                 yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:

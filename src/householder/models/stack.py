@@ -1,0 +1,122 @@
+"""What models of tokens share: embedding, blocks, a final norm, and the ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from householder.models.block import Block
+
+
+class BlockStack(nn.Module):
+    """Turn tokens into vectors: embedding, blocks of mixer and MLP, a final RMSNorm.
+
+    The vector at a position depends on the tokens up to and including it.
+
+    Args:
+        vocab_size: number of different tokens.
+        d_model: size of the vectors.
+        blocks: the blocks, made when they are asked for, after the embedding.
+        norm_eps: added to the mean square in the final norm.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        checkpoint_activations: keep of each block its input alone, and run it again in the backward
+            pass: memory for time.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        blocks: Iterable[Block],
+        *,
+        norm_eps: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_activations = False
+        self.embeddings = nn.Embedding(vocab_size, d_model, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
+
+    def init_state(self, batch_size: int) -> list[Any]:
+        """Return the states before the first token, one per layer.
+
+        Args:
+            batch_size: B, sequences that advance together.
+        """
+        return [layer.init_state(batch_size) for layer in self.blocks()]
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        states: Sequence[Any] | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Return what the head reads, `[B, T, d_model]`; the arguments are those of `forward`."""
+        x = self._embed(tokens, "[B, T]", dim=2)
+        new_states: list[Any] = []
+        save_memory = self.checkpoint_activations and self.training and not return_states
+        for layer, state in zip(self.blocks(), self._per_layer(states), strict=True):
+            if save_memory:
+                x = checkpoint(
+                    layer, x, state=state, cu_seqlens=cu_seqlens, mask=mask, use_reentrant=False
+                )
+                continue
+            x = layer(x, state=state, cu_seqlens=cu_seqlens, mask=mask, return_state=return_states)
+            if return_states:
+                x, new_state = x
+                new_states.append(new_state)
+        x = self._normalize(x)
+        return (x, new_states) if return_states else x
+
+    def hidden_step(self, tokens: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Return what the head reads after one more token `[B]`, `[B, d_model]`, and the states."""
+        x = self._embed(tokens, "[B]", dim=1)
+        new_states = []
+        for layer, state in zip(self.blocks(), self._per_layer(states), strict=True):
+            x, new_state = layer.step(x, state)
+            new_states.append(new_state)
+        return self._normalize(x), new_states
+
+    def blocks(self) -> Iterator[Block]:
+        """Return the blocks in their order."""
+        return cast("Iterator[Block]", iter(self.layers))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        # Under autocast x may be narrower than the weight, which nn.RMSNorm warns about.
+        return self.norm(x.to(self.norm.weight.dtype))
+
+    def _per_layer(self, states: Sequence[Any] | None) -> Sequence[Any]:
+        num_layers = len(self.layers)
+        if states is None:
+            return [None] * num_layers
+        if len(states) != num_layers:
+            raise ValueError(
+                f"{type(self).__name__}: `states` must have one entry per layer, {num_layers}, "
+                f"got {len(states)}; use those of this model"
+            )
+        return states
+
+    def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
+        where = type(self).__name__
+        if tokens.dtype != torch.int64:
+            raise TypeError(
+                f"{where}: `tokens` must be int64, got {tokens.dtype}; convert with .long()"
+            )
+        if tokens.dim() != dim:
+            raise ValueError(
+                f"{where}: `tokens` must be {layout}, got shape {list(tokens.shape)}; "
+                "use forward for sequences and step for single tokens"
+            )
+        return self.embeddings(tokens)
