@@ -4,10 +4,10 @@
     python benchmarks/lm_gpu.py gated_delta_net    # some
     python benchmarks/lm_gpu.py --breakdown        # and where the time of a step goes
 
-Width 1024, 24 layers, 8 heads of 128, SwiGLU of 2816, 32,000 tokens, untied head; 8 sequences of 4,096
-tokens, autocast to bfloat16, fused AdamW, cross entropy without all logits on both sides. Tokens per
-second are those of eight steps after four; a case that the peer refuses is left out. One process per
-case and variant: what one has compiled or tuned does not help another.
+Width 1024, 24 layers, 8 heads of 128, SwiGLU of 2816, 32,000 tokens, untied head; 8 sequences of
+4,096 tokens, autocast to bfloat16, fused AdamW, cross entropy without all logits on both sides.
+Tokens per second are those of eight steps after four. One process per case and variant: what one has
+compiled or tuned does not help another.
 """
 
 from __future__ import annotations
