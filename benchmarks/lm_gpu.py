@@ -6,8 +6,8 @@
 
 Width 1024, 24 layers, 8 heads of 128, SwiGLU of 2816, 32,000 tokens, untied head; 8 sequences of
 4,096 tokens, autocast to bfloat16, fused AdamW, cross entropy without all logits on both sides.
-Tokens per second are those of eight steps after four. One process per case and variant: what one has
-compiled or tuned does not help another.
+Tokens per second are those of eight steps after four. One process per case and variant: what one
+has compiled or tuned does not help another.
 """
 
 from __future__ import annotations
