@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from householder.storage import fsync_path, sha256
-from householder.train.errors import CheckpointError
+from householder.train.errors import CheckpointError, ConfigError, NonFiniteError
+from householder.train.settings import Settings, describe_differences, differences
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -225,6 +226,47 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 "resume with the settings of the stored run".format(name, *shapes)
             )
     model.load_state_dict(dict(tensors))
+
+
+def check_settings(path: Path, stored: Mapping[str, Any], requested: Settings) -> None:
+    """Raise unless a checkpoint's settings are those of the run that would continue it.
+
+    Args:
+        path: the checkpoint's folder.
+        stored: its settings by name.
+        requested: those of the run.
+
+    Raises:
+        CheckpointError: a setting differs that a resumed run may not change, or is unknown.
+    """
+    try:
+        there = type(requested)(**stored)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: its settings are not of this version of householder: {error}"
+        ) from error
+    if different := differences(there, requested):
+        raise CheckpointError(
+            f"{path}: the checkpoint does not fit the requested settings: "
+            f"{describe_differences(different)}; drop these settings or use another folder"
+        )
+
+
+def not_finite(name: str, step: int, checkpoints: Path) -> NonFiniteError:
+    """Return the error of a run whose loss or gradient is not finite.
+
+    Args:
+        name: of the run.
+        step: the first of which it is so, counted from 1.
+        checkpoints: the folder of the run's checkpoints.
+    """
+    last = latest(checkpoints)
+    kept = "no checkpoint had been written" if last is None else f"kept {last}"
+    return NonFiniteError(
+        f"{name}: the loss or its gradient is not finite at step {step}; {kept}; try a smaller "
+        "--lr or --grad-clip, or a longer --warmup",
+        step,
+    )
 
 
 def random_state(device: torch.device) -> dict[str, str]:

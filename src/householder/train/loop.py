@@ -29,13 +29,12 @@ from householder.train.data import (
     make_training_task,
     training_length,
 )
-from householder.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from householder.train.errors import Interrupted
 from householder.train.evaluation import Evaluation, accuracy, autocast, evaluate
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.observer import Observer
 from householder.train.optim import learning_rate, make_optimizer
-from householder.train.settings import describe_differences, differences
 from householder.train.tasks import IGNORE_INDEX, Batch, Task
 from householder.train.tasks.metrics import token_accuracy
 
@@ -324,17 +323,7 @@ class _Run:
             return
         checkpoint = ckpt.load(path)
         state = checkpoint.state
-        try:
-            stored = TrainConfig(**state["config"])
-        except (ConfigError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: its settings are not of this version of householder: {error}"
-            ) from error
-        if different := differences(stored, self.config):
-            raise CheckpointError(
-                f"{path}: the checkpoint does not fit the requested settings: "
-                f"{describe_differences(different)}; drop these settings or use another folder"
-            )
+        ckpt.check_settings(path, state["config"], self.config)
         ckpt.restore_model(self.model, checkpoint.model)
         ckpt.restore_optimizer(self.model, self.optimizer, checkpoint.optimizer)
         ckpt.restore_random_state(state["random"], self.device)
@@ -342,15 +331,8 @@ class _Run:
         self.solved_in_a_row, self.seconds = state["solved_in_a_row"], state["seconds"]
 
     def _raise_if_not_finite(self) -> None:
-        bad_step = int(self.bad_step)
-        if bad_step:
-            last = ckpt.latest(self.checkpoints)
-            kept = "no checkpoint had been written" if last is None else f"kept {last}"
-            raise NonFiniteError(
-                f"{self.config.name}: the loss or its gradient is not finite at step {bad_step}; "
-                f"{kept}; try a smaller --lr or --grad-clip, or a longer --warmup",
-                bad_step,
-            )
+        if bad_step := int(self.bad_step):
+            raise ckpt.not_finite(self.config.name, bad_step, self.checkpoints)
 
     def raise_if_stopped(self) -> None:
         """Raise `Interrupted` when a signal has come; by then the run is saved."""

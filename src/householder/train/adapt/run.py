@@ -38,7 +38,6 @@ from householder.train.data import derive_seed
 from householder.train.errors import (
     CheckpointError,
     Interrupted,
-    NonFiniteError,
     OutputError,
 )
 from householder.train.interrupt import StopRequest
@@ -360,13 +359,7 @@ class _Run:
     def _check_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        last = ckpt.latest(self.checkpoints)
-        kept = "no checkpoint had been written" if last is None else f"kept {last}"
-        raise NonFiniteError(
-            f"adapt: the loss or its gradient is not finite at step {self.step}; {kept}; try a "
-            "smaller --lr or --grad-clip, or a longer --warmup",
-            self.step,
-        )
+        raise ckpt.not_finite("adapt", self.step, self.checkpoints)
 
     def _save(self) -> None:
         state = {

@@ -29,12 +29,11 @@ from householder.models import CausalLM
 from householder.models.pretrained import write_causal_lm
 from householder.storage import write_atomically
 from householder.train import checkpoint as ckpt
-from householder.train.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from householder.train.errors import CheckpointError, ConfigError, Interrupted
 from householder.train.interrupt import StopRequest
 from householder.train.loop import Stopwatch, global_state
 from householder.train.metrics import MetricsWriter
 from householder.train.optim import learning_rate, make_optimizer
-from householder.train.settings import describe_differences, differences
 from householder.train.text import checkpoint as text_ckpt
 from householder.train.text.batches import TextBatch, Windows
 from householder.train.text.config import TextConfig
@@ -374,17 +373,7 @@ class _Run:
         if path is None:
             return
         state = text_ckpt.read_state(path)
-        try:
-            stored = TextConfig(**state["config"])
-        except (ConfigError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: its settings are not of this version of householder: {error}"
-            ) from error
-        if different := differences(stored, self.config):
-            raise CheckpointError(
-                f"{path}: the checkpoint does not fit the requested settings: "
-                f"{describe_differences(different)}; drop these settings or use another folder"
-            )
+        ckpt.check_settings(path, state["config"], self.config)
         if state["corpus"] != self.corpus.summary:
             raise CheckpointError(
                 f"{path}: the checkpoint was trained on another corpus than {self.folder}/corpus "
@@ -414,15 +403,8 @@ class _Run:
         return TextResult(self.config, self.model, results, self.step, self.seconds)
 
     def _raise_if_not_finite(self) -> None:
-        bad_step = int(self.bad_step)
-        if bad_step:
-            last = ckpt.latest(self.checkpoints)
-            kept = "no checkpoint had been written" if last is None else f"kept {last}"
-            raise NonFiniteError(
-                f"the loss or its gradient is not finite at step {bad_step}; {kept}; try a smaller "
-                "--lr or --grad-clip, or a longer --warmup",
-                bad_step,
-            )
+        if bad_step := int(self.bad_step):
+            raise ckpt.not_finite("text", bad_step, self.checkpoints)
 
     def _raise_stopped(self) -> None:
         # The signal may have come to another process; then its number is not known here.

@@ -177,7 +177,7 @@ def finish_chunks(
     }  # fmt: skip
     exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
     q, k, v, w, beta, do_strides = (
-        strides(name, y) for name, y in zip("q k v w beta do".split(), (*p[:5], do), strict=True)
+        strides(name, y) for name, y in zip(["q", "k", "v", "w", "beta", "do"], (*p[:5], do), strict=True)
     )
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     pairs_kernel[(p.chunks * HQ,)](
