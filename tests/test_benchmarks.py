@@ -24,14 +24,14 @@ def test_tables_of_the_documentation_are_made_from_the_rows():
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_case_is_in_one_part_and_a_configuration_is_not_split(count):
+def test_every_case_is_in_one_part_and_what_the_peer_chooses_once_is_not_split(count):
     pytest.importorskip("triton")
     gpu = importlib.import_module("gpu")
     chosen = list(gpu.cases())
     parts = [gpu.take_part(chosen, f"{i + 1}/{count}") for i in range(count)]
     assert sorted(case for part in parts for case in part) == sorted(chosen)
     assert len({case.name for case in chosen}) == len(chosen)
-    seen = [{case.configuration for case in part} for part in parts]
+    seen = [{gpu.peer_family(case) for case in part} for part in parts]
     assert sum(map(len, seen)) == len(set().union(*seen))
 
 
