@@ -150,12 +150,8 @@ def compile_peer(case: GpuCase, share: int) -> None:
     Autotuner.prune_configs = some
     try_quickly(1)
     try:
-        if case.group == "step":
-            state = torch.randn(case.B, case.H, case.D, case.D, device="cuda")
-            STEPS["fla"](make_inputs(case), state)
-        else:
-            short = case._replace(B=1, T=min(case.T, 4096))
-            differentiate(VARIANTS["fla"], make_inputs(short), output_gradient(short))
+        short = case._replace(B=1, T=min(case.T, 4096))
+        differentiate(VARIANTS["fla"], make_inputs(short), output_gradient(short))
     except Exception:  # what it refuses is told when it is to be timed
         return
     finally:
@@ -182,11 +178,10 @@ def compile_all(chosen: list[GpuCase], workers: int) -> dict[Configuration, Row]
         calls = {configuration: pool.submit(first_call, c) for configuration, c in firsts.items()}
         found = {configuration: outcome(call) for configuration, call in calls.items()}
     if FLA_VERSION:
-        timed = [case for case in chosen if case.group != "first"]
+        families = {peer_family(case): case for case in reversed(chosen) if peer_chooses(case)}
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for case in {c.configuration._replace(in_segments=False): c for c in timed}.values():
-                # For the number of reflections alone the peer does not choose again.
-                for share in range(PEER_SHARES if case.N < 3 and case.group != "step" else 1):
+            for case in families.values():
+                for share in range(PEER_SHARES):
                     pool.submit(compile_peer, case, share)
     return found
 
@@ -322,12 +317,29 @@ def take_part(chosen: list[GpuCase], part: str) -> list[GpuCase]:
     index, count = map(int, part.split("/"))
     groups: dict[object, list[GpuCase]] = defaultdict(list)
     for case in chosen:
-        groups[case.configuration._replace(in_segments=False)].append(case)
+        groups[peer_family(case)].append(case)
     shares: list[list[GpuCase]] = [[] for _ in range(count)]
-    # Compiling and choosing the peer's programs take as long as two cases.
-    for group in sorted(groups.values(), key=len, reverse=True):
-        min(shares, key=lambda s: len(s) + 2 * len({c.configuration for c in s})).extend(group)
+    seconds = [0.0] * count
+    for group in sorted(groups.values(), key=expected_seconds, reverse=True):
+        least = seconds.index(min(seconds))
+        shares[least] += group
+        seconds[least] += expected_seconds(group)
     return shares[index - 1]
+
+
+def peer_family(case: GpuCase) -> tuple[object, ...]:
+    """Return what the peer chooses its programs by; it does not choose again for another N > 1."""
+    return case.configuration._replace(N=min(case.N, 2), in_segments=False)
+
+
+def peer_chooses(case: GpuCase) -> bool:
+    return not case.gated and case.group not in ("step", "first")
+
+
+def expected_seconds(group: list[GpuCase]) -> float:
+    """Return about how long the cases of one family take on an H200 with 16 processors."""
+    timed = [case for case in group if case.group not in ("step", "first")]
+    return 2 * len(group) + 3 * len(timed) + 30 * any(map(peer_chooses, group))
 
 
 def append(path: Path, rows: list[Row], environment: Row) -> None:

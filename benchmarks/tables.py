@@ -130,14 +130,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> None:
-    """Rewrite every table of the page."""
-    page = PAGE.read_text()
+def rewritten(page: str) -> str:
+    """Return the page with every table made again."""
     unknown = {name for _, name, _ in TABLE.findall(page)} ^ set(TABLES)
     if unknown:
         raise SystemExit(f"{PAGE.name} and TABLES differ in {sorted(unknown)}")
-    PAGE.write_text(TABLE.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", page))
+    return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(rewritten(PAGE.read_text()))

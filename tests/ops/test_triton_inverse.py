@@ -6,6 +6,7 @@ script in a process of its own.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def errors() -> dict[str, float]:
 @pytest.mark.parametrize("R", SIZES)
 def test_inverse_agrees_with_float64(R, keys, precision, errors):
     assert errors[f"{R} {keys} {precision}"] < LIMITS[precision]
+
+
+def test_no_kernel_has_a_third_grid_dimension():
+    # The number of parts of a float32 product is 3 + program_id(2).
+    package = Path(__file__).parents[2] / "src" / "householder"
+    users = [
+        path.name
+        for path in sorted(package.rglob("*.py"))
+        if re.search(r"program_id\((axis=)?2\)", path.read_text())
+    ]
+    assert users == ["_triton.py"]
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def dot_in_parts(a, b):
     tensor cores cut off what does not fit, so that nothing is added to a sum larger than it.
     """
     product = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
-    # Grids have one dimension, of which the assembler does not know: it would unroll a loop of 3.
+    # Grids here have at most two dimensions, of which the assembler does not know: a loop of 3 it
+    # would unroll.
     for part in range(3 + tl.program_id(2)):
         large_a = round_to_tf32(a)
         large_b = round_to_tf32(b)

@@ -1,0 +1,44 @@
+"""The benchmarks' own code that needs no GPU: what is measured where, and the pages' tables."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in ("gpu", "gpu_cases", "tables"):
+        sys.modules.pop(name, None)
+
+
+def test_tables_of_the_documentation_are_made_from_the_rows():
+    tables = importlib.import_module("tables")
+    page = tables.PAGE.read_text()
+    assert tables.rewritten(page) == page, "run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_case_is_in_one_part_and_what_the_peer_chooses_once_is_not_split(count):
+    pytest.importorskip("triton")
+    gpu = importlib.import_module("gpu")
+    chosen = list(gpu.cases())
+    parts = [gpu.take_part(chosen, f"{i + 1}/{count}") for i in range(count)]
+    assert sorted(case for part in parts for case in part) == sorted(chosen)
+    assert len({case.name for case in chosen}) == len(chosen)
+    seen = [{gpu.peer_family(case) for case in part} for part in parts]
+    assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+def test_a_case_is_checked_in_its_own_configuration():
+    pytest.importorskip("triton")
+    gpu_cases = importlib.import_module("gpu_cases")
+    for case in gpu_cases.cases():
+        short = case.shortened()
+        assert short.configuration == case.configuration
+        assert short.B * short.T <= 8400
