@@ -215,6 +215,23 @@ def test_half_precision_layers(kind, dtype):
     assert_as_accurate(y, plain, exact(x), factor=4)
 
 
+@pytest.mark.parametrize(("kind", "make"), CASES)
+def test_autocast(kind, make):
+    base, model = adapted(kind, make)
+    base, model, x = base.float(), model.float(), make.inputs().float()
+    exact = model(x)
+    adapters.merge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(x)
+    adapters.unmerge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        assert y.dtype == base(x).dtype == torch.bfloat16
+    assert_as_accurate(y, plain, exact.double(), factor=4)
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapters.parameters(model).values())
+
+
 def test_unmerging_bfloat16_is_exact_to_rounding_and_bit_for_bit_if_kept():
     torch.manual_seed(0)
     base = Dense().bfloat16()

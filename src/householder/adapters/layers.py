@@ -25,6 +25,7 @@ from householder.adapters.config import (
 from householder.adapters.errors import AdapterError
 from householder.adapters.targets import LayerShape, matches
 from householder.maps import HouseholderProduct
+from householder.ops import householder_product
 from householder.ops.wy import compute_dtype
 
 Call = Callable[[Tensor], Tensor]
@@ -99,18 +100,22 @@ class HRALayer(AdapterLayer):
             )
         self.reflectors = nn.Parameter(_paired(N, D, config.init == "identity"))
 
-    def product(self) -> HouseholderProduct:
-        """Return Q."""
+    def directions(self) -> Tensor:
+        """Return the reflectors of Q, orthogonalised if asked."""
         k: Tensor = self.reflectors
         if self.orthogonalize == "all":
             k = _orthonormal(k)
         elif self.orthogonalize == "halves":
             # The odd half acts first; within a half the order does not matter.
             k = torch.cat([_orthonormal(k[1::2]), _orthonormal(k[0::2])])
-        return HouseholderProduct.orthogonal(k)
+        return k
+
+    def product(self) -> HouseholderProduct:
+        """Return Q."""
+        return HouseholderProduct.orthogonal(self.directions())
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        return call(_turn(self.product(), x))
+        return call(_turn(self.directions(), x))
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.product().mT(W.to(compute_dtype(W))), bias
@@ -153,11 +158,12 @@ class TwoSidedLayer(AdapterLayer):
         )
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        Q_out, Q_in = self.products()
-        y = call(_turn(Q_in, x))
+        y = call(_turn(self.input_reflectors, x))
+        # Under autocast y is narrower than the bias.
+        bias = None if bias is None else bias.to(y.dtype)
         y = y if bias is None else y - bias
         y = y if self.scale is None else y * self.scale.to(y.dtype)
-        y = _turn(Q_out, y)
+        y = _turn(self.output_reflectors, y)
         return y if bias is None else y + bias
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -312,9 +318,18 @@ def make_layer(config: AdapterConfig, shape: LayerShape, name: str) -> AdapterLa
     )
 
 
-def _turn(product: HouseholderProduct, x: Tensor) -> Tensor:
-    """Return Q x in x's dtype. The reflectors stay in theirs: small changes need its digits."""
-    return product(x).to(x.dtype)
+def _turn(k: Tensor, x: Tensor) -> Tensor:
+    """Return Q x for the orthogonal product of the reflectors k, in the dtype of the layer's input.
+
+    In half precision the reflectors are rounded too, as autocast rounds other weights. Q stays
+    orthogonal to float32's rounding, and Q x changes by less than its own rounding: the change is
+    along k alone.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # the layer would round x next
+        x = x.to(torch.get_autocast_dtype(device))
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return householder_product(x, k.to(x.dtype) if half else k).to(x.dtype)
 
 
 def _single(v: Tensor) -> HouseholderProduct:
