@@ -93,8 +93,11 @@ def triangle_back_kernel(
 @triton.jit
 def sum_rows(p, rows, o_d, N, D, stride, SUMS: tl.constexpr):
     """Return a tile of rows of a sum of parts."""
-    total = load_rows(p, rows, o_d, N, D, D)
-    for i in tl.static_range(1, SUMS):
+    total = tl.zeros((rows.shape[0], o_d.shape[0]), dtype=tl.float32)
+    for i in range(SUMS // 4):
+        for j in tl.static_range(4):
+            total += load_rows(p + (4 * i + j) * stride, rows, o_d, N, D, D)
+    for i in tl.static_range(SUMS // 4 * 4, SUMS):
         total += load_rows(p + i * stride, rows, o_d, N, D, D)
     return total
 
@@ -161,7 +164,7 @@ def reflector_gradients(
     triangle_back_kernel[(G * blocks,)](
         parts, triangles.inverse, triangles.gram, triangles.beta, h, symmetric, dbeta, N,
         BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2],
-        GIVEN=beta is not None, num_warps=4,
+        GIVEN=beta is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
     launch = config.square_launch()
     reflector_back_kernel[(G * blocks * (R // tile), triton.cdiv(D, launch.tiles["BD"]))](

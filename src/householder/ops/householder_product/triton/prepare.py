@@ -73,11 +73,12 @@ def transposed_tile_at(i, j, R: tl.constexpr, TILE: tl.constexpr):
 def sum_parts(p, SPLITS: tl.constexpr, R: tl.constexpr):
     """Return the sum of the parts that `cross_kernel` wrote of a tile, always in one order."""
     total = tl.zeros(p.shape, dtype=tl.float32)
-    # Eight loads at a time are under way together.
-    for i in range(SPLITS // 8):
-        for j in tl.static_range(8):
-            total += tl.load(p + (8 * i + j) * R * R)
-    for i in tl.static_range(SPLITS // 8 * 8, SPLITS):
+    # As many loads as registers allow are under way together.
+    ahead: tl.constexpr = 8 if p.shape[0] <= 32 else 4
+    for i in range(SPLITS // ahead):
+        for j in tl.static_range(ahead):
+            total += tl.load(p + (ahead * i + j) * R * R)
+    for i in tl.static_range(SPLITS // ahead * ahead, SPLITS):
         total += tl.load(p + i * R * R)
     return total
 
@@ -283,7 +284,7 @@ def prepare(
         )  # fmt: skip
         return Triangles(left, right, inverse, gram, used)
     triangle_kernel[(G * blocks,)](
-        parts, beta, inverse, gram, used, N, beta_g, **sizes, TILE=tile, num_warps=4
+        parts, beta, inverse, gram, used, N, beta_g, **sizes, TILE=tile, num_warps=4, num_stages=1
     )
     tile = config.tile_size(R)
     expand_kernel[(G * blocks * (R // tile), columns)](
