@@ -14,6 +14,7 @@ from torch import Tensor
 from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import cast_operand, dot, dot_add, operand_dtype
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def inner(x: Tensor, k: Tensor, precision: str, with_gram: bool) -> tuple[Tensor
     gram = x.new_empty(G, 1, 1, R, R, dtype=torch.float32) if with_gram else None
     launch = config.inner_launch(R, precision)
     rows = launch.tiles["BM"]
-    programs = triton.cdiv(M, rows) + (triton.cdiv(R, rows) if with_gram else 0)
+    programs = cdiv(M, rows) + (cdiv(R, rows) if with_gram else 0)
     inner_kernel[(G * programs,)](
         x, k, p, gram, M, N, D, *x.stride()[:2], *k.stride()[:2],
         R=R, GRAM=with_gram, PRECISION=precision, **launch.options,
@@ -110,7 +111,7 @@ def update(x: Tensor, p: Tensor, w: Tensor, precision: str) -> Tensor:
     y = contiguous_like(x)
     R = config.block_size(N)
     launch = config.update_launch(R, precision)
-    tiles = triton.cdiv(M, launch.tiles["BM"]) * triton.cdiv(D, launch.tiles["BD"])
+    tiles = cdiv(M, launch.tiles["BM"]) * cdiv(D, launch.tiles["BD"])
     update_kernel[(G * tiles,)](
         x, p, w, y, M, N, D, *x.stride()[:2], R=R, PRECISION=precision, **launch.options
     )
@@ -208,7 +209,7 @@ def outer(
     if p.dtype == x.dtype:
         parts = torch.empty(G, 1, splits, R, R, dtype=torch.float32, device=x.device)
     columns = launch.tiles["BD"]
-    programs = 2 * triton.cdiv(D, columns) + (0 if parts is None else triton.cdiv(R, columns))
+    programs = 2 * cdiv(D, columns) + (0 if parts is None else cdiv(R, columns))
     outer_kernel[(G * programs, splits)](
         v, x, p, dy, out, parts, M, N, D, *x.stride()[:2], *dy.stride()[:2], G,
         R=R, SPLITS=splits, PARTS=parts is not None, TRANSPOSE=transpose,

@@ -19,6 +19,7 @@ from torch import Tensor
 from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import dot_add
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 from householder.ops.householder_product.triton.prepare import (
     Triangles,
     cross,
@@ -167,7 +168,7 @@ def reflector_gradients(
         GIVEN=beta is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
     launch = config.square_launch()
-    reflector_back_kernel[(G * blocks * (R // tile), triton.cdiv(D, launch.tiles["BD"]))](
+    reflector_back_kernel[(G * blocks * (R // tile), cdiv(D, launch.tiles["BD"]))](
         a, b, k, triangles.inverse, triangles.beta, symmetric, dk, N, D,
         a.stride(0), b.stride(0), *k.stride()[:2],
         BLOCKS=blocks, R=R, TILE=tile, SUMS_A=a.shape[0], SUMS_B=b.shape[0], **launch.options,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from householder.ops._triton import dot, dot_add, inverse_unit_lower
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 
 
 @triton.jit
@@ -275,7 +276,7 @@ def prepare(
     beta_g = 0 if beta is None else beta.stride(0)
     sizes = {"BLOCKS": blocks, "R": R, "SPLITS": parts.shape[2], "GIVEN": beta is not None}
     launch = config.square_launch()
-    columns = triton.cdiv(D, launch.tiles["BD"])
+    columns = cdiv(D, launch.tiles["BD"])
     tile = config.triangle_tile(R)
     if tile == R:
         narrow_kernel[(G * blocks, columns)](
