@@ -65,7 +65,7 @@ def update_kernel(
     """Write a tile of Y = X − P W."""
     num_m = tl.cdiv(M, BM)
     num_d = tl.cdiv(D, BD)
-    # From the last rows to the first: those are still in the second-level cache.
+    # From the last rows to the first: what was read last is the likeliest to be in the cache.
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     i_g = (i // (num_m * num_d)).to(tl.int64)
     o_m = ((i // num_d % num_m) * BM + tl.arange(0, BM)).to(tl.int64)

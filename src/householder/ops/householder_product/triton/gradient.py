@@ -95,6 +95,7 @@ def triangle_back_kernel(
 def sum_rows(p, rows, o_d, N, D, stride, SUMS: tl.constexpr):
     """Return a tile of rows of a sum of parts."""
     total = tl.zeros((rows.shape[0], o_d.shape[0]), dtype=tl.float32)
+    stride = tl.cast(stride, tl.int64)
     for i in range(SUMS // 4):
         for j in tl.static_range(4):
             total += load_rows(p + (4 * i + j) * stride, rows, o_d, N, D, D)

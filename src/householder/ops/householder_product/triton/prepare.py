@@ -41,6 +41,7 @@ def cross_kernel(
     o_j = first + i_column * TILE + o_t
     p_a = a + i_g * a_g + o_i[:, None] * a_n
     p_k = k + i_g * k_g + o_j[None, :] * k_n
+    step = tl.cast(a_s, tl.int64)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(0, COLUMNS, BD):
         o_d = i_split * COLUMNS + start + tl.arange(0, BD)
@@ -48,7 +49,7 @@ def cross_kernel(
         m_a = (o_i < N)[:, None] & m_d[None, :]
         b_a = tl.load(p_a + o_d[None, :], mask=m_a, other=0.0)
         for i in tl.static_range(1, SUMS):
-            b_a += tl.load(p_a + i * a_s + o_d[None, :], mask=m_a, other=0.0)
+            b_a += tl.load(p_a + i * step + o_d[None, :], mask=m_a, other=0.0)
         b_k = tl.load(p_k + o_d[:, None], mask=(o_j < N)[None, :] & m_d[:, None], other=0.0)
         total = dot_add(b_a.to(tl.float32), b_k.to(tl.float32), total, "tf32x3")
     p_out = out + (i_block * tl.num_programs(1) + i_split) * R * R
