@@ -1,11 +1,12 @@
 """Check and time `householder_product` and `householder_frame` on a GPU, beside torch and peft.
 
-    python benchmarks/product_gpu.py                      # both groups
-    python benchmarks/product_gpu.py adapted              # one of them: frame, adapted
+    python benchmarks/product_gpu.py                      # all groups
+    python benchmarks/product_gpu.py adapted              # one of them: frame, thin, adapted
     python benchmarks/product_gpu.py --results /tmp/out   # where `product-gpu.csv` is appended to
 
-`frame` forms Q of r reflectors in float32, from given reflectors and coefficients, with gradients
-to both; the peer is `torch.linalg.householder_product`. `adapted` is y = (x Q) Wᵀ in bfloat16 with
+`frame` forms all of Q of r reflectors in float32, from given reflectors and coefficients, with
+gradients to both, and `thin` its first r columns, which is what the peer gives,
+`torch.linalg.householder_product`. `adapted` is y = (x Q) Wᵀ in bfloat16 with
 a frozen W, on 8192 tokens, with gradients to x and the reflectors; the peer is peft's HRA, and the
 frozen layer alone is measured beside them. Before a case is timed, results are compared with
 float64, and Q is checked to be orthogonal: ours, no peer's. Times are medians of repeats with the
@@ -38,7 +39,7 @@ REPEATS_MS = 60  # how long each figure is measured
 LONG_MS = 100  # calls from here on are not repeated for statistics' sake
 TOKENS = 8192
 # Relative errors: of bfloat16 operands and results, and of float32 sums of thousands of terms.
-TOLERANCE = {"frame": 1e-5, "adapted": 1.2e-2}
+TOLERANCE = {"frame": 1e-5, "thin": 1e-5, "adapted": 1.2e-2}
 COLUMNS = (
     "date", "case", "variant", *TIMES, "peak_mib", "error", "orthogonality", "largest_entry",
     "device", "torch", "triton", "peft", "commit",
@@ -67,6 +68,8 @@ def cases() -> Iterator[Case]:
     """The table of the documentation."""
     for n, r in ((1024, 32), (1024, 1024), (4096, 32), (4096, 128), (4096, 4096)):
         yield Case("frame", n, r)
+        if r < n:
+            yield Case("thin", n, r)
     for cosine in (0.5, 0.99):
         yield Case("frame", 1024, 1024, cosine)
     for r in (8, 32, 128):
@@ -92,10 +95,15 @@ def frame_problem(case: Case) -> tuple[Parameters, dict[str, Run], Run]:
         # As LAPACK has them, so that torch can take them: zero before the pivot.
         k = k.flip(0).triu().flip(0)
     inputs = {"k": k, "beta": 2 / k.square().sum(-1)}
-    variants: dict[str, Run] = {"householder": lambda p: householder_frame(p["k"], p["beta"])}
-    if not case.cosine:
+    columns = case.r if case.group == "thin" else case.n
+
+    def ours(p: Parameters, impl: str = "auto") -> Tensor:
+        return householder_frame(p["k"], p["beta"], columns, impl=impl)
+
+    variants: dict[str, Run] = {"householder": ours}
+    if columns == case.r and not case.cosine:
         variants["torch"] = torch_frame
-    return inputs, variants, lambda p: householder_frame(p["k"], p["beta"], impl="chunk")
+    return inputs, variants, lambda p: ours(p, "chunk")
 
 
 def torch_frame(p: Parameters) -> Tensor:
@@ -172,14 +180,14 @@ def differentiate(run: Run, p: Parameters, dy: Tensor) -> list[Tensor]:
 
 def measure(case: Case) -> list[dict[str, object]]:
     """Check a case, then time every variant of it."""
-    problem = frame_problem if case.group == "frame" else adapted_problem
+    problem = adapted_problem if case.group == "adapted" else frame_problem
     inputs, variants, definition = problem(case)
     with torch.no_grad():
         dy = torch.randn_like(variants["householder"](inputs))
     expected = differentiate(definition, leaves(inputs, torch.float64), dy.double())
     actual = differentiate(variants["householder"], leaves(inputs), dy)
     error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
-    orthogonality = orthogonality_error(actual[0]) if case.group == "frame" else None
+    orthogonality = None if case.group == "adapted" else orthogonality_error(actual[0])
     # Gradients of nearly parallel reflectors are ill-conditioned; there Q alone counts.
     if not case.cosine and not error <= TOLERANCE[case.group]:
         raise SystemExit(f"{case.name}: off by {error:.1e}; a wrong answer is not timed")
@@ -204,7 +212,7 @@ def measure(case: Case) -> list[dict[str, object]]:
 
 def orthogonality_error(Q: Tensor) -> dict[str, object]:
     """Return ‖QᵀQ − I‖_F / √n and the largest entry of QᵀQ − I, both in units of ε √n."""
-    wide = Q.double()
+    wide = Q.detach().double()
     error = wide.mT @ wide - torch.eye(Q.shape[1], device=Q.device, dtype=torch.float64)
     unit = torch.finfo(Q.dtype).eps * Q.shape[0] ** 0.5
     norm, largest = float(error.norm()) / Q.shape[1] ** 0.5, float(error.abs().max())
@@ -260,7 +268,7 @@ def bench_captured(variant: str, run: Callable[[], object]) -> float:
 def main() -> None:
     """Run the chosen groups and append their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("groups", nargs="*", default=["frame", "adapted"])
+    parser.add_argument("groups", nargs="*", default=["frame", "thin", "adapted"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="the measured commit; default: what git says")
     arguments = parser.parse_args()

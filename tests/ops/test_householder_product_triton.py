@@ -18,17 +18,17 @@ pytest.importorskip("triton")
 CASES = {
     "few": (1, 5, 3, 9, True, False, False),
     "one": (1, 3, 1, 7, False, False, False),
-    "a block of 32, two products": (2, 70, 32, 40, True, False, False),
+    "a block of 32, two products": (2, 40, 32, 40, True, False, False),
     "orthogonal, transposed": (2, 12, 20, 40, False, False, True),
     "a block of 64": (1, 10, 50, 70, True, False, True),
     "a block of 128": (1, 9, 100, 72, True, False, False),
     "a block of 128, orthogonal, transposed": (1, 9, 128, 130, False, False, True),
-    "two blocks": (1, 12, 150, 40, True, False, False),
-    "two blocks, orthogonal, transposed": (2, 12, 140, 40, False, False, True),
+    "two blocks": (1, 6, 130, 36, True, False, False),
+    "two blocks, orthogonal, transposed": (1, 6, 130, 36, False, False, True),
     "frame of few": (2, 6, 3, 9, True, True, False),
     "whole frame, orthogonal": (1, 33, 20, 33, False, True, False),
     "frame of a block of 128": (1, 20, 100, 60, True, True, False),
-    "frame of two blocks": (2, 20, 150, 40, True, True, False),
+    "frame of two blocks": (1, 10, 130, 36, True, True, False),
     "more columns than a part of the sums": (1, 4, 3, 300, True, False, False),
 }
 OUTPUTS = ("y", "dx", "dk", "dbeta")

@@ -14,6 +14,7 @@ from torch import Tensor
 from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import cast_operand, dot, dot_add, operand_dtype
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 
 
 @triton.jit
@@ -47,12 +48,13 @@ def inner_kernel(
         b_k = tl.load(p_k + o_d[:, None], mask=m_r & (o_d < D)[:, None], other=0.0)
         b_x, b_k = cast_operand(b_x, PRECISION), cast_operand(b_k, PRECISION)
         total = dot_add(b_x, b_k, total, PRECISION)
-    if i_m < num_m:
-        p_p = p + (i_g * M + o_m[:, None]) * N + o_r[None, :]
-        tl.store(p_p, cast_operand(total, PRECISION).to(p.dtype.element_ty), mask=m_m & m_r)
-    else:
-        p_gram = gram + (i_g * R + o_m[:, None]) * R + o_r[None, :]
-        tl.store(p_gram, total, mask=(o_m < R)[:, None])
+    if GRAM:  # noqa: SIM102 (one is known at compile time)
+        if i_m >= num_m:
+            p_gram = gram + (i_g * R + o_m[:, None]) * R + o_r[None, :]
+            tl.store(p_gram, total, mask=(o_m < R)[:, None] & (o_r < R)[None, :])
+            return
+    p_p = p + (i_g * M + o_m[:, None]) * N + o_r[None, :]
+    tl.store(p_p, cast_operand(total, PRECISION).to(p.dtype.element_ty), mask=m_m & m_r)
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def update_kernel(
     """Write a tile of Y = X − P W."""
     num_m = tl.cdiv(M, BM)
     num_d = tl.cdiv(D, BD)
-    # From the last rows to the first: those are still in the second-level cache.
+    # From the last rows to the first: what was read last is the likeliest to be in the cache.
     i = tl.num_programs(0) - 1 - tl.program_id(0)
     i_g = (i // (num_m * num_d)).to(tl.int64)
     o_m = ((i // num_d % num_m) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -94,7 +96,7 @@ def inner(x: Tensor, k: Tensor, precision: str, with_gram: bool) -> tuple[Tensor
     gram = x.new_empty(G, 1, 1, R, R, dtype=torch.float32) if with_gram else None
     launch = config.inner_launch(R, precision)
     rows = launch.tiles["BM"]
-    programs = triton.cdiv(M, rows) + (triton.cdiv(R, rows) if with_gram else 0)
+    programs = cdiv(M, rows) + (cdiv(R, rows) if with_gram else 0)
     inner_kernel[(G * programs,)](
         x, k, p, gram, M, N, D, *x.stride()[:2], *k.stride()[:2],
         R=R, GRAM=with_gram, PRECISION=precision, **launch.options,
@@ -109,7 +111,7 @@ def update(x: Tensor, p: Tensor, w: Tensor, precision: str) -> Tensor:
     y = contiguous_like(x)
     R = config.block_size(N)
     launch = config.update_launch(R, precision)
-    tiles = triton.cdiv(M, launch.tiles["BM"]) * triton.cdiv(D, launch.tiles["BD"])
+    tiles = cdiv(M, launch.tiles["BM"]) * cdiv(D, launch.tiles["BD"])
     update_kernel[(G * tiles,)](
         x, p, w, y, M, N, D, *x.stride()[:2], R=R, PRECISION=precision, **launch.options
     )
@@ -117,88 +119,100 @@ def update(x: Tensor, p: Tensor, w: Tensor, precision: str) -> Tensor:
 
 
 @triton.jit
+def sum_outer(
+    rows, stride, o_d, width, r, i_split, M, N,
+    R: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Return the sum over a share of the rows of the outer products of columns `o_d` and r.
+
+    It is [BD, R]: the tensor cores want at least 64 rows, and there may be few reflectors.
+    """
+    o_r = tl.arange(0, R)
+    m_d = o_d < width
+    m_r = o_r < N
+    share = tl.cdiv(tl.cdiv(M, SPLITS), BM) * BM
+    start = i_split * share
+    total = tl.zeros((BD, R), dtype=tl.float32)
+    for m in range(start, tl.minimum(start + share, M), BM):
+        o_m = (m + tl.arange(0, BM)).to(tl.int64)
+        m_m = (o_m < M)[:, None]
+        b_x = tl.load(
+            rows + o_m[:, None] * stride + o_d[None, :], mask=m_m & m_d[None, :], other=0.0
+        )
+        b_r = tl.load(r + o_m[:, None] * N + o_r[None, :], mask=m_m & m_r[None, :], other=0.0)
+        b_x, b_r = cast_operand(b_x, PRECISION), cast_operand(b_r, PRECISION)
+        total = dot_add(tl.trans(b_x), b_r, total, PRECISION)
+    return total
+
+
+@triton.jit
 def outer_kernel(
     v, x, p, dy, out, parts, M, N, D, x_g, x_m, dy_g, dy_m, G,
-    R: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr,
+    R: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, TRANSPOSE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write columns of the sum over some rows of Vᵀ X, of Pᵀ dY or of Vᵀ P.
 
     For the transpose of the product the last is transposed.
     """
     num_d = tl.cdiv(D, BD)
-    num_r: tl.constexpr = (R + BD - 1) // BD
-    per_product = 2 * num_d + num_r
+    per_product = 2 * num_d
+    if PARTS:
+        per_product += (R + BD - 1) // BD
     i_g = (tl.program_id(0) // per_product).to(tl.int64)
     i = tl.program_id(0) % per_product
     i_split = tl.program_id(1)
-    p_r = v + i_g * M * N
-    if i < num_d:
-        p_row = x + i_g * x_g
-        stride = tl.cast(x_m, tl.int64)
-        width = D
-        i_d = i
-    elif i < 2 * num_d:
-        p_row = dy + i_g * dy_g
-        stride = tl.cast(dy_m, tl.int64)
-        width = D
-        i_d = i - num_d
-        p_r = p + i_g * M * N
-    else:
-        p_row = p + i_g * M * N
-        stride = tl.cast(N, tl.int64)
-        width = N
-        i_d = i - 2 * num_d
-    o_d = i_d * BD + tl.arange(0, BD)
     o_r = tl.arange(0, R)
-    m_d = o_d < width
-    m_r = o_r < N
-    rows = tl.cdiv(tl.cdiv(M, SPLITS), BM) * BM
-    start = i_split * rows
-    # Transposed, [BD, R]: the tensor cores want at least 64 rows, and there may be few reflectors.
-    total = tl.zeros((BD, R), dtype=tl.float32)
-    for m in range(start, tl.minimum(start + rows, M), BM):
-        o_m = (m + tl.arange(0, BM)).to(tl.int64)
-        m_m = o_m < M
-        b_x = tl.load(
-            p_row + o_m[:, None] * stride + o_d[None, :],
-            mask=m_m[:, None] & m_d[None, :], other=0.0,
-        )  # fmt: skip
-        b_r = tl.load(
-            p_r + o_m[:, None] * N + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0
-        )
-        b_x, b_r = cast_operand(b_x, PRECISION), cast_operand(b_r, PRECISION)
-        total = dot_add(tl.trans(b_x), b_r, total, PRECISION)
-    if i < 2 * num_d:
-        part = ((i // num_d) * SPLITS + i_split) * G + i_g
-        p_out = out + (part * N + o_r[None, :]) * D + o_d[:, None]
-        tl.store(p_out, total, mask=m_d[:, None] & m_r[None, :])
+    p_v = v + i_g * M * N
+    p_p = p + i_g * M * N
+    if PARTS:  # noqa: SIM102 (one is known at compile time)
+        if i >= 2 * num_d:
+            o_d = (i - 2 * num_d) * BD + tl.arange(0, BD)
+            total = sum_outer(p_p, N, o_d, N, p_v, i_split, M, N, R, SPLITS, PRECISION, BM, BD)
+            p_parts = parts + (i_g * SPLITS + i_split) * R * R
+            if TRANSPOSE:
+                p_parts += o_d[:, None] * R + o_r[None, :]
+            else:
+                p_parts += o_r[None, :] * R + o_d[:, None]
+            tl.store(p_parts, total, mask=(o_d < R)[:, None] & (o_r < R)[None, :])
+            return
+    if i < num_d:
+        rows = x + i_g * x_g
+        stride = x_m
+        r = p_v
     else:
-        p_parts = parts + (i_g * SPLITS + i_split) * R * R
-        if TRANSPOSE:
-            p_parts += o_d[:, None] * R + o_r[None, :]
-        else:
-            p_parts += o_r[None, :] * R + o_d[:, None]
-        tl.store(p_parts, total, mask=(o_d < R)[:, None] & (o_r < R)[None, :])
+        rows = dy + i_g * dy_g
+        stride = dy_m
+        r = p_p
+    o_d = (i % num_d) * BD + tl.arange(0, BD)
+    total = sum_outer(rows, stride, o_d, D, r, i_split, M, N, R, SPLITS, PRECISION, BM, BD)
+    part = ((i // num_d) * SPLITS + i_split) * G + i_g
+    p_out = out + (part * N + o_r[None, :]) * D + o_d[:, None]
+    tl.store(p_out, total, mask=(o_d < D)[:, None] & (o_r < N)[None, :])
 
 
 def outer(
     v: Tensor, x: Tensor, p: Tensor, dy: Tensor, transpose: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return `Vᵀ X` and `Pᵀ dY`, float32 `[sums, G, N, D]`, and `Vᵀ P`, in parts over the rows.
 
-    The last is as `cross` returns it; of the transpose of a product it is `Pᵀ V`.
+    The last is as `cross` returns it; of the transpose of a product it is `Pᵀ V`. There is none
+    where P is kept in another dtype than X, in which the kernel could not read it.
     """
     G, M, D = x.shape
     N = v.shape[2]
     R, splits = config.block_size(N), config.outer_splits(M)
     launch = config.outer_launch(R, precision)
     out = torch.empty(2, splits, G, N, D, dtype=torch.float32, device=x.device)
-    parts = torch.empty(G, 1, splits, R, R, dtype=torch.float32, device=x.device)
+    parts = None
+    if p.dtype == x.dtype:
+        parts = torch.empty(G, 1, splits, R, R, dtype=torch.float32, device=x.device)
     columns = launch.tiles["BD"]
-    programs = 2 * triton.cdiv(D, columns) + triton.cdiv(R, columns)
+    programs = 2 * cdiv(D, columns) + (0 if parts is None else cdiv(R, columns))
     outer_kernel[(G * programs, splits)](
         v, x, p, dy, out, parts, M, N, D, *x.stride()[:2], *dy.stride()[:2], G,
-        R=R, SPLITS=splits, TRANSPOSE=transpose, PRECISION=precision, **launch.options,
+        R=R, SPLITS=splits, PARTS=parts is not None, TRANSPOSE=transpose,
+        PRECISION=precision, **launch.options,
     )  # fmt: skip
     return out[0], out[1], parts

@@ -37,6 +37,11 @@ class Launch(NamedTuple):
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up; Triton's own is for kernels and takes longer than a small tensor."""
+    return -(-a // b)
+
+
 @functools.cache
 def block_size(N: int) -> int:
     """Return R, the reflectors of a block: a power of two.
@@ -49,7 +54,7 @@ def block_size(N: int) -> int:
 @functools.cache
 def num_blocks(N: int) -> int:
     """Return how many blocks N reflectors are cut into."""
-    return -(-N // block_size(N))
+    return cdiv(N, block_size(N))
 
 
 def tile_size(R: int) -> int:
@@ -74,7 +79,7 @@ def lower_tiles(R: int) -> int:
 
 def cross_splits(D: int) -> int:
     """Return among how many programs the sum over D of one tile is shared out."""
-    return -(-D // CROSS_COLUMNS)
+    return cdiv(D, CROSS_COLUMNS)
 
 
 def outer_splits(M: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import dot_add
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 from householder.ops.householder_product.triton.prepare import (
     Triangles,
     cross,
@@ -93,8 +94,12 @@ def triangle_back_kernel(
 @triton.jit
 def sum_rows(p, rows, o_d, N, D, stride, SUMS: tl.constexpr):
     """Return a tile of rows of a sum of parts."""
-    total = load_rows(p, rows, o_d, N, D, D)
-    for i in tl.static_range(1, SUMS):
+    total = tl.zeros((rows.shape[0], o_d.shape[0]), dtype=tl.float32)
+    stride = tl.cast(stride, tl.int64)
+    for i in range(SUMS // 4):
+        for j in tl.static_range(4):
+            total += load_rows(p + (4 * i + j) * stride, rows, o_d, N, D, D)
+    for i in tl.static_range(SUMS // 4 * 4, SUMS):
         total += load_rows(p + i * stride, rows, o_d, N, D, D)
     return total
 
@@ -161,10 +166,10 @@ def reflector_gradients(
     triangle_back_kernel[(G * blocks,)](
         parts, triangles.inverse, triangles.gram, triangles.beta, h, symmetric, dbeta, N,
         BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2],
-        GIVEN=beta is not None, num_warps=4,
+        GIVEN=beta is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
     launch = config.square_launch()
-    reflector_back_kernel[(G * blocks * (R // tile), triton.cdiv(D, launch.tiles["BD"]))](
+    reflector_back_kernel[(G * blocks * (R // tile), cdiv(D, launch.tiles["BD"]))](
         a, b, k, triangles.inverse, triangles.beta, symmetric, dk, N, D,
         a.stride(0), b.stride(0), *k.stride()[:2],
         BLOCKS=blocks, R=R, TILE=tile, SUMS_A=a.shape[0], SUMS_B=b.shape[0], **launch.options,

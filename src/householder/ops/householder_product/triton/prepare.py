@@ -17,6 +17,7 @@ from torch import Tensor
 
 from householder.ops._triton import dot, dot_add, inverse_unit_lower
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def cross_kernel(
     o_j = first + i_column * TILE + o_t
     p_a = a + i_g * a_g + o_i[:, None] * a_n
     p_k = k + i_g * k_g + o_j[None, :] * k_n
+    step = tl.cast(a_s, tl.int64)
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(0, COLUMNS, BD):
         o_d = i_split * COLUMNS + start + tl.arange(0, BD)
@@ -47,7 +49,7 @@ def cross_kernel(
         m_a = (o_i < N)[:, None] & m_d[None, :]
         b_a = tl.load(p_a + o_d[None, :], mask=m_a, other=0.0)
         for i in tl.static_range(1, SUMS):
-            b_a += tl.load(p_a + i * a_s + o_d[None, :], mask=m_a, other=0.0)
+            b_a += tl.load(p_a + i * step + o_d[None, :], mask=m_a, other=0.0)
         b_k = tl.load(p_k + o_d[:, None], mask=(o_j < N)[None, :] & m_d[:, None], other=0.0)
         total = dot_add(b_a.to(tl.float32), b_k.to(tl.float32), total, "tf32x3")
     p_out = out + (i_block * tl.num_programs(1) + i_split) * R * R
@@ -73,11 +75,12 @@ def transposed_tile_at(i, j, R: tl.constexpr, TILE: tl.constexpr):
 def sum_parts(p, SPLITS: tl.constexpr, R: tl.constexpr):
     """Return the sum of the parts that `cross_kernel` wrote of a tile, always in one order."""
     total = tl.zeros(p.shape, dtype=tl.float32)
-    # Eight loads at a time are under way together.
-    for i in range(SPLITS // 8):
-        for j in tl.static_range(8):
-            total += tl.load(p + (8 * i + j) * R * R)
-    for i in tl.static_range(SPLITS // 8 * 8, SPLITS):
+    # As many loads as registers allow are under way together.
+    ahead: tl.constexpr = 8 if p.shape[0] <= 32 else 4
+    for i in range(SPLITS // ahead):
+        for j in tl.static_range(ahead):
+            total += tl.load(p + (ahead * i + j) * R * R)
+    for i in tl.static_range(SPLITS // ahead * ahead, SPLITS):
         total += tl.load(p + i * R * R)
     return total
 
@@ -274,7 +277,7 @@ def prepare(
     beta_g = 0 if beta is None else beta.stride(0)
     sizes = {"BLOCKS": blocks, "R": R, "SPLITS": parts.shape[2], "GIVEN": beta is not None}
     launch = config.square_launch()
-    columns = triton.cdiv(D, launch.tiles["BD"])
+    columns = cdiv(D, launch.tiles["BD"])
     tile = config.triangle_tile(R)
     if tile == R:
         narrow_kernel[(G * blocks, columns)](
@@ -283,7 +286,7 @@ def prepare(
         )  # fmt: skip
         return Triangles(left, right, inverse, gram, used)
     triangle_kernel[(G * blocks,)](
-        parts, beta, inverse, gram, used, N, beta_g, **sizes, TILE=tile, num_warps=4
+        parts, beta, inverse, gram, used, N, beta_g, **sizes, TILE=tile, num_warps=4, num_stages=1
     )
     tile = config.tile_size(R)
     expand_kernel[(G * blocks * (R // tile), columns)](

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from householder.ops._triton import cast_operand, dot_add
 from householder.ops.householder_product.triton import config
+from householder.ops.householder_product.triton.config import cdiv
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def product(
     N = b.shape[2]
     launch = config.product_launch(M, N, K)
     parts = out if out.dim() == 4 else out.unsqueeze(0)
-    tiles = triton.cdiv(N, launch.tiles["BN"]) * triton.cdiv(M, launch.tiles["BM"])
+    tiles = cdiv(N, launch.tiles["BN"]) * cdiv(M, launch.tiles["BM"])
     product_kernel[(G * tiles, parts.shape[0])](
         a, b, plus, out, M, N, K, *a.stride(), *b.stride(),
         *((0, 0, 0) if plus is None else plus.stride()), *parts.stride(),
