@@ -108,8 +108,7 @@ def compute_alone() -> list[bool]:
     do[:, 90:] = math.nan
     after = [x[:, 20:90] for x in differentiate(arguments, do, bounds)]
     return [
-        all(map(torch.equal, before, others))
-        for others in (alone, [x[1:] for x in batched], after)
+        all(map(torch.equal, before, others)) for others in (alone, [x[1:] for x in batched], after)
     ]
 
 

@@ -204,7 +204,7 @@ def key_kernel(
             # At the first level only the first chunk of a tile is a left block. The second one is
             # ready then, and what is still added to it is not looked at.
             mine = ((chunk + o_n // 64) >> level) == block
-            if BN == 128:
+            if BN == 128:  # noqa: SIM102 - a constant of the kernel, and a number that it reads
                 if level == 0:
                     store_tile(dk + of_tile * K, o_keys, o_n >= 64, 0, b_dk, K, BK)
                     store_tile(dv + of_tile * V, o_n * V, o_n >= 64, 0, b_dv, V, BV)
@@ -259,9 +259,9 @@ def key_kernel(
                     b_dk = dot_add(cast_operand(b_da, PRECISION), b_q, b_dk, PRECISION)
                 if GATED:
                     tl.store(sums + of_rows + token + o_n, b_sum, mask=mine)
+    # All of a tile of one chunk, or the first of two.
     ready = BN
-    if BN == 128:
-        if has_right(chunk, 0, num_chunks):
-            ready = 64
+    if has_right(chunk, 0, num_chunks):
+        ready = 64
     store_tile(dk + of_tile * K, o_keys, o_n < ready, 0, b_dk, K, BK)
     store_tile(dv + of_tile * V, o_n * V, o_n < ready, 0, b_dv, V, BV)

@@ -226,8 +226,7 @@ def columns_kernel(
     w_t: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write columns `[BK]` of dK, dW and dQ of one chunk, its key head and all of its query heads.
-    """
+    """Write columns `[BK]` of dK and dW of one chunk and key head, and of its query heads' dQ."""
     num_k: tl.constexpr = (K + BK - 1) // BK
     # Columns and heads run side by side: together they read whole rows of memory.
     i_k = (tl.program_id(0) % num_k) * BK
@@ -283,7 +282,9 @@ def columns_kernel(
 
     b_dw = dot_add(b_de, b_k, b_dw * scale, PRECISION)
     b_dw = dot_add(load_pairs(n_pairs + row * 64, PRECISION), b_w, b_dw, PRECISION)
-    b_dw -= dot(load_pairs(e_pairs + row * 64, PRECISION), cast_operand(b_dke, PRECISION), PRECISION)
+    b_dw -= dot(
+        load_pairs(e_pairs + row * 64, PRECISION), cast_operand(b_dke, PRECISION), PRECISION
+    )
     b_inverse = load_pairs(inverse + row * 64, PRECISION)
     # The first and the last chunk's products have no gradient.
     if (chunk > 0) & (chunk < tl.cdiv(length, 64) - 1):

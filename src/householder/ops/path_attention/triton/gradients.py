@@ -88,28 +88,21 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
         sums=None if p.g is None else room(L, HQ, p.rows, dtype=torch.float32),
     )
     constants = {
-        **p.constants, **p.value_constants, "WINDOWED": p.window is not None,
-        "PRECISION": config.gradient_precision(p.precision),
+        **p.constants, **p.value_constants, **strides("v", p.v), **strides("do", do),
+        "WINDOWED": p.window is not None, "PRECISION": config.gradient_precision(p.precision),
     }  # fmt: skip
-    for kernel, tiles, programs, outputs in (
-        (
-            query_kernel,
-            config.query_tiles(K, V, p.precision),
-            lambda tiles: p.rows // tiles.rows * HQ,
-            (x.dq_levels, x.dq),
-        ),
-        (
-            key_kernel,
-            config.key_tiles(K, V, p.precision),
-            lambda tiles: p.rows // tiles.columns * H,
-            (x.dk_levels, x.dk, x.dv),
-        ),
-    ):
-        kernel[(programs(tiles),)](
-            tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f, *outputs, x.sums,
-            *p.packing, p.window, T, p.num_tiles, L, H, **strides("v", p.v), **strides("do", do),
-            **constants, BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
-        )  # fmt: skip
+    rows_read = tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f
+    others = *p.packing, p.window, T, p.num_tiles, L, H
+    tiles = config.query_tiles(K, V, p.precision)
+    query_kernel[(p.rows // tiles.rows * HQ,)](
+        *rows_read, x.dq_levels, x.dq, x.sums, *others, **constants,
+        BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
+    )  # fmt: skip
+    tiles = config.key_tiles(K, V, p.precision)
+    key_kernel[(p.rows // tiles.columns * H,)](
+        *rows_read, x.dk_levels, x.dk, x.dv, x.sums, *others, **constants,
+        BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
+    )  # fmt: skip
     return x
 
 
@@ -178,7 +171,7 @@ def finish_chunks(
     exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
     q, k, v, w, beta, do_strides = (
         strides(name, y)
-        for name, y in zip("q k v w beta do".split(), (*p[:5], do), strict=True)
+        for name, y in zip(("q", "k", "v", "w", "beta", "do"), (*p[:5], do), strict=True)
     )
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     pairs_kernel[(p.chunks * HQ,)](
@@ -230,12 +223,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
     p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    B, T, HQ, K = q.shape
-    H, V = v.shape[2:]
     dq, dk, dw = (x.new_empty(x.shape) for x in (q, k, w))
     dv, dbeta = v.new_empty(v.shape), beta.new_empty(beta.shape)
     dg = None if g is None else g.new_empty(g.shape)
-    if p.num_tiles == 0 or HQ == 0:
+    if p.num_tiles == 0 or p.heads == 0:
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return dq, dk, dv, dw, dbeta, dg, dsinks
     do, o = addressable(do), addressable(o)
@@ -249,4 +240,3 @@ def backward(
     if sinks is not None and rows.dsinks is not None:
         dsinks = rows.dsinks.sum(1).to(sinks.dtype)
     return dq, dk, dv, dw, dbeta, dg, dsinks
-
