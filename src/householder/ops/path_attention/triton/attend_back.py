@@ -18,6 +18,7 @@ import triton.language as tl
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.problem import (
     LOG2_E,
+    SIZES,
     block_slot,
     has_right,
     locate_tile,
@@ -58,7 +59,7 @@ def pass_product(
         return b_d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q_levels, k_levels, v, do, lse, delta, decay, f, dq_levels, dq, sums,
     cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H,
@@ -154,7 +155,7 @@ def query_kernel(
     store_tile(dq + (i_hq * num_rows + row) * K, o_rows, o_m >= 0, 0, b_dq, K, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     q_levels, k_levels, v, do, lse, delta, decay, f, dk_levels, dk, dv, sums,
     cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H,

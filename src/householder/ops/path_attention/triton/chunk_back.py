@@ -31,7 +31,7 @@ import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.prepare import decay_inside, load_gates
-from householder.ops.path_attention.triton.problem import LOG2_E, locate_tile
+from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, locate_tile
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def store_pairs(pointer, x):
     store_tile(pointer, o_c * 64, o_c >= 0, 0, x, 64, 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pairs_kernel(
     q, k, v, w, beta, g, o, do, lse, delta, inverse, dq_start, p_pairs, x_pairs,
     da_pairs, dx_pairs, r_pairs, cu_seqlens, tile_sequence, first_tile, scale, window, T,
@@ -143,7 +143,7 @@ def pairs_kernel(
     store_pairs(dx_pairs + row * 64, tl.where(below | diagonal, -b_dx, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def solve_kernel(
     k, w, beta, inverse, dk_end, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs, n_pairs,
     dbeta, cu_seqlens, tile_sequence, first_tile, T, num_tiles, H, k_b, k_h, w_b, w_h, beta_b,
@@ -218,7 +218,7 @@ def solve_kernel(
     store_pairs(n_pairs + row * 64, b_n + tl.trans(b_n))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def columns_kernel(
     q, k, w, beta, inverse, dq_start, dk_end, wdf, wdft, x_pairs, da_pairs, dx_pairs, e_pairs,
     de_pairs, n_pairs, dq, dk, dw, cu_seqlens, tile_sequence, first_tile, scale, T, num_tiles, H,
@@ -297,7 +297,7 @@ def columns_kernel(
     store_tile(dw + out * K, o_c * (H * K), m_c, i_k, b_dw, K, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def values_kernel(
     do, p_pairs, dv_part, dv, cu_seqlens, tile_sequence, first_tile, T, num_tiles, H, do_b, do_h,
     do_t: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr,
@@ -343,7 +343,7 @@ def sum_range(totals, start, stop, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_kernel(
     sums, totals, da_pairs, dg, cu_seqlens, tile_sequence, first_tile, T, num_tiles, num_levels,
     HQ, dg_b, dg_t, dg_h, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,

@@ -32,6 +32,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
 LEAST_GATE = tl.constexpr(-1e30)
+# Arguments of which one value is as good as another: kernels are not compiled again where they are
+# 1, or become multiples of 16.
+SIZES = ("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch")
 
 
 @triton.jit
