@@ -92,36 +92,10 @@ def pairs_kernel(
     p_beta = beta + batch * beta_b + start * beta_t + i_h * beta_h
     b_beta = tl.load(p_beta + o_c * beta_t, mask=m_c, other=0.0).to(tl.float32)
 
-    qk = tl.zeros((64, 64), tl.float32)
-    b_x = tl.zeros((64, 64), tl.float32)
-    b_y = tl.zeros((64, 64), tl.float32)
-    b_r = tl.zeros((64, 64), tl.float32)
-    for i in range(0, K, BK):
-        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i, K, BK), PRECISION)
-        b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i, K, BK), PRECISION)
-        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i, K, BK), PRECISION)
-        b_dq = load_tile(dq_start + row * K, o_c * K, everywhere, i, K, BK)
-        qk = dot_add(b_q, tl.trans(b_k), qk, PRECISION)
-        b_x = dot_add(b_q, tl.trans(b_w), b_x, PRECISION)
-        b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
-        b_r = dot_add(cast_operand(b_dq, PRECISION), tl.trans(b_w), b_r, PRECISION)
-    store_pairs(r_pairs + row * 64, b_r)
-    b_x = tl.where(below | diagonal, b_x * scale, 0.0)
-    store_pairs(x_pairs + row * 64, b_x)
+    # All loads come before the first store, which they would not be moved across.
     b_inverse = load_pairs(inverse + (i_h * num_rows + i_chunk.to(tl.int64) * 64) * 64, EXACT)
-    b_y = cast_operand(tl.where(below, b_y * b_beta[:, None], 0.0), EXACT)
-    b_e = cast_operand(dot(b_inverse, b_y, EXACT), EXACT)
-    b_a = qk * scale - dot(cast_operand(b_x, EXACT), b_e, EXACT)
-    if GATED:
-        p_g = g + batch * g_b + start * g_t + i_hq * g_h
-        b_a += decay_inside(load_gates(p_g, g_t, n))
-    seen = below | diagonal
-    if WINDOWED:
-        seen = seen & (o_c[:, None] - o_c[None, :] < window)
     b_lse = tl.load(lse + row + o_c)
-    b_p = tl.exp2(tl.where(seen, b_a * LOG2_E - b_lse[:, None], -float("inf")))
-    store_pairs(p_pairs + row * 64, b_p)
-
+    b_delta = tl.load(delta + row + o_c)
     b_da = tl.zeros((64, 64), tl.float32)
     b_own = tl.zeros((64,), tl.float32)
     for i in range(0, V, BV):
@@ -133,9 +107,35 @@ def pairs_kernel(
         b_da = dot_add(b_do, tl.trans(b_v), b_da, PRECISION)
     # A row that sees only itself, as every first one, has o = v and no gradient; as a difference
     # of two inner products that would be their rounding.
-    b_delta = tl.load(delta + row + o_c)
-    b_da = b_p * tl.where(diagonal, b_own[:, None], b_da - b_delta[:, None])
-    b_da = cast_operand(b_da, PRECISION)
+    b_da = tl.where(diagonal, b_own[:, None], b_da - b_delta[:, None])
+    b_a = tl.zeros((64, 64), tl.float32)
+    b_x = tl.zeros((64, 64), tl.float32)
+    b_y = tl.zeros((64, 64), tl.float32)
+    b_r = tl.zeros((64, 64), tl.float32)
+    for i in range(0, K, BK):
+        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i, K, BK), PRECISION)
+        b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i, K, BK), PRECISION)
+        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i, K, BK), PRECISION)
+        b_dq = load_tile(dq_start + row * K, o_c * K, everywhere, i, K, BK)
+        b_a = dot_add(b_q, tl.trans(b_k), b_a, PRECISION)
+        b_x = dot_add(b_q, tl.trans(b_w), b_x, PRECISION)
+        b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
+        b_r = dot_add(cast_operand(b_dq, PRECISION), tl.trans(b_w), b_r, PRECISION)
+    store_pairs(r_pairs + row * 64, b_r)
+    b_x = tl.where(below | diagonal, b_x * scale, 0.0)
+    store_pairs(x_pairs + row * 64, b_x)
+    b_y = cast_operand(tl.where(below, b_y * b_beta[:, None], 0.0), EXACT)
+    b_e = cast_operand(dot(b_inverse, b_y, EXACT), EXACT)
+    b_a = b_a * scale - dot(cast_operand(b_x, EXACT), b_e, EXACT)
+    if GATED:
+        p_g = g + batch * g_b + start * g_t + i_hq * g_h
+        b_a += decay_inside(load_gates(p_g, g_t, n))
+    seen = below | diagonal
+    if WINDOWED:
+        seen = seen & (o_c[:, None] - o_c[None, :] < window)
+    b_p = tl.exp2(tl.where(seen, b_a * LOG2_E - b_lse[:, None], -float("inf")))
+    store_pairs(p_pairs + row * 64, b_p)
+    b_da = cast_operand(b_p * b_da, PRECISION)
     store_pairs(da_pairs + row * 64, b_da)
     b_r = cast_operand(b_r * b_beta[None, :], PRECISION)
     b_dx = dot(b_r, tl.trans(cast_operand(b_inverse, PRECISION)), PRECISION)
@@ -179,6 +179,7 @@ def solve_kernel(
     if (chunk > 0) & (chunk < tl.cdiv(length, 64) - 1):
         passed = 64
 
+    b_inverse = load_pairs(inverse + row * 64, EXACT)
     ww = tl.zeros((64, 64), tl.float32)
     b_y = tl.zeros((64, 64), tl.float32)
     b_de = tl.zeros((64, 64), tl.float32)
@@ -198,7 +199,6 @@ def solve_kernel(
         b_de = dot_add(b_x, load_pairs(da_pairs + of_head, PRECISION), b_de, PRECISION)
         dzw = dot_add(b_x, load_pairs(r_pairs + of_head, PRECISION), dzw, PRECISION)
     b_y = tl.where(below, b_y, 0.0)
-    b_inverse = load_pairs(inverse + row * 64, EXACT)
     b_e = dot(b_inverse, cast_operand(b_y * b_beta[:, None], EXACT), EXACT)
     b_e = cast_operand(b_e, PRECISION)
     store_pairs(e_pairs + row * 64, b_e)
