@@ -94,7 +94,7 @@ def pairs_kernel(
 
     # All loads come before the first store, which they would not be moved across.
     b_inverse = load_pairs(inverse + (i_h * num_rows + i_chunk.to(tl.int64) * 64) * 64, EXACT)
-    b_lse = tl.load(lse + row + o_c)
+    b_lse = tl.load(lse + (batch * T + start + o_c) * HQ + i_hq, mask=m_c, other=float("inf"))
     b_delta = tl.load(delta + row + o_c)
     b_da = tl.zeros((64, 64), tl.float32)
     b_own = tl.zeros((64,), tl.float32)
@@ -133,7 +133,8 @@ def pairs_kernel(
     seen = below | diagonal
     if WINDOWED:
         seen = seen & (o_c[:, None] - o_c[None, :] < window)
-    b_p = tl.exp2(tl.where(seen, b_a * LOG2_E - b_lse[:, None], -float("inf")))
+    # The difference first: where it is small, as for a row that attends to itself, it is exact.
+    b_p = tl.exp2(tl.where(seen, (b_a - b_lse[:, None]) * LOG2_E, -float("inf")))
     store_pairs(p_pairs + row * 64, b_p)
     b_da = cast_operand(b_p * b_da, PRECISION)
     store_pairs(da_pairs + row * 64, b_da)

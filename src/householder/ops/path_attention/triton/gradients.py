@@ -149,6 +149,7 @@ def finish_chunks(
     rows: Rows,
     x: Climbed,
     o: Tensor,
+    lse: Tensor,
     do: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
@@ -175,7 +176,7 @@ def finish_chunks(
     )
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     pairs_kernel[(p.chunks * HQ,)](
-        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, rows.lse, rows.delta, tree.inverse, x.dq,
+        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, lse, rows.delta, tree.inverse, x.dq,
         p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
         p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
         **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
@@ -229,13 +230,13 @@ def backward(
     if p.num_tiles == 0 or p.heads == 0:
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return dq, dk, dv, dw, dbeta, dg, dsinks
-    do, o = addressable(do), addressable(o)
+    do, o, lse = addressable(do), addressable(o), lse.contiguous()
     dtype = torch.bfloat16 if p.precision == "bf16" else torch.float32
 
     tree = build_tree(p, inverse=True)
     rows = make_rows(p, o, lse, do)
     x = climb_down(p, tree, rows, do, dtype)
-    finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta, dg))
+    finish_chunks(p, tree, rows, x, o, lse, do, (dq, dk, dv, dw, dbeta, dg))
     dsinks = None
     if sinks is not None and rows.dsinks is not None:
         dsinks = rows.dsinks.sum(1).to(sinks.dtype)
