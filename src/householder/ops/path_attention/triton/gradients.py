@@ -17,7 +17,6 @@ from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
     columns_kernel,
-    gate_kernel,
     pairs_kernel,
     solve_kernel,
     values_kernel,
@@ -29,6 +28,7 @@ from householder.ops.path_attention.triton.descend import (
     rows_kernel,
     sum_kernel,
 )
+from householder.ops.path_attention.triton.gates_back import gate_kernel, totals_kernel
 from householder.ops.path_attention.triton.problem import Problem, make_problem, strides
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
@@ -198,7 +198,12 @@ def finish_chunks(
     )  # fmt: skip
     if dg is not None and x.sums is not None:
         # Levels that a chunk has no sums of are not read.
-        totals = x.sums.unflatten(-1, (-1, CHUNK_TOKENS)).sum(-1)
+        number = x.sums.numel() // CHUNK_TOKENS
+        totals = x.sums.new_empty(number)
+        if number:
+            totals_kernel[(-(-number // TOTALS_BLOCK),)](
+                x.sums, totals, number, BLOCK=TOTALS_BLOCK, num_warps=4
+            )
         gate_kernel[(p.chunks * HQ,)](
             x.sums, totals, da_pairs, dg, *p.packing, T, p.num_tiles, p.num_levels, HQ,
             *dg.stride(), PACKED=p.cu_seqlens is not None, PRECISION=constants["PRECISION"],
