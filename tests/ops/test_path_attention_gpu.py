@@ -25,6 +25,14 @@ SHAPES = {
     "wide, gated, grouped heads": {"B": 1, "T": 700, "K": 128, "V": 128, "HQ": 6},
     "strong gate": {"B": 2, "T": 700, "K": 64, "V": 64, "decay": 20.0},
     "reflections": {"B": 1, "T": 3000, "K": 64, "V": 64, "strength": 2.0, "decay": None},
+    "grouped heads, sinks": {"B": 2, "T": 700, "K": 64, "V": 64, "HQ": 4, "decay": None,
+                             "with_sinks": True},
+    "not powers of two, no gate": {"B": 1, "T": 500, "K": 48, "V": 112, "decay": None},
+    "least, no gate": {"B": 2, "T": 300, "K": 16, "V": 16, "decay": None},
+    "packed, no gate": {"B": 1, "T": 2000, "K": 64, "V": 64, "num_sequences": 7, "decay": None},
+    "packed, short, no gate": {"B": 1, "T": 2000, "K": 128, "V": 128, "num_sequences": 300,
+                               "decay": None},
+    "one chunk, no gate": {"B": 2, "T": 50, "K": 128, "V": 64, "decay": None},
     "least": {"B": 1, "T": 700, "K": 16, "V": 16},
     "keys wider than values": {"B": 1, "T": 700, "K": 128, "V": 32},
     "values wider than keys": {"B": 1, "T": 700, "K": 32, "V": 160},
@@ -82,6 +90,20 @@ def test_outputs_agree_with_float64(name, dtype, kernels, poisoned):
     assert torch.equal(o, again)
 
 
+@pytest.mark.parametrize("name", ["narrow", "wide", "reflections", "values wider than keys"])
+def test_portable_forms_agree_with_float64(name, kernels, monkeypatch):
+    """Where a chip has forms of its own, the portable ones run too."""
+    from householder.ops.path_attention.triton.problem import Problem
+
+    monkeypatch.setattr(Problem, "suits_hopper", property(lambda _: False))
+    shape = {**SHAPES[name], "decay": None}
+    arguments, others = arrange(shape, torch.bfloat16)
+    o, lse = kernels.forward(*arguments, *others)
+    expected, expected_lse = exact(arguments, others)
+    assert relative_error(o, expected) < LIMITS[torch.bfloat16]
+    assert relative_error(lse, expected_lse) < LIMITS[torch.bfloat16]
+
+
 def test_inputs_of_several_dtypes(kernels):
     arguments, others = arrange(SHAPES["narrow, gated, sinks"], torch.float32)
     arguments[2] = arguments[2].bfloat16()
@@ -131,6 +153,15 @@ def test_strides_do_not_matter(K, kernels):
     for changed in (swapped, shifted):
         for a, b in zip(kernels.forward(*changed, None, *others), expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_rows_need_not_start_at_multiples_of_16_bytes(kernels):
+    arguments, others = arrange(SHAPES["narrow"], torch.bfloat16)
+    for i in range(4):
+        x = arguments[i]
+        arguments[i] = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    o, _ = kernels.forward(*arguments, *others)
+    assert relative_error(o, exact(arguments, others)[0]) < LIMITS[torch.bfloat16]
 
 
 def test_a_gate_of_minus_infinity_hides_all_earlier_tokens(kernels):

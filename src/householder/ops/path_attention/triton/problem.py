@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import addressable, dot_precision
+from householder.ops._triton import addressable, dot_precision, has_wide_rows, is_hopper
 from householder.ops.path_attention.triton.config import (
     CHUNK_TOKENS,
+    MOST_HOPPER_COLUMNS,
     TILE_TOKENS,
     key_block,
     num_levels,
@@ -129,6 +130,19 @@ class Problem(NamedTuple):
     @property
     def chunks(self) -> int:
         return self.rows // CHUNK_TOKENS
+
+    @property
+    def suits_hopper(self) -> bool:
+        """Whether the forms for Hopper take the inputs: half dtypes, no gates, no window."""
+        K, V = self.k.shape[-1], self.v.shape[-1]
+        return (
+            is_hopper(self.q.device)
+            and self.precision != "tf32x3"
+            and max(K, V) <= MOST_HOPPER_COLUMNS
+            and self.g is None
+            and self.window is None
+            and all(map(has_wide_rows, (self.q, self.k, self.v, self.w)))
+        )
 
     @property
     def constants(self) -> dict[str, Any]:
