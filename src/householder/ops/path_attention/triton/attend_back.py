@@ -78,9 +78,10 @@ def query_kernel(
         i_m // (128 // BM), T, cu_seqlens, tile_sequence, first_tile, PACKED
     )
     token = i_m * BM - tile * 128
-    if token >= length:
-        return
     chunk = token // 64
+    # All of a chunk is written, zeros behind the sequence's end.
+    if chunk * 64 >= length:
+        return
     num_chunks = tl.cdiv(length, 64)
     i_h = i_hq // GROUP
     batch = tl.cast(batch, tl.int64)
@@ -177,9 +178,10 @@ def key_kernel(
         i_n // (128 // BN), T, cu_seqlens, tile_sequence, first_tile, PACKED
     )
     token = i_n * BN - tile * 128
-    if token >= length:
-        return
     chunk = token // 64
+    # All of a chunk is written, zeros behind the sequence's end.
+    if chunk * 64 >= length:
+        return
     num_chunks = tl.cdiv(length, 64)
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
