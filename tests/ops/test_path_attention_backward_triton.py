@@ -27,7 +27,8 @@ CASES = {
                                     "with_sinks": True, "hide": 80},
     "not powers of two, strong gate": {"B": 1, "T": 140, "H": 1, "K": 48, "V": 80, "decay": 30.0,
                                        "tile": 128},
-    "tiles of half a chunk": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "decay": None, "tile": 32},
+    "tiles of half a chunk": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "decay": None,
+                              "tile": 32},
     "window": {"B": 1, "T": 260, "H": 1, "K": 16, "V": 16, "window": 70, "tile": 128},
     "window inside a chunk": {"B": 2, "T": 70, "H": 1, "K": 16, "V": 16, "window": 20},
     # The fewest for which the gradient of a product goes down two levels.
