@@ -17,8 +17,8 @@ NAMES = ("q", "k", "v", "w", "beta", "g", "sinks")
 # sums of 64 terms.
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 3e-6}
 
-# Thousands of reflections with β‖w‖² = 2, which shorten nothing: the tensor cores' sums are truncated
-# and not rounded, and so a product of reflections shrinks by some 5e-7 a chunk in float32.
+# Thousands of reflections with β‖w‖² = 2, which shorten nothing: the tensor cores' sums are
+# truncated and not rounded, and so products of reflections shrink, in float32 by 5e-7 a chunk.
 REFLECTION_LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 # Sizes and options of `path_attention_inputs`, and `window`: all that config.py tells apart.
