@@ -11,22 +11,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from householder.ops._gluon import (
-    async_load,
-    barrier,
-    copy_tile,
-    invert_unit_lower,
-    product_layout,
-    row_layout,
-    store_rows,
-)
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -40,8 +31,13 @@ from householder.ops.delta_product.triton.chunks import (
 )
 from householder.ops.delta_product.triton.hopper_tiles import (
     add,
+    async_load,
+    barrier,
     buffers,
+    copy_tile,
     pick,
+    product_layout,
+    row_layout,
     tile_rows,
 )
 
@@ -52,6 +48,21 @@ def exp(x):
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], gl.float32, True, 1
     )
+
+
+@gluon.jit
+def store_rows(
+    pointer, tile, rows, stride, columns, D: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Store a tile's first `rows` rows and `columns` columns, of D that blocks cover."""
+    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    mask = (o_r < rows)[:, None]
+    if D % BLOCK != 0:
+        mask = mask & (o_d < columns)[None, :]
+    value = tile.load(layout).to(pointer.dtype.element_ty)
+    gl.store(pointer + o_r[:, None] * stride + o_d[None, :], value, mask=mask)
 
 
 @gluon.jit
@@ -303,6 +314,44 @@ def walk_kernel(
     gl.store(final + o_state, b_s, mask=m_state)
 
 
+@gluon.jit
+def invert_blocks(minus):
+    """Return (I − m)⁻¹ for `m [·, 16, 16]`, the strictly lower part of `minus`, by joins."""
+    warps: gl.constexpr = gl.num_warps()
+    blocks: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, blocks, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, blocks, 2)
+    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))[None, :][:, :, None]
+    col = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, blocks)))[None, :][:, None, :]
+    minus = gl.where(row > col, gl.convert_layout(minus, blocks), 0.0)
+    x = gl.where(row == col, 1.0, gl.where(row // 2 == col // 2, minus, 0.0))
+    for level in gl.static_range(1, 4):
+        same_pair = (row >> (level + 1)) == (col >> (level + 1))
+        beside = gl.where(same_pair & ((row >> level) != (col >> level)), minus, 0.0)
+        xh = x.to(gl.float16)
+        xc = gl.zeros([minus.shape[0], 16, 16], gl.float32, layout=blocks)
+        beside = gl.convert_layout(beside.to(gl.float16), right)
+        xc = mma_v2(gl.convert_layout(xh, left), beside, xc).to(gl.float16)
+        x = mma_v2(gl.convert_layout(xc, left), gl.convert_layout(xh, right), x)
+    return x
+
+
+@gluon.jit
+def join(s_x, s_minus, START: gl.constexpr, SIZE: gl.constexpr):
+    """Put −D⁻¹ C A⁻¹ beside the inverses A⁻¹, D⁻¹ of two diagonal blocks of SIZE, from START on."""
+    product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+    lower = s_x.slice(START + SIZE, SIZE, 0)
+    d = lower.slice(START + SIZE, SIZE, 1).load(left)
+    c = s_minus.slice(START + SIZE, SIZE, 0).slice(START, SIZE, 1).load(right)
+    a = s_x.slice(START, SIZE, 0).slice(START, SIZE, 1).load(right)
+    none = gl.zeros([SIZE, SIZE], gl.float32, layout=product)
+    x = mma_v2(d, c, none).to(gl.float16)
+    x = mma_v2(gl.convert_layout(x, left), a, none)
+    lower.slice(START, SIZE, 1).store(x.to(gl.float16))
+
+
 @gluon.jit(do_not_specialize=["T"])
 def prepare_kernel(
     k, beta, g, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
@@ -324,6 +373,7 @@ def prepare_kernel(
     line: gl.constexpr = gl.BlockedLayout([R // 32], [32], [warps], [0])
     down: gl.constexpr = gl.SliceLayout(1, by_row)
     across: gl.constexpr = gl.SliceLayout(0, by_row)
+    B: gl.constexpr = R // 16
 
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = (gl.program_id(0) // HV).to(gl.int64)
@@ -394,6 +444,23 @@ def prepare_kernel(
         if GATED:
             minus *= exp(log_down[:, None] - log_across[None, :])
 
-        s_x = invert_unit_lower(minus)
+        # The diagonal blocks are inverted in registers, one a warp, and joined in shared memory.
+        # What lies above the diagonal is never looked at.
+        on_diagonal = (row // 16)[:, None] == (col // 16)[None, :]
+        blocks = gl.sum(gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16]), axis=2)
+        wide: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+        narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 2, [1, 0])
+        square: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [warps, 1], [1, 0])
+        s_minus = gl.allocate_shared_memory(gl.float16, [R, R], wide, minus.to(gl.float16))
+        s_x = gl.allocate_shared_memory(gl.float16, [R, R], wide)
+        s_x.store(gl.zeros([R, R], gl.float16, layout=load_r))
+        blocks = invert_blocks(blocks).to(gl.float16).reshape([R, 16])
+        s_blocks = gl.allocate_shared_memory(gl.float16, [R, 16], narrow, blocks)
+        for i in gl.static_range(B):
+            block = s_blocks.slice(16 * i, 16, 0).load(square)
+            s_x.slice(16 * i, 16, 0).slice(16 * i, 16, 1).store(block)
+        for i in gl.static_range(B // 2):
+            join(s_x, s_minus, 32 * i, 16)
+        join(s_x, s_minus, 0, 32)
         p_ut = ut + (i_chunk * HV + i_h) * (R * R)
         store_rows(p_ut, s_x, R, R, R, R, R, R, load_r)

@@ -15,13 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops._gluon import (
-    async_load,
-    barrier,
-    copy_tile,
-    product_layout,
-    row_layout,
-)
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -34,8 +27,13 @@ from householder.ops.delta_product.triton.chunks import (
 )
 from householder.ops.delta_product.triton.hopper_tiles import (
     add,
+    async_load,
+    barrier,
     buffers,
+    copy_tile,
     pick,
+    product_layout,
+    row_layout,
     tile_rows,
 )
 

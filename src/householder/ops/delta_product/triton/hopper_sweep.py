@@ -19,10 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops._gluon import (
-    async_load,
-    barrier,
-)
 from householder.ops._triton import has_wide_rows
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
@@ -34,6 +30,7 @@ from householder.ops.delta_product.triton.chunks import (
     Problem,
     strides,
 )
+from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.

@@ -15,13 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops._gluon import (
+# The triangle is that of `delta_product`.
+from householder.ops.delta_product.triton.hopper_forward import invert_blocks, join, store_rows
+from householder.ops.delta_product.triton.hopper_tiles import (
     barrier,
     copy_tile,
-    invert_unit_lower,
     product_layout,
     row_layout,
-    store_rows,
 )
 from householder.ops.path_attention.triton.problem import LOG2_E, SIZES
 
@@ -58,6 +58,64 @@ def multiply(a, b, layout: gl.constexpr):
     """Return a b for squares."""
     acc = gl.zeros([64, 64], gl.float32, layout=layout)
     return warpgroup_mma(a, b, acc, use_acc=False)
+
+
+@gluon.jit
+def invert_unit_lower(minus):
+    """Return (I − m)⁻¹ in shared memory, in float16, for the strictly lower part m of `minus`.
+
+    `minus [64, 64]` is a product, in float32. The diagonal blocks of 16 are inverted in registers,
+    one a warp, and joined in shared memory. What lies above the diagonal is never looked at.
+    """
+    R: gl.constexpr = 64
+    B: gl.constexpr = R // 16
+    warps: gl.constexpr = gl.num_warps()
+    by_row: gl.constexpr = product_layout(R, R, warps)
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, by_row))
+    col = gl.arange(0, R, layout=gl.SliceLayout(0, by_row))
+    on_diagonal = (row // 16)[:, None] == (col // 16)[None, :]
+    blocks = gl.sum(gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16]), axis=2)
+    wide: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 2, [1, 0])
+    square: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [warps, 1], [1, 0])
+    s_minus = gl.allocate_shared_memory(gl.float16, [R, R], wide, minus.to(gl.float16))
+    s_x = gl.allocate_shared_memory(gl.float16, [R, R], wide)
+    s_x.store(gl.zeros([R, R], gl.float16, layout=row_layout(R, 8, warps)))
+    blocks = invert_blocks(blocks).to(gl.float16).reshape([R, 16])
+    s_blocks = gl.allocate_shared_memory(gl.float16, [R, 16], narrow, blocks)
+    for i in gl.static_range(B):
+        block = s_blocks.slice(16 * i, 16, 0).load(square)
+        s_x.slice(16 * i, 16, 0).slice(16 * i, 16, 1).store(block)
+    for i in gl.static_range(B // 2):
+        join(s_x, s_minus, 32 * i, 16)
+    join(s_x, s_minus, 0, 32)
+    return s_x
+
+
+@gluon.jit
+def refine(s_x, minus, o_r, o_c, layout: gl.constexpr):
+    """Return (I − m)⁻¹ in float16, for m strictly lower, from one in shared memory.
+
+    One step of Newton's iteration, X + X (I − X + m X) with both halves of m's bits. Joins in
+    float16 alone are off by 1e-2 where reflectors are nearly parallel and β is 2.
+    """
+    b_x = s_x.load(layout)
+    s_n = squares(1, gl.float16).index(0)
+    s_n.store(b_x)
+    b_x = b_x.to(gl.float32)
+    s_m = squares(2, gl.float16)
+    high = minus.to(gl.float16)
+    s_m.index(0).store(high)
+    s_m.index(1).store((minus - high.to(gl.float32)).to(gl.float16))
+    fence_async_shared()
+    barrier()
+    rest = gl.where(o_r[:, None] == o_c[None, :], 1.0, 0.0) - b_x
+    rest = warpgroup_mma(s_m.index(0), s_n, rest)
+    rest = warpgroup_mma(s_m.index(1), s_n, rest)
+    s_m.index(0).store(rest.to(gl.float16))
+    fence_async_shared()
+    barrier()
+    return warpgroup_mma(s_n, s_m.index(0), b_x).to(gl.float16)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -141,11 +199,14 @@ def prepare_kernel(
         s_y = squares(1, gl.float16).index(0)
         s_y.store(gl.where(below, b_y, 0.0).to(gl.float16))
         b_x = gl.convert_layout(gl.where(not_above, b_x, 0.0).to(gl.float16), operand)
-        s_inverse = invert_unit_lower(b_m * -gl.convert_layout(b_beta, down)[:, None])
+        b_m *= -gl.convert_layout(b_beta, down)[:, None]
+        b_t = refine(invert_unit_lower(b_m), gl.where(below, b_m, 0.0), o_r, o_c, pairs)
         if inverse is not None:
+            s_inverse = squares(1, gl.float16).index(0)
+            s_inverse.store(b_t)
             p_inverse = inverse + (row // 64) * 4096
             store_rows(p_inverse, s_inverse, 64, 64, 64, 64, 64, 64, load)
-        b_t = s_inverse.load(operand).to(gl.float32)
+        b_t = gl.convert_layout(b_t, operand).to(gl.float32)
         b_t *= gl.convert_layout(b_beta, gl.SliceLayout(0, operand))[None, :]
         b_t = b_t.to(gl.float16)
 
