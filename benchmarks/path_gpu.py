@@ -92,10 +92,11 @@ def sdpa(inputs: Inputs) -> Tensor:
 
 
 def flash_linear_attention(inputs: Inputs) -> Tensor:
-    from fla.ops.path_attn import parallel_path_attention
+    from fla.ops.path_attn import parallel_path_attn
 
-    o = parallel_path_attention(*(inputs[name] for name in ("q", "k", "v", "w", "beta")))
-    return o[0] if isinstance(o, tuple) else o
+    # It wants reflectors and their coefficients in float32.
+    wide = (inputs["w"].float(), inputs["beta"].float())
+    return parallel_path_attn(inputs["q"], inputs["k"], inputs["v"], *wide)[0]
 
 
 VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {"householder": ours, "sdpa": sdpa}

@@ -25,8 +25,10 @@ CASES = {
     "three chunks": {"B": 1, "T": 170, "H": 2, "K": 16, "V": 16, "decay": None, "tile": 128},
     "grouped heads, gates, sinks": {"B": 1, "T": 200, "H": 1, "HQ": 2, "K": 16, "V": 16,
                                     "with_sinks": True, "hide": 80},
-    "not powers of two": {"B": 1, "T": 140, "H": 1, "K": 48, "V": 80, "tile": 128},
-    "strong gate": {"B": 1, "T": 200, "H": 1, "K": 16, "V": 16, "decay": 30.0},
+    "not powers of two, strong gate": {"B": 1, "T": 140, "H": 1, "K": 48, "V": 80, "decay": 30.0,
+                                       "tile": 128},
+    "tiles of half a chunk": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "decay": None,
+                              "tile": 32},
     "window": {"B": 1, "T": 260, "H": 1, "K": 16, "V": 16, "window": 70, "tile": 128},
     "window inside a chunk": {"B": 2, "T": 70, "H": 1, "K": 16, "V": 16, "window": 20},
     # The fewest for which the gradient of a product goes down two levels.
@@ -108,8 +110,7 @@ def compute_alone() -> list[bool]:
     do[:, 90:] = math.nan
     after = [x[:, 20:90] for x in differentiate(arguments, do, bounds)]
     return [
-        all(map(torch.equal, before, others))
-        for others in (alone, [x[1:] for x in batched], after)
+        all(map(torch.equal, before, others)) for others in (alone, [x[1:] for x in batched], after)
     ]
 
 

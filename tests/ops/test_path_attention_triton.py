@@ -29,6 +29,7 @@ CASES = {
     "grouped heads, gates, sinks": {"B": 2, "T": 330, "H": 1, "HQ": 3, "K": 16, "V": 16,
                                     "with_sinks": True},
     "not powers of two": {"B": 1, "T": 200, "H": 1, "K": 48, "V": 80},
+    "wider than is held": {"B": 1, "T": 330, "H": 1, "K": 144, "V": 16},
     "strong gate": {"B": 1, "T": 300, "H": 1, "K": 16, "V": 16, "decay": 30.0},
     "packed, grouped heads": {"B": 1, "T": 520, "H": 1, "HQ": 2, "K": 16, "V": 16,
                               "num_sequences": 5},

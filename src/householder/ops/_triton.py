@@ -13,6 +13,10 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# The versions of Triton that the forms for Hopper have been compiled with, first and last: they are
+# written in Gluon, whose names change from one version to the next.
+HOPPER_TRITON = ((3, 6), (3, 9))
+
 # Offsets inside one tile are 32-bit integers; a tile spans at most this many rows.
 TILE_ROWS = 64
 
@@ -26,6 +30,15 @@ def on_its_device(function: Function) -> Function:
             return function(x, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether the forms for Hopper, compute capability 9.0, run on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    first, last = HOPPER_TRITON
+    return first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last
 
 
 def addressable(x: Tensor) -> Tensor:

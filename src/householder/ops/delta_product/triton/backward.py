@@ -38,6 +38,7 @@ from householder.ops._triton import (
     cast_operand,
     dot,
     dot_add,
+    is_hopper,
     load_tile,
     load_tile_t,
     on_its_device,
@@ -431,7 +432,7 @@ def backward(
     launch = config.hopper_sweep_launch(K, V, p.precision)
     gradients = (dq, dk, dv, dbeta, dg)
     # The kernel for Hopper carries dS / scale.
-    if launch is not None and config.is_hopper(device) and scale != 0:
+    if launch is not None and is_hopper(device) and scale != 0:
         from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
 
         hopper_sweep(

@@ -21,6 +21,7 @@ from householder.ops._triton import (
     dot,
     dot_precision,
     has_wide_rows,
+    is_hopper,
     operand_dtype,
     power_of_two,
 )
@@ -289,7 +290,7 @@ def make_problem(
 def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
     """Return whether forms for Hopper that read `tiles`, 16 bytes at a time, take these inputs."""
     return (
-        config.is_hopper(p.v.device)
+        is_hopper(p.v.device)
         and p.precision == "bf16"
         and p.sizes["K"] <= config.MOST_HOPPER_KEYS
         and all(map(has_wide_rows, tiles))

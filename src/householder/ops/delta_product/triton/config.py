@@ -6,11 +6,7 @@ gives does not depend on what else is in the batch. Chosen on an NVIDIA H200 (Tr
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
-
-import torch
-import triton
 
 from householder.ops._triton import power_of_two
 
@@ -18,9 +14,6 @@ from householder.ops._triton import power_of_two
 CHUNK_ROWS = 64
 # The most of K that the forms for Hopper carry in registers.
 MOST_HOPPER_KEYS = 128
-# The versions of Triton that the forms for Hopper have been compiled with, first and last: they are
-# written in Gluon, whose names change from one version to the next.
-HOPPER_TRITON = ((3, 6), (3, 9))
 
 # Tokens of one segment of a long sequence, and the programs of one sequence's walk from which on
 # there is no need to cut it.
@@ -46,15 +39,6 @@ class Launch(NamedTuple):
             "num_stages": self.num_stages,
             "maxnreg": self.max_registers,
         }
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Return whether the forms for Hopper, compute capability 9.0, run on this device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    first, last = HOPPER_TRITON
-    return first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last
 
 
 def chunk_tokens(N: int) -> int:

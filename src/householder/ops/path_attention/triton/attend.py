@@ -12,29 +12,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import dot, dot_add, load_tile, on_its_device, store_tile
+from householder.ops._triton import (
+    cast_operand,
+    dot,
+    dot_add,
+    load_tile,
+    on_its_device,
+    store_tile,
+)
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.problem import (
     LN_2,
     LOG2_E,
+    SIZES,
+    block_slot,
     locate_tile,
+    lowest_bit,
     make_problem,
     strides,
 )
-from householder.ops.path_attention.triton.tree import build_tree_and_begin
+from householder.ops.path_attention.triton.tree import build_tree_and_begin, multiply_rows
 
 
 @triton.jit
 def attend_keys(
     b_o, b_top, b_total, b_q, b_rows, p_k, p_v, p_columns, v_t, first, stop, token, window,
-    first_row: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Let rows see keys `first` … `stop` of a left block.
 
     `b_rows` are the rows' sums of gates, to the base 2. MASKED looks at the window, the first row
-    being token `token` of the sequence; rows before `first_row` see nothing.
+    being token `token` of the sequence.
     """
     o_n = tl.arange(0, BN)
     everywhere = o_n >= 0
@@ -44,12 +53,9 @@ def attend_keys(
         b_a = dot(b_q, tl.trans(b_k), PRECISION)
         if GATED:
             b_a = b_a * LOG2_E + (tl.load(p_columns + start + o_n) * LOG2_E)[None, :]
-        if MASKED or first_row > 0:
-            o_m = tl.arange(0, BM)[:, None]
-            unseen = o_m < first_row
-            if MASKED:
-                unseen = unseen | (token - i + o_m - o_n[None, :] >= window)
-            b_a = tl.where(unseen, -float("inf"), b_a)
+        if MASKED:
+            apart = token - i + tl.arange(0, 64)[:, None] - o_n[None, :]
+            b_a = tl.where(apart < window, b_a, -float("inf"))
         if GATED:
             new = tl.maximum(b_top, tl.max(b_a, 1) + b_rows)
             b_p = tl.exp2(b_a - (new - b_rows)[:, None])
@@ -65,92 +71,101 @@ def attend_keys(
     return b_o, b_top, b_total
 
 
-@triton.jit
-def attend_block(
-    b_o, b_top, b_total, q_levels, k_levels, decay, p_v, v_t, level, i_hq, row, sequence, num_rows,
-    H, begin, stop, token, window, first_row: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Let a tile's rows see the keys `begin` … `stop` of their left neighbour at `level`."""
-    level = tl.cast(level, tl.int64)
-    of_queries = (level * (H * GROUP) + i_hq) * num_rows
-    o_m = tl.arange(0, BM)
-    b_q = load_tile(q_levels + (of_queries + row) * K, o_m * K, o_m >= 0, 0, K, BK)
-    p_k = k_levels + ((level * H + i_hq // GROUP) * num_rows + sequence) * K
-    b_rows = b_top
-    p_columns = decay
-    if GATED:
-        b_rows = tl.load(decay + of_queries + row + o_m) * LOG2_E
-        p_columns = decay + of_queries + sequence
-    if WINDOWED:
-        # Up to the last key that some row does not see any more.
-        edge = tl.cdiv(tl.maximum(token + BM - window, 0), BN) * BN
-        edge = tl.minimum(tl.maximum(edge, begin), stop)
-        b_o, b_top, b_total = attend_keys(
-            b_o, b_top, b_total, b_q, b_rows, p_k, p_v, p_columns, v_t, begin, edge, token, window,
-            first_row, K, V, GATED, True, PRECISION, BM, BN, BK, BV,
-        )  # fmt: skip
-        begin = edge
-    return attend_keys(
-        b_o, b_top, b_total, b_q, b_rows, p_k, p_v, p_columns, v_t, begin, stop, token, window,
-        first_row, K, V, GATED, False, PRECISION, BM, BN, BK, BV,
-    )  # fmt: skip
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(
-    q_levels, k_levels, v, decay, sinks, o_chunk, top_chunk, total_chunk, o, lse,
-    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, tiles_per_row, num_levels, H,
+    q_levels, k_levels, f, v, decay, sinks, o, lse,
+    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, H,
     v_b, v_h, v_t: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Write o and log Σ exp of BM query rows of one head."""
-    # A head's tiles run together, so that they find its keys in the cache; long ones first.
+    """Write o and log Σ exp of one chunk's rows of one head; those of the chunk alone are there.
+
+    From level to level the queries are multiplied by the products that they cross, up to K = 128 in
+    registers.
+    """
+    # A head's chunks run together, so that they find its keys in the cache; long ones first.
     HQ = H * GROUP
-    per_row = tiles_per_row * (128 // BM)
+    per_row = 2 * (num_tiles if PACKED else tl.cdiv(T, 128))
     i_hq = ((tl.program_id(0) // per_row) % HQ).to(tl.int64)
-    i_m = (tl.program_id(0) // (per_row * HQ) + 1) * per_row - 1 - tl.program_id(0) % per_row
+    i_chunk = (tl.program_id(0) // (per_row * HQ) + 1) * per_row - 1 - tl.program_id(0) % per_row
     batch, first, length, tile = locate_tile(
-        i_m // (128 // BM), T, cu_seqlens, tile_sequence, first_tile, PACKED
+        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
     )
-    token = i_m * BM - tile * 128
+    chunk = i_chunk - tile * 2
+    token = chunk * 64
     if token >= length:
         return
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     num_rows = tl.cast(num_tiles, tl.int64) * 128
-    row = i_m.to(tl.int64) * BM
+    row = i_chunk.to(tl.int64) * 64
     sequence = tl.cast(tile, tl.int64) * 128
-    o_m = tl.arange(0, BM)
+    i_h = i_hq // GROUP
+    o_m = tl.arange(0, 64)
+    o_k = tl.arange(0, BK)
+    m_m = o_m < length - token
+    of_token = (batch * T + first + token) * HQ + i_hq
+    b_o = load_tile(o + of_token * V, o_m * (HQ * V), m_m, 0, V, BV).to(tl.float32)
+    b_top = tl.load(lse + of_token + o_m * HQ, mask=m_m, other=0.0)
+    b_total = tl.full((64,), 1.0, tl.float32)
+    p_v = v + batch * v_b + first * v_t + i_h * v_h
 
-    of_head = i_hq * num_rows + row
-    b_o = load_tile(o_chunk + of_head * V, o_m * V, o_m >= 0, 0, V, BV)
-    b_top = tl.load(top_chunk + of_head + o_m)
-    b_total = tl.load(total_chunk + of_head + o_m)
-    p_v = v + batch * v_b + first * v_t + (i_hq // GROUP) * v_h
-    # The first key that a row of this tile sees.
+    # The first key that a row of this chunk sees.
     seen = 0
     if WINDOWED:
         seen = tl.maximum(token + 1 - window, 0) // 64 * 64
-    # The second chunk of a tile sees its first one.
-    if BM == 128 and (length - token > 64) & (seen < token + 64):
-        b_o, b_top, b_total = attend_block(
-            b_o, b_top, b_total, q_levels, k_levels, decay, p_v, v_t, 0, i_hq, row, sequence,
-            num_rows, H, token, token + 64, token, window, 64, GROUP, K, V, GATED, WINDOWED,
-            PRECISION, BM, BN if BN < 64 else 64, BK, BV,
-        )  # fmt: skip
-    for level in range(BM // 128, num_levels):
-        block = token // 64 >> level
-        stop = block * (64 << level)
-        begin = tl.maximum(stop - (64 << level), seen)
-        if ((block & 1) == 1) & (begin < stop):
-            b_o, b_top, b_total = attend_block(
-                b_o, b_top, b_total, q_levels, k_levels, decay, p_v, v_t, level, i_hq, row,
-                sequence, num_rows, H, begin, stop, token, window, 0, GROUP, K, V, GATED, WINDOWED,
-                PRECISION, BM, BN, BK, BV,
+    rest = chunk
+    if seen >= token:
+        rest = 0
+    level = lowest_bit(rest).to(tl.int64)
+    if rest > 0:
+        half = q_levels.dtype.element_ty
+        of_level = HQ * num_rows * K
+        p_q = q_levels + (i_hq * num_rows + row) * K
+        b_q = load_tile(p_q + level * of_level, o_m * K, o_m >= 0, 0, K, BK)
+        b_carried = cast_operand(b_q, PRECISION) if BK <= 128 else b_q
+        while rest > 0:
+            b_q = b_carried.to(half)
+            block = chunk >> level
+            stop = block * (64 << level)
+            begin = tl.maximum(stop - (64 << level), seen).to(tl.int32)
+            stop = stop.to(tl.int32)
+            p_k = k_levels + ((level * H + i_h) * num_rows + sequence) * K
+            b_rows = b_top
+            p_columns = decay
+            if GATED:
+                p_columns = decay + (level * HQ + i_hq) * num_rows + sequence
+                p_rows = decay + (level * HQ + i_hq) * num_rows + row
+                b_rows = tl.load(p_rows + o_m) * LOG2_E
+            if WINDOWED:
+                # Up to the last key that some row does not see any more.
+                edge = tl.cdiv(tl.maximum(token + 64 - window, 0), BN) * BN
+                edge = tl.minimum(tl.maximum(edge, begin), stop)
+                b_o, b_top, b_total = attend_keys(
+                    b_o, b_top, b_total, b_q, b_rows, p_k, p_v, p_columns, v_t, begin, edge, token,
+                    window, K, V, GATED, True, PRECISION, BN, BK, BV,
+                )  # fmt: skip
+                begin = edge
+            b_o, b_top, b_total = attend_keys(
+                b_o, b_top, b_total, b_q, b_rows, p_k, p_v, p_columns, v_t, begin, stop, token,
+                window, K, V, GATED, False, PRECISION, BN, BK, BV,
             )  # fmt: skip
+            rest = rest & (rest - 1)
+            if (block - 1) * (64 << level) <= seen:
+                rest = 0
+            if rest > 0:
+                slot = block_slot(2 * tile, level, block - 1)
+                p_f = f + (i_h * (num_rows // 32) + slot) * (K * K)
+                above = lowest_bit(rest).to(tl.int64)
+                if BK <= 128:
+                    b_f = cast_operand(load_tile(p_f, o_k * K, o_k < K, 0, K, BK), PRECISION)
+                    b_carried = cast_operand(dot(b_carried, b_f, PRECISION), PRECISION)
+                else:
+                    p_above = p_q + above * of_level
+                    multiply_rows(p_q + level * of_level, p_above, p_f, False, K, PRECISION)
+                    b_carried = load_tile(p_above, o_m * K, o_m >= 0, 0, K, BK)
+                level = above
 
     if sinks is not None:
         # A sink takes part in the softmax and has no value.
@@ -160,8 +175,6 @@ def attend_kernel(
         b_total = b_total * rescale + tl.exp2(sink - new)
         b_o = b_o * rescale[:, None]
         b_top = new
-    m_m = o_m < length - token
-    of_token = (batch * T + first + token) * HQ + i_hq
     store_tile(o + of_token * V, o_m * (HQ * V), m_m, 0, b_o / b_total[:, None], V, BV)
     tl.store(lse + of_token + o_m * HQ, (b_top + tl.log2(b_total)) * LN_2, mask=m_m)
 
@@ -186,17 +199,16 @@ def forward(
         `[B, T, HQ]` in float32.
     """
     p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    tree, softmax = build_tree_and_begin(p)
     B, T, HQ, K = q.shape
     H, V = v.shape[2:]
     o = v.new_empty(B, T, HQ, V)
     lse = v.new_empty(B, T, HQ, dtype=torch.float32)
-    rows, columns, launch = config.attend_launch(K, V, p.precision)
+    tree = build_tree_and_begin(p, o, lse)
     if o.numel():
-        attend_kernel[(p.rows // rows * HQ,)](
-            tree.q, tree.k, p.v, tree.decay, p.sinks, *softmax, o, lse, *p.packing, p.window, T,
-            p.num_tiles, p.num_tiles // B, p.num_levels, H, **strides("v", p.v), **p.constants,
-            **p.value_constants, WINDOWED=p.window is not None, BM=rows, BN=columns,
-            **launch.options,
+        columns, launch = config.attend_launch(K, V, p.precision)
+        attend_kernel[(p.chunks * HQ,)](
+            tree.q, tree.k, tree.f, p.v, tree.decay, p.sinks, o, lse, *p.packing, p.window, T,
+            p.num_tiles, H, **strides("v", p.v), **p.constants,
+            **p.value_constants, WINDOWED=p.window is not None, BN=columns, **launch.options,
         )  # fmt: skip
     return o, lse

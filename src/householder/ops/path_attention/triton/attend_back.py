@@ -18,6 +18,7 @@ import triton.language as tl
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.problem import (
     LOG2_E,
+    SIZES,
     block_slot,
     has_right,
     locate_tile,
@@ -58,7 +59,7 @@ def pass_product(
         return b_d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q_levels, k_levels, v, do, lse, delta, decay, f, dq_levels, dq, sums,
     cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H,
@@ -77,9 +78,10 @@ def query_kernel(
         i_m // (128 // BM), T, cu_seqlens, tile_sequence, first_tile, PACKED
     )
     token = i_m * BM - tile * 128
-    if token >= length:
-        return
     chunk = token // 64
+    # All of a chunk is written, zeros behind the sequence's end.
+    if chunk * 64 >= length:
+        return
     num_chunks = tl.cdiv(length, 64)
     i_h = i_hq // GROUP
     batch = tl.cast(batch, tl.int64)
@@ -154,7 +156,7 @@ def query_kernel(
     store_tile(dq + (i_hq * num_rows + row) * K, o_rows, o_m >= 0, 0, b_dq, K, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     q_levels, k_levels, v, do, lse, delta, decay, f, dk_levels, dk, dv, sums,
     cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H,
@@ -176,9 +178,10 @@ def key_kernel(
         i_n // (128 // BN), T, cu_seqlens, tile_sequence, first_tile, PACKED
     )
     token = i_n * BN - tile * 128
-    if token >= length:
-        return
     chunk = token // 64
+    # All of a chunk is written, zeros behind the sequence's end.
+    if chunk * 64 >= length:
+        return
     num_chunks = tl.cdiv(length, 64)
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
@@ -204,7 +207,7 @@ def key_kernel(
             # At the first level only the first chunk of a tile is a left block. The second one is
             # ready then, and what is still added to it is not looked at.
             mine = ((chunk + o_n // 64) >> level) == block
-            if BN == 128:
+            if BN == 128:  # noqa: SIM102 - a constant of the kernel, and a number that it reads
                 if level == 0:
                     store_tile(dk + of_tile * K, o_keys, o_n >= 64, 0, b_dk, K, BK)
                     store_tile(dv + of_tile * V, o_n * V, o_n >= 64, 0, b_dv, V, BV)
@@ -259,9 +262,9 @@ def key_kernel(
                     b_dk = dot_add(cast_operand(b_da, PRECISION), b_q, b_dk, PRECISION)
                 if GATED:
                     tl.store(sums + of_rows + token + o_n, b_sum, mask=mine)
+    # All of a tile of one chunk, or the first of two.
     ready = BN
-    if BN == 128:
-        if has_right(chunk, 0, num_chunks):
-            ready = 64
+    if has_right(chunk, 0, num_chunks):
+        ready = 64
     store_tile(dk + of_tile * K, o_keys, o_n < ready, 0, b_dk, K, BK)
     store_tile(dv + of_tile * V, o_n * V, o_n < ready, 0, b_dv, V, BV)

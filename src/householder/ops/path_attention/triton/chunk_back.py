@@ -31,7 +31,7 @@ import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.prepare import decay_inside, load_gates
-from householder.ops.path_attention.triton.problem import LOG2_E, locate_tile
+from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, locate_tile
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def store_pairs(pointer, x):
     store_tile(pointer, o_c * 64, o_c >= 0, 0, x, 64, 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pairs_kernel(
     q, k, v, w, beta, g, o, do, lse, delta, inverse, dq_start, p_pairs, x_pairs,
     da_pairs, dx_pairs, r_pairs, cu_seqlens, tile_sequence, first_tile, scale, window, T,
@@ -92,36 +92,10 @@ def pairs_kernel(
     p_beta = beta + batch * beta_b + start * beta_t + i_h * beta_h
     b_beta = tl.load(p_beta + o_c * beta_t, mask=m_c, other=0.0).to(tl.float32)
 
-    qk = tl.zeros((64, 64), tl.float32)
-    b_x = tl.zeros((64, 64), tl.float32)
-    b_y = tl.zeros((64, 64), tl.float32)
-    b_r = tl.zeros((64, 64), tl.float32)
-    for i in range(0, K, BK):
-        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i, K, BK), PRECISION)
-        b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i, K, BK), PRECISION)
-        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i, K, BK), PRECISION)
-        b_dq = load_tile(dq_start + row * K, o_c * K, everywhere, i, K, BK)
-        qk = dot_add(b_q, tl.trans(b_k), qk, PRECISION)
-        b_x = dot_add(b_q, tl.trans(b_w), b_x, PRECISION)
-        b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
-        b_r = dot_add(cast_operand(b_dq, PRECISION), tl.trans(b_w), b_r, PRECISION)
-    store_pairs(r_pairs + row * 64, b_r)
-    b_x = tl.where(below | diagonal, b_x * scale, 0.0)
-    store_pairs(x_pairs + row * 64, b_x)
+    # All loads come before the first store, which they would not be moved across.
     b_inverse = load_pairs(inverse + (i_h * num_rows + i_chunk.to(tl.int64) * 64) * 64, EXACT)
-    b_y = cast_operand(tl.where(below, b_y * b_beta[:, None], 0.0), EXACT)
-    b_e = cast_operand(dot(b_inverse, b_y, EXACT), EXACT)
-    b_a = qk * scale - dot(cast_operand(b_x, EXACT), b_e, EXACT)
-    if GATED:
-        p_g = g + batch * g_b + start * g_t + i_hq * g_h
-        b_a += decay_inside(load_gates(p_g, g_t, n))
-    seen = below | diagonal
-    if WINDOWED:
-        seen = seen & (o_c[:, None] - o_c[None, :] < window)
-    b_lse = tl.load(lse + row + o_c)
-    b_p = tl.exp2(tl.where(seen, b_a * LOG2_E - b_lse[:, None], -float("inf")))
-    store_pairs(p_pairs + row * 64, b_p)
-
+    b_lse = tl.load(lse + (batch * T + start + o_c) * HQ + i_hq, mask=m_c, other=float("inf"))
+    b_delta = tl.load(delta + row + o_c)
     b_da = tl.zeros((64, 64), tl.float32)
     b_own = tl.zeros((64,), tl.float32)
     for i in range(0, V, BV):
@@ -133,9 +107,36 @@ def pairs_kernel(
         b_da = dot_add(b_do, tl.trans(b_v), b_da, PRECISION)
     # A row that sees only itself, as every first one, has o = v and no gradient; as a difference
     # of two inner products that would be their rounding.
-    b_delta = tl.load(delta + row + o_c)
-    b_da = b_p * tl.where(diagonal, b_own[:, None], b_da - b_delta[:, None])
-    b_da = cast_operand(b_da, PRECISION)
+    b_da = tl.where(diagonal, b_own[:, None], b_da - b_delta[:, None])
+    b_a = tl.zeros((64, 64), tl.float32)
+    b_x = tl.zeros((64, 64), tl.float32)
+    b_y = tl.zeros((64, 64), tl.float32)
+    b_r = tl.zeros((64, 64), tl.float32)
+    for i in range(0, K, BK):
+        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i, K, BK), PRECISION)
+        b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i, K, BK), PRECISION)
+        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i, K, BK), PRECISION)
+        b_dq = load_tile(dq_start + row * K, o_c * K, everywhere, i, K, BK)
+        b_a = dot_add(b_q, tl.trans(b_k), b_a, PRECISION)
+        b_x = dot_add(b_q, tl.trans(b_w), b_x, PRECISION)
+        b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
+        b_r = dot_add(cast_operand(b_dq, PRECISION), tl.trans(b_w), b_r, PRECISION)
+    store_pairs(r_pairs + row * 64, b_r)
+    b_x = tl.where(below | diagonal, b_x * scale, 0.0)
+    store_pairs(x_pairs + row * 64, b_x)
+    b_y = cast_operand(tl.where(below, b_y * b_beta[:, None], 0.0), EXACT)
+    b_e = cast_operand(dot(b_inverse, b_y, EXACT), EXACT)
+    b_a = b_a * scale - dot(cast_operand(b_x, EXACT), b_e, EXACT)
+    if GATED:
+        p_g = g + batch * g_b + start * g_t + i_hq * g_h
+        b_a += decay_inside(load_gates(p_g, g_t, n))
+    seen = below | diagonal
+    if WINDOWED:
+        seen = seen & (o_c[:, None] - o_c[None, :] < window)
+    # The difference first: where it is small, as for a row that attends to itself, it is exact.
+    b_p = tl.exp2(tl.where(seen, (b_a - b_lse[:, None]) * LOG2_E, -float("inf")))
+    store_pairs(p_pairs + row * 64, b_p)
+    b_da = cast_operand(b_p * b_da, PRECISION)
     store_pairs(da_pairs + row * 64, b_da)
     b_r = cast_operand(b_r * b_beta[None, :], PRECISION)
     b_dx = dot(b_r, tl.trans(cast_operand(b_inverse, PRECISION)), PRECISION)
@@ -143,7 +144,7 @@ def pairs_kernel(
     store_pairs(dx_pairs + row * 64, tl.where(below | diagonal, -b_dx, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def solve_kernel(
     k, w, beta, inverse, dk_end, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs, n_pairs,
     dbeta, cu_seqlens, tile_sequence, first_tile, T, num_tiles, H, k_b, k_h, w_b, w_h, beta_b,
@@ -179,6 +180,7 @@ def solve_kernel(
     if (chunk > 0) & (chunk < tl.cdiv(length, 64) - 1):
         passed = 64
 
+    b_inverse = load_pairs(inverse + row * 64, EXACT)
     ww = tl.zeros((64, 64), tl.float32)
     b_y = tl.zeros((64, 64), tl.float32)
     b_de = tl.zeros((64, 64), tl.float32)
@@ -198,7 +200,6 @@ def solve_kernel(
         b_de = dot_add(b_x, load_pairs(da_pairs + of_head, PRECISION), b_de, PRECISION)
         dzw = dot_add(b_x, load_pairs(r_pairs + of_head, PRECISION), dzw, PRECISION)
     b_y = tl.where(below, b_y, 0.0)
-    b_inverse = load_pairs(inverse + row * 64, EXACT)
     b_e = dot(b_inverse, cast_operand(b_y * b_beta[:, None], EXACT), EXACT)
     b_e = cast_operand(b_e, PRECISION)
     store_pairs(e_pairs + row * 64, b_e)
@@ -218,7 +219,7 @@ def solve_kernel(
     store_pairs(n_pairs + row * 64, b_n + tl.trans(b_n))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def columns_kernel(
     q, k, w, beta, inverse, dq_start, dk_end, wdf, wdft, x_pairs, da_pairs, dx_pairs, e_pairs,
     de_pairs, n_pairs, dq, dk, dw, cu_seqlens, tile_sequence, first_tile, scale, T, num_tiles, H,
@@ -226,7 +227,7 @@ def columns_kernel(
     w_t: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write columns `[BK]` of dK, dW and dQ of one chunk, its key head and all of its query heads."""
+    """Write columns `[BK]` of dK and dW of one chunk and key head, and of its query heads' dQ."""
     num_k: tl.constexpr = (K + BK - 1) // BK
     # Columns and heads run side by side: together they read whole rows of memory.
     i_k = (tl.program_id(0) % num_k) * BK
@@ -297,7 +298,7 @@ def columns_kernel(
     store_tile(dw + out * K, o_c * (H * K), m_c, i_k, b_dw, K, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def values_kernel(
     do, p_pairs, dv_part, dv, cu_seqlens, tile_sequence, first_tile, T, num_tiles, H, do_b, do_h,
     do_t: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr,
@@ -331,59 +332,3 @@ def values_kernel(
         b_dv = dot_add(tl.trans(b_p), b_do, b_dv, PRECISION)
     p_dv = dv + ((batch * T + start) * H + i_h) * V
     store_tile(p_dv, o_c * (H * V), m_c, i_v, b_dv, V, BV)
-
-
-@triton.jit
-def sum_range(totals, start, stop, BLOCK: tl.constexpr):
-    """Return the sum of `totals[start … stop − 1]`, always in the same order."""
-    o_b = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(start, stop, BLOCK):
-        total += tl.load(totals + i + o_b, mask=i + o_b < stop, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def gate_kernel(
-    sums, totals, da_pairs, dg, cu_seqlens, tile_sequence, first_tile, T, num_tiles, num_levels,
-    HQ, dg_b, dg_t, dg_h, PACKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write dg of one chunk and query head.
-
-    In the chunk, the gate of token s is crossed by the pairs with j < s ≤ i; in a rectangle, one of
-    the right block by the rows from its token on, and one of the left block by the columns before
-    it. `totals` are the chunks' sums of `sums`.
-    """
-    i_chunk = tl.program_id(0) // HQ
-    i_hq = (tl.program_id(0) % HQ).to(tl.int64)
-    batch, first, length, tile = locate_tile(
-        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
-    )
-    chunk = i_chunk - 2 * tile
-    n = length - chunk * 64
-    if n <= 0:
-        return
-    num_chunks = tl.cdiv(length, 64)
-    num_rows = tl.cast(num_tiles, tl.int64) * 128
-    row = i_chunk.to(tl.int64) * 64
-    o_c = tl.arange(0, 64)
-    b_da = load_pairs(da_pairs + (i_hq * num_rows + row) * 64, PRECISION)
-    before = cast_operand(tl.where(o_c[:, None] < o_c[None, :], 1.0, 0.0), PRECISION)
-    later = o_c[:, None] >= o_c[None, :]
-    b_dg = tl.sum(tl.where(later, dot(b_da, before, PRECISION), 0.0), 0)
-    for level in range(num_levels):
-        block = chunk >> level
-        of_head = (tl.cast(level, tl.int64) * HQ + i_hq) * num_rows
-        p_totals = totals + of_head // 64 + tl.cast(tile, tl.int64) * 2
-        if block % 2 == 1:
-            b_sum = tl.load(sums + of_head + row + o_c)
-            b_dg += tl.sum(tl.where(later, b_sum[:, None], 0.0), 0)
-            stop = tl.minimum((block + 1) << level, num_chunks)
-            b_dg += sum_range(p_totals, chunk + 1, stop, BLOCK)
-        elif ((block + 1) << level) < num_chunks:
-            b_sum = tl.load(sums + of_head + row + o_c)
-            b_dg += tl.sum(tl.where(later, 0.0, b_sum[:, None]), 0)
-            b_dg += sum_range(p_totals, block << level, chunk, BLOCK)
-    p_dg = dg + tl.cast(batch, tl.int64) * dg_b + (tl.cast(first, tl.int64) + chunk * 64) * dg_t
-    p_dg += i_hq * dg_h
-    tl.store(p_dg + o_c * dg_t, b_dg.to(dg.dtype.element_ty), mask=o_c < n)

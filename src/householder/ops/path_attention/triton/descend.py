@@ -20,13 +20,14 @@ import triton.language as tl
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.problem import (
     LOG2_E,
+    SIZES,
     block_slot,
     locate_tile,
     lowest_bit,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def rows_kernel(
     o, do, lse, sinks, lse_rows, delta_rows, dsinks_rows, cu_seqlens, tile_sequence, first_tile,
     T, num_tiles, HQ,
@@ -135,7 +136,7 @@ def sum_block(
     return b_df
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_kernel(
     q_levels, k_levels, dq_levels, dk_levels, df, cu_seqlens, tile_sequence, first_tile,
     T, num_tiles, num_levels, H, rows_of_batch, GROUP: tl.constexpr, K: tl.constexpr,
@@ -178,7 +179,7 @@ def sum_kernel(
     store_tile(p_df, o_p * K, o_p < K, 0, b_df, K, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def descend_kernel(
     f, df, cu_seqlens, tile_sequence, first_tile, T, num_tiles, level, H, K: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
@@ -220,7 +221,7 @@ def descend_kernel(
     store_tile(p_df, o_p * K, o_p < K, 0, b_df, K, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def leaf_kernel(
     q_levels, k_levels, dq_levels, dk_levels, w, f, df, wdf, wdft, cu_seqlens, tile_sequence,
     first_tile, T, num_tiles, H, w_b, w_h, w_t: tl.constexpr, GROUP: tl.constexpr,

@@ -17,7 +17,6 @@ from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
     columns_kernel,
-    gate_kernel,
     pairs_kernel,
     solve_kernel,
     values_kernel,
@@ -29,6 +28,7 @@ from householder.ops.path_attention.triton.descend import (
     rows_kernel,
     sum_kernel,
 )
+from householder.ops.path_attention.triton.gates_back import gate_kernel, totals_kernel
 from householder.ops.path_attention.triton.problem import Problem, make_problem, strides
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
@@ -88,28 +88,21 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
         sums=None if p.g is None else room(L, HQ, p.rows, dtype=torch.float32),
     )
     constants = {
-        **p.constants, **p.value_constants, "WINDOWED": p.window is not None,
-        "PRECISION": config.gradient_precision(p.precision),
+        **p.constants, **p.value_constants, **strides("v", p.v), **strides("do", do),
+        "WINDOWED": p.window is not None, "PRECISION": config.gradient_precision(p.precision),
     }  # fmt: skip
-    for kernel, tiles, programs, outputs in (
-        (
-            query_kernel,
-            config.query_tiles(K, V, p.precision),
-            lambda tiles: p.rows // tiles.rows * HQ,
-            (x.dq_levels, x.dq),
-        ),
-        (
-            key_kernel,
-            config.key_tiles(K, V, p.precision),
-            lambda tiles: p.rows // tiles.columns * H,
-            (x.dk_levels, x.dk, x.dv),
-        ),
-    ):
-        kernel[(programs(tiles),)](
-            tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f, *outputs, x.sums,
-            *p.packing, p.window, T, p.num_tiles, L, H, **strides("v", p.v), **strides("do", do),
-            **constants, BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
-        )  # fmt: skip
+    rows_read = tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f
+    others = *p.packing, p.window, T, p.num_tiles, L, H
+    tiles = config.query_tiles(K, V, p.precision)
+    query_kernel[(p.rows // tiles.rows * HQ,)](
+        *rows_read, x.dq_levels, x.dq, x.sums, *others, **constants,
+        BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
+    )  # fmt: skip
+    tiles = config.key_tiles(K, V, p.precision)
+    key_kernel[(p.rows // tiles.columns * H,)](
+        *rows_read, x.dk_levels, x.dk, x.dv, x.sums, *others, **constants,
+        BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
+    )  # fmt: skip
     return x
 
 
@@ -156,6 +149,7 @@ def finish_chunks(
     rows: Rows,
     x: Climbed,
     o: Tensor,
+    lse: Tensor,
     do: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
@@ -177,11 +171,12 @@ def finish_chunks(
     }  # fmt: skip
     exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
     q, k, v, w, beta, do_strides = (
-        strides(name, y) for name, y in zip(["q", "k", "v", "w", "beta", "do"], (*p[:5], do), strict=True)
+        strides(name, y)
+        for name, y in zip(("q", "k", "v", "w", "beta", "do"), (*p[:5], do), strict=True)
     )
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     pairs_kernel[(p.chunks * HQ,)](
-        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, rows.lse, rows.delta, tree.inverse, x.dq,
+        p.q, p.k, p.v, p.w, p.beta, p.g, o, do, lse, rows.delta, tree.inverse, x.dq,
         p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
         p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
         **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
@@ -203,7 +198,12 @@ def finish_chunks(
     )  # fmt: skip
     if dg is not None and x.sums is not None:
         # Levels that a chunk has no sums of are not read.
-        totals = x.sums.unflatten(-1, (-1, CHUNK_TOKENS)).sum(-1)
+        number = x.sums.numel() // CHUNK_TOKENS
+        totals = x.sums.new_empty(number)
+        if number:
+            totals_kernel[(-(-number // TOTALS_BLOCK),)](
+                x.sums, totals, number, BLOCK=TOTALS_BLOCK, num_warps=4
+            )
         gate_kernel[(p.chunks * HQ,)](
             x.sums, totals, da_pairs, dg, *p.packing, T, p.num_tiles, p.num_levels, HQ,
             *dg.stride(), PACKED=p.cu_seqlens is not None, PRECISION=constants["PRECISION"],
@@ -229,21 +229,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
     p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    B, T, HQ, K = q.shape
-    H, V = v.shape[2:]
     dq, dk, dw = (x.new_empty(x.shape) for x in (q, k, w))
     dv, dbeta = v.new_empty(v.shape), beta.new_empty(beta.shape)
     dg = None if g is None else g.new_empty(g.shape)
-    if p.num_tiles == 0 or HQ == 0:
+    if p.num_tiles == 0 or p.heads == 0:
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return dq, dk, dv, dw, dbeta, dg, dsinks
-    do, o = addressable(do), addressable(o)
+    do, o, lse = addressable(do), addressable(o), lse.contiguous()
     dtype = torch.bfloat16 if p.precision == "bf16" else torch.float32
 
     tree = build_tree(p, inverse=True)
     rows = make_rows(p, o, lse, do)
     x = climb_down(p, tree, rows, do, dtype)
-    finish_chunks(p, tree, rows, x, o, do, (dq, dk, dv, dw, dbeta, dg))
+    finish_chunks(p, tree, rows, x, o, lse, do, (dq, dk, dv, dw, dbeta, dg))
     dsinks = None
     if sinks is not None and rows.dsinks is not None:
         dsinks = rows.dsinks.sum(1).to(sinks.dtype)

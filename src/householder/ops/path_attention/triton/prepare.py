@@ -29,6 +29,7 @@ from householder.ops._triton import (
 from householder.ops.path_attention.triton.problem import (
     LEAST_GATE,
     LOG2_E,
+    SIZES,
     block_slot,
     has_right,
     locate_tile,
@@ -70,9 +71,9 @@ def decay_inside(b_g):
     return tl.where(o_c[:, None] > o_c[None, :], b_a, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    q, k, v, w, beta, g, q_levels, k_levels, f, inverse, decay, gate_sums, o, top, total,
+    q, k, v, w, beta, g, q_levels, k_levels, f, inverse, decay, gate_sums, o, lse,
     cu_seqlens, tile_sequence, first_tile, scale, window, T, H, rows, num_levels,
     q_b, q_h, k_b, k_h, v_b, v_h, w_b, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, w_t: tl.constexpr,
@@ -83,7 +84,7 @@ def prepare_kernel(
     """Write what one chunk and key head has to itself, for the `GROUP` query heads as well.
 
     That is F and (I + M)⁻¹, the sum of its gates, Q←, K→ and the sums of gates that go with them;
-    with DIAGONAL also the softmax of its rows over its own keys, not normalised. K and V are
+    with DIAGONAL also o and log₂ Σ 2^logit of its rows, over its own keys. K and V are
     worked through in tiles of BK and BV, so that whatever they are the same few tiles are held.
     """
     # Heads run side by side: together they read whole rows of memory.
@@ -189,12 +190,13 @@ def prepare_kernel(
             b_a = tl.where(seen, b_a * LOG2_E, -float("inf"))
             b_top = tl.max(b_a, 1)
             b_p = tl.exp2(b_a - b_top[:, None])
-            tl.store(top + of_head + o_c, b_top)
-            tl.store(total + of_head + o_c, tl.sum(b_p, 1))
-            b_p = b_p.to(q_levels.dtype.element_ty)
+            b_total = tl.sum(b_p, 1)
+            of_token = (batch * T + start) * (H * GROUP) + i_hq
+            p_lse = lse + of_token + o_c * (H * GROUP)
+            tl.store(p_lse, b_top + tl.log2(b_total), mask=m_c)
+            b_p = (b_p / b_total[:, None]).to(q_levels.dtype.element_ty)
             p_v = v + batch * v_b + start * v_t + i_h * v_h
+            o_rows = o_c * (H * GROUP * V)
             for i_v in range(0, V, BV):
                 b_v = load_tile(p_v, o_c * v_t, m_c, i_v, V, BV).to(b_p.dtype)
-                store_tile(
-                    o + of_head * V, o_c * V, everywhere, i_v, dot(b_p, b_v, PRECISION), V, BV
-                )
+                store_tile(o + of_token * V, o_rows, m_c, i_v, dot(b_p, b_v, PRECISION), V, BV)

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import addressable, dot_precision
+from householder.ops._triton import addressable, dot_precision, has_wide_rows, is_hopper
 from householder.ops.path_attention.triton.config import (
     CHUNK_TOKENS,
+    MOST_HOPPER_COLUMNS,
     TILE_TOKENS,
     key_block,
     num_levels,
@@ -32,6 +33,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
 LEAST_GATE = tl.constexpr(-1e30)
+# Arguments of which one value is as good as another: kernels are not compiled again where they are
+# 1, or become multiples of 16.
+SIZES = ("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch")
 
 
 @triton.jit
@@ -126,6 +130,19 @@ class Problem(NamedTuple):
     @property
     def chunks(self) -> int:
         return self.rows // CHUNK_TOKENS
+
+    @property
+    def suits_hopper(self) -> bool:
+        """Whether the forms for Hopper take the inputs: half dtypes, no gates, no window."""
+        K, V = self.k.shape[-1], self.v.shape[-1]
+        return (
+            is_hopper(self.q.device)
+            and self.precision != "tf32x3"
+            and max(K, V) <= MOST_HOPPER_COLUMNS
+            and self.g is None
+            and self.window is None
+            and all(map(has_wide_rows, (self.q, self.k, self.v, self.w)))
+        )
 
     @property
     def constants(self) -> dict[str, Any]:

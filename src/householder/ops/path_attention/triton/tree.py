@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import cast_operand, dot, load_tile, store_tile
+from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.prepare import prepare_kernel
 from householder.ops.path_attention.triton.problem import (
+    SIZES,
     Problem,
     block_slot,
     has_right,
@@ -32,58 +33,146 @@ from householder.ops.path_attention.triton.problem import (
 
 
 @triton.jit
+def multiply_rows(
+    p_from, p_to, p_f, TRANSPOSED: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Write 64 rows times a product, or times its transpose, for products too large to be held."""
+    BLOCK: tl.constexpr = 64
+    o_c = tl.arange(0, 64)
+    o_b = tl.arange(0, BLOCK)
+    tl.debug_barrier()  # other threads may have written what is read
+    for i in range(0, K, BLOCK):
+        acc = tl.zeros((64, BLOCK), tl.float32)
+        for j in range(0, K, BLOCK):
+            b_x = cast_operand(load_tile(p_from, o_c * K, o_c >= 0, j, K, BLOCK), PRECISION)
+            if TRANSPOSED:
+                b_f = tl.trans(load_tile(p_f, (i + o_b) * K, i + o_b < K, j, K, BLOCK))
+            else:
+                b_f = load_tile(p_f, (j + o_b) * K, j + o_b < K, i, K, BLOCK)
+            acc = dot_add(b_x, cast_operand(b_f, PRECISION), acc, PRECISION)
+        store_tile(p_to, o_c * K, o_c >= 0, i, acc, K, BLOCK)
+    tl.debug_barrier()
+
+
+@triton.jit
+def locate_block(i_block, T, cu_seqlens, tile_sequence, first_tile, level, PACKED: tl.constexpr):
+    """Return the first chunk of a block of `level` ≥ 1, its sequence's tokens and first tile.
+
+    Of a packed batch there is one program per tile, and no block for tiles that begin none.
+    """
+    if PACKED:
+        _, _, length, tile = locate_tile(i_block, T, cu_seqlens, tile_sequence, first_tile, PACKED)
+        chunk = 2 * (i_block - tile)
+        length = tl.where((chunk & ((1 << level) - 1)) == 0, length, 0)
+        return chunk, length, tile
+    else:
+        per_row = tl.cdiv(T, 64 << level)
+        return (i_block % per_row) << level, T, (i_block // per_row) * tl.cdiv(T, 128)
+
+
+@triton.jit
+def multiply_products(
+    p_f, first_chunk, level, block, K: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr
+):
+    """Write the product of a block, from those of its halves, and return it as an operand."""
+    o_k = tl.arange(0, BK)
+    left = block_slot(first_chunk, level - 1, 2 * block).to(tl.int64)
+    right = block_slot(first_chunk, level - 1, 2 * block + 1).to(tl.int64)
+    b_left = load_tile(p_f + left * (K * K), o_k * K, o_k < K, 0, K, BK)
+    b_right = load_tile(p_f + right * (K * K), o_k * K, o_k < K, 0, K, BK)
+    b_f = dot(cast_operand(b_right, PRECISION), cast_operand(b_left, PRECISION), PRECISION)
+    joined = block_slot(first_chunk, level, block).to(tl.int64)
+    store_tile(p_f + joined * (K * K), o_k * K, o_k < K, 0, b_f, K, BK)
+    return cast_operand(b_f, PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def join_kernel(
-    f, gate_sums, cu_seqlens, tile_sequence, first_tile, T, H, chunks, level,
-    GROUP: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    f, cu_seqlens, tile_sequence, first_tile, T, H, rows, level, num_levels,
+    K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Write the product of one full block of `level` + 1 ≥ 2 and one key head, and of its halves.
+
+    The last block has no right neighbour, and so nothing asks for its product.
+    """
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    chunk, length, tile = locate_block(
+        tl.program_id(0) // H, T, cu_seqlens, tile_sequence, first_tile, level + 1, PACKED
+    )
+    p_f = f + i_h * (tl.cast(rows, tl.int64) // 32) * (K * K)
+    block = chunk >> level
+    if (chunk + (1 << level)) * 64 < length:
+        b_left = multiply_products(p_f, 2 * tile, level, block, K, PRECISION, BK)
+        if (chunk + (2 << level)) * 64 < length:
+            b_right = multiply_products(p_f, 2 * tile, level, block + 1, K, PRECISION, BK)
+            if level + 2 < num_levels:
+                b_f = dot(b_right, b_left, PRECISION)
+                joined = block_slot(2 * tile, level + 1, block >> 1).to(tl.int64)
+                o_k = tl.arange(0, BK)
+                store_tile(p_f + joined * (K * K), o_k * K, o_k < K, 0, b_f, K, BK)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def join_wide_kernel(
+    f, cu_seqlens, tile_sequence, first_tile, T, H, rows, level,
+    K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write columns `[BN]` of the product of one full block of `level` ≥ 1 and one key head."""
     num_n: tl.constexpr = (K + BN - 1) // BN
     i_n = (tl.program_id(0) % num_n) * BN
     i_h = ((tl.program_id(0) // num_n) % H).to(tl.int64)
     i_block = tl.program_id(0) // (num_n * H)
-    if PACKED:
-        # One program per tile, of which only a block's first one works.
-        _, _, length, tile = locate_tile(i_block, T, cu_seqlens, tile_sequence, first_tile, PACKED)
-        chunk = 2 * (i_block - tile)
-    else:
-        per_row = tl.cdiv(T, 64 << level)
-        length = T
-        tile = (i_block // per_row) * tl.cdiv(T, 128)
-        chunk = (i_block % per_row) << level
-    # The last block has no right neighbour, and so nothing asks for its product.
-    if ((chunk & ((1 << level) - 1)) != 0) | (((chunk + (1 << level)) * 64) >= length):
+    chunk, length, tile = locate_block(
+        i_block, T, cu_seqlens, tile_sequence, first_tile, level, PACKED
+    )
+    if (chunk + (1 << level)) * 64 >= length:
         return
     block = chunk >> level
-    left = block_slot(2 * tile, level - 1, 2 * block).to(tl.int64)
-    right = block_slot(2 * tile, level - 1, 2 * block + 1).to(tl.int64)
-    joined = block_slot(2 * tile, level, block).to(tl.int64)
-    num_slots = tl.cast(chunks, tl.int64) * 2
-    p_f = f + i_h * num_slots * (K * K)
-    o_k = tl.arange(0, BK)
-    b_right = load_tile(p_f + right * (K * K), o_k * K, o_k < K, 0, K, BK)
-    b_left = load_tile(p_f + left * (K * K), o_k * K, o_k < K, i_n, K, BN)
-    b_f = dot(cast_operand(b_right, PRECISION), cast_operand(b_left, PRECISION), PRECISION)
-    store_tile(p_f + joined * (K * K), o_k * K, o_k < K, i_n, b_f, K, BN)
-    if GATED and i_n == 0:
-        for i in range(GROUP):
-            p_sums = gate_sums + (i_h * GROUP + i) * num_slots
-            tl.store(p_sums + joined, tl.load(p_sums + left) + tl.load(p_sums + right))
+    p_f = f + i_h * (tl.cast(rows, tl.int64) // 32) * (K * K)
+    p_left = p_f + block_slot(2 * tile, level - 1, 2 * block).to(tl.int64) * (K * K)
+    p_right = p_f + block_slot(2 * tile, level - 1, 2 * block + 1).to(tl.int64) * (K * K)
+    p_joined = p_f + block_slot(2 * tile, level, block).to(tl.int64) * (K * K)
+    o_b = tl.arange(0, BN)
+    for i in range(0, K, BN):
+        b_f = tl.zeros((BN, BN), tl.float32)
+        for j in range(0, K, BN):
+            b_right = load_tile(p_right, (i + o_b) * K, i + o_b < K, j, K, BN)
+            b_left = load_tile(p_left, (j + o_b) * K, j + o_b < K, i_n, K, BN)
+            b_right = cast_operand(b_right, PRECISION)
+            b_f = dot_add(b_right, cast_operand(b_left, PRECISION), b_f, PRECISION)
+        store_tile(p_joined, (i + o_b) * K, i + o_b < K, i_n, b_f, K, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
+def join_gates_kernel(
+    gate_sums, cu_seqlens, tile_sequence, first_tile, T, HQ, rows, level, PACKED: tl.constexpr
+):
+    """Add the gates of the halves of one full block of `level` ≥ 1 and one query head."""
+    i = (tl.program_id(0) % HQ).to(tl.int64)
+    chunk, length, tile = locate_block(
+        tl.program_id(0) // HQ, T, cu_seqlens, tile_sequence, first_tile, level, PACKED
+    )
+    if (chunk + (1 << level)) * 64 < length:
+        block = chunk >> level
+        p_sums = gate_sums + i * (tl.cast(rows, tl.int64) // 32)
+        left = tl.load(p_sums + block_slot(2 * tile, level - 1, 2 * block))
+        right = tl.load(p_sums + block_slot(2 * tile, level - 1, 2 * block + 1))
+        tl.store(p_sums + block_slot(2 * tile, level, block), left + right)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def climb_kernel(
-    q_levels, k_levels, f, decay, gate_sums, cu_seqlens, tile_sequence, first_tile, T, H, rows,
+    q_levels, k_levels, f, cu_seqlens, tile_sequence, first_tile, T, H, rows, programs,
     GROUP: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Take one chunk's queries of one head, or its keys, up the tree from their first level.
+    """Take one chunk's keys of one head, or its queries, up the tree from their first level.
 
-    They are carried in float32 and multiplied by one product at each level where they change.
+    They are multiplied by one product at each level where they change, and up to K = 128 carried in
+    float32 on the way.
     """
-    HQ = H * GROUP
-    i_chunk = tl.program_id(0) // (HQ + H)
-    i = (tl.program_id(0) % (HQ + H)).to(tl.int64)
+    i_chunk = tl.program_id(0) // programs
+    i_h = (tl.program_id(0) % programs).to(tl.int64)
     _, _, length, tile = locate_tile(i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     chunk = i_chunk - 2 * tile
     if (chunk // 2) * 128 >= length:
@@ -95,67 +184,99 @@ def climb_kernel(
     o_c = tl.arange(0, 64)
     o_k = tl.arange(0, BK)
     everywhere = o_c >= 0
-    if i < HQ:
-        if GATED:
-            p_decay = decay + i * num_rows + row + o_c
-            p_sums = gate_sums + i * num_slots
-        p_f = f + (i // GROUP) * num_slots * (K * K)
-        if chunk > 0:
-            level = lowest_bit(chunk)
-            p_q = q_levels + (i * num_rows + row) * K
-            of_level = HQ * num_rows
-            b_q = load_tile(p_q + level * of_level * K, o_c * K, everywhere, 0, K, BK).to(
-                tl.float32
-            )
-            if GATED:
-                b_decay = tl.load(p_decay + level * of_level)
-            rest = chunk & (chunk - 1)
-            while rest > 0:
-                slot = block_slot(2 * tile, level, (chunk >> level) - 1).to(tl.int64)
-                b_f = load_tile(p_f + slot * (K * K), o_k * K, o_k < K, 0, K, BK)
-                b_q = dot(cast_operand(b_q, PRECISION), cast_operand(b_f, PRECISION), PRECISION)
-                level = lowest_bit(rest)
-                rest = rest & (rest - 1)
-                store_tile(p_q + level * of_level * K, o_c * K, everywhere, 0, b_q, K, BK)
-                if GATED:
-                    b_decay += tl.load(p_sums + slot)
-                    tl.store(p_decay + level * of_level, b_decay)
-        if GATED:
-            rest = -1 - chunk
-            level = lowest_bit(rest)
-            if has_right(chunk, level, num_chunks):
-                of_level = HQ * num_rows
-                b_decay = tl.load(p_decay + level * of_level)
-                rest = rest & (rest - 1)
-                above = lowest_bit(rest)
-                while has_right(chunk, above, num_chunks):
-                    slot = block_slot(2 * tile, level, (chunk >> level) + 1)
-                    b_decay += tl.load(p_sums + slot)
-                    tl.store(p_decay + above * of_level, b_decay)
-                    level = above
-                    rest = rest & (rest - 1)
-                    above = lowest_bit(rest)
-    else:
-        i_h = i - HQ
+    if i_h < H:
         p_f = f + i_h * num_slots * (K * K)
         p_k = k_levels + (i_h * num_rows + row) * K
         of_level = H * num_rows * K
         rest = -1 - chunk
         level = lowest_bit(rest)
-        if has_right(chunk, level, num_chunks):
-            b_k = load_tile(p_k + level * of_level, o_c * K, everywhere, 0, K, BK).to(tl.float32)
-            rest = rest & (rest - 1)
-            above = lowest_bit(rest)
-            # Where the keys are needed once more, the right neighbour is full and has a product.
+        rest = rest & (rest - 1)
+        above = lowest_bit(rest)
+        # Where the keys are needed once more, the right neighbour is full and has a product.
+        if has_right(chunk, above, num_chunks):
+            if BK <= 128:
+                b_k = load_tile(p_k + level * of_level, o_c * K, everywhere, 0, K, BK).to(
+                    tl.float32
+                )
             while has_right(chunk, above, num_chunks):
                 slot = block_slot(2 * tile, level, (chunk >> level) + 1).to(tl.int64)
-                b_f = load_tile(p_f + slot * (K * K), o_k * K, o_k < K, 0, K, BK)
-                b_f = tl.trans(cast_operand(b_f, PRECISION))
-                b_k = dot(cast_operand(b_k, PRECISION), b_f, PRECISION)
-                store_tile(p_k + above * of_level, o_c * K, everywhere, 0, b_k, K, BK)
+                p_above = p_k + above * of_level
+                if BK <= 128:
+                    b_f = load_tile(p_f + slot * (K * K), o_k * K, o_k < K, 0, K, BK)
+                    b_f = tl.trans(cast_operand(b_f, PRECISION))
+                    b_k = dot(cast_operand(b_k, PRECISION), b_f, PRECISION)
+                    store_tile(p_above, o_c * K, everywhere, 0, b_k, K, BK)
+                else:
+                    p_left = p_k + level * of_level
+                    multiply_rows(p_left, p_above, p_f + slot * (K * K), True, K, PRECISION)
                 level = above
                 rest = rest & (rest - 1)
                 above = lowest_bit(rest)
+    else:
+        i_hq = i_h - H
+        p_f = f + (i_hq // GROUP) * num_slots * (K * K)
+        p_q = q_levels + (i_hq * num_rows + row) * K
+        of_level = H * GROUP * num_rows * K
+        rest = chunk & (chunk - 1)
+        if rest > 0:
+            level = lowest_bit(chunk)
+            if BK <= 128:
+                b_q = load_tile(p_q + level * of_level, o_c * K, everywhere, 0, K, BK).to(
+                    tl.float32
+                )
+            while rest > 0:
+                slot = block_slot(2 * tile, level, (chunk >> level) - 1).to(tl.int64)
+                above = lowest_bit(rest)
+                rest = rest & (rest - 1)
+                p_above = p_q + above * of_level
+                if BK <= 128:
+                    b_f = load_tile(p_f + slot * (K * K), o_k * K, o_k < K, 0, K, BK)
+                    b_f = cast_operand(b_f, PRECISION)
+                    b_q = dot(cast_operand(b_q, PRECISION), b_f, PRECISION)
+                    store_tile(p_above, o_c * K, everywhere, 0, b_q, K, BK)
+                else:
+                    p_right = p_q + level * of_level
+                    multiply_rows(p_right, p_above, p_f + slot * (K * K), False, K, PRECISION)
+                level = above
+
+
+@triton.jit(do_not_specialize=SIZES)
+def climb_gates_kernel(
+    decay, gate_sums, cu_seqlens, tile_sequence, first_tile, T, HQ, rows, PACKED: tl.constexpr
+):
+    """Take the sums of gates of one chunk and query head up the tree."""
+    i_chunk = tl.program_id(0) // HQ
+    i = (tl.program_id(0) % HQ).to(tl.int64)
+    _, _, length, tile = locate_tile(i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED)
+    chunk = i_chunk - 2 * tile
+    if (chunk // 2) * 128 >= length:
+        return
+    num_rows = tl.cast(rows, tl.int64)
+    of_level = HQ * num_rows
+    p_decay = decay + i * num_rows + i_chunk.to(tl.int64) * 64 + tl.arange(0, 64)
+    p_sums = gate_sums + i * (num_rows // 32)
+    if chunk > 0:
+        level = lowest_bit(chunk)
+        b_decay = tl.load(p_decay + level * of_level)
+        rest = chunk & (chunk - 1)
+        while rest > 0:
+            b_decay += tl.load(p_sums + block_slot(2 * tile, level, (chunk >> level) - 1))
+            level = lowest_bit(rest)
+            rest = rest & (rest - 1)
+            tl.store(p_decay + level * of_level, b_decay)
+    rest = -1 - chunk
+    level = lowest_bit(rest)
+    num_chunks = tl.cdiv(length, 64)
+    if has_right(chunk, level, num_chunks):
+        b_decay = tl.load(p_decay + level * of_level)
+        rest = rest & (rest - 1)
+        above = lowest_bit(rest)
+        while has_right(chunk, above, num_chunks):
+            b_decay += tl.load(p_sums + block_slot(2 * tile, level, (chunk >> level) + 1))
+            tl.store(p_decay + above * of_level, b_decay)
+            level = above
+            rest = rest & (rest - 1)
+            above = lowest_bit(rest)
 
 
 class Tree(NamedTuple):
@@ -176,30 +297,23 @@ class Tree(NamedTuple):
     gate_sums: Tensor | None  # [HQ, 2 · chunks], float32: of all tokens of a block
 
 
-class Softmax(NamedTuple):
-    """The softmax of every row over the keys of its own chunk."""
-
-    o: Tensor  # [HQ, rows, V], float32: values, weighted by exp2(logit − top)
-    top: Tensor  # [HQ, rows], float32: the largest logit, to the base 2
-    total: Tensor  # [HQ, rows], float32: the sum of exp2(logit − top)
-
-
 def build_tree(p: Problem, inverse: bool = False) -> Tree:
     """Make the tree alone, for the gradient; with `inverse` keep the chunks' triangles."""
-    tree, _ = _build(p, inverse, diagonal=False)
-    return tree
+    return _build(p, inverse, None, None)
 
 
-def build_tree_and_begin(p: Problem) -> tuple[Tree, Softmax]:
-    """Make the tree, and begin the softmax inside the chunks."""
-    tree, softmax = _build(p, inverse=False, diagonal=True)
-    assert softmax is not None
-    return tree, softmax
+def build_tree_and_begin(p: Problem, o: Tensor, lse: Tensor) -> Tree:
+    """Make the tree with queries of the first levels only, and begin the attention.
+
+    `o [B, T, HQ, V]` becomes that of a softmax over the row's own chunk, `lse [B, T, HQ]` the
+    logarithm of its denominator, to the base 2.
+    """
+    return _build(p, False, o, lse)
 
 
-def _build(p: Problem, inverse: bool, diagonal: bool) -> tuple[Tree, Softmax | None]:
+def _build(p: Problem, inverse: bool, o: Tensor | None, lse: Tensor | None) -> Tree:
     H, K = p.k.shape[2:]
-    HQ, V, L, device = p.heads, p.v.shape[-1], p.num_levels, p.q.device
+    HQ, L, device = p.heads, p.num_levels, p.q.device
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -213,44 +327,83 @@ def _build(p: Problem, inverse: bool, diagonal: bool) -> tuple[Tree, Softmax | N
         decay=None if p.g is None else room(L, HQ, p.rows),
         gate_sums=None if p.g is None else room(HQ, 2 * p.chunks),
     )
-    softmax = None
-    if diagonal:
-        softmax = Softmax(room(HQ, p.rows, V), room(HQ, p.rows), room(HQ, p.rows))
-    if p.num_tiles == 0:
-        return tree, softmax
-    T = p.q.shape[1]
+    if p.num_tiles:
+        prepare(p, tree, o, lse)
+        join(p, tree)
+        climb(p, tree, with_queries=o is None)
+    return tree
+
+
+def prepare(p: Problem, tree: Tree, o: Tensor | None, lse: Tensor | None) -> None:
+    """Make what every chunk has to itself; to `o` and `lse`, if given, goes its own attention."""
+    T, H, K = p.k.shape[1:]
+    V, L = p.v.shape[-1], p.num_levels
+    tensors = (("q", p.q), ("k", p.k), ("v", p.v), ("w", p.w), ("beta", p.beta))
+    steps = {name: step for x in tensors for name, step in strides(*x).items()}
+    if p.suits_hopper and p.heads == H:
+        from householder.ops.path_attention.triton import hopper_prepare
+
+        launch = config.hopper_prepare_launch(K, V)
+        hopper_prepare.prepare_kernel[(p.chunks * H,)](
+            p.q, p.k, p.v, p.w, p.beta, tree.q, tree.k, tree.f, tree.inverse, o, lse, *p.packing,
+            p.scale, T, H, p.rows, L, **steps, K=K, V=V, PACKED=p.cu_seqlens is not None,
+            DIAGONAL=o is not None, NK=-(-K // 64), NV=-(-V // 64), **launch.options,
+        )  # fmt: skip
+        return
     block, launch = config.prepare_launch(p.precision)
-    g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
+    steps |= {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     prepare_kernel[(p.chunks * H,)](
         p.q, p.k, p.v, p.w, p.beta, p.g, tree.q, tree.k, tree.f, tree.inverse, tree.decay,
-        tree.gate_sums, *((None,) * 3 if softmax is None else softmax), *p.packing, p.scale,
-        p.window, T, H, p.rows, L, **strides("q", p.q), **strides("k", p.k), **strides("v", p.v),
-        **strides("w", p.w), **strides("beta", p.beta), **g,
+        tree.gate_sums, o, lse, *p.packing, p.scale, p.window, T, H, p.rows, L, **steps,
         **(p.constants | {"BK": min(p.constants["BK"], block)}), V=V,
         BV=min(config.key_block(V, p.precision), block), WINDOWED=p.window is not None,
-        DIAGONAL=diagonal, **launch.options,
+        DIAGONAL=o is not None, **launch.options,
     )  # fmt: skip
-    join(p, tree)
-    if L > 1:
-        launch = config.climb_launch(K, p.precision)
-        climb_kernel[(p.chunks * (HQ + H),)](
-            tree.q, tree.k, tree.f, tree.decay, tree.gate_sums, *p.packing, T, H, p.rows,
-            **p.constants, **launch.options,
-        )  # fmt: skip
-    return tree, softmax
 
 
 def join(p: Problem, tree: Tree) -> None:
     """Multiply the products of blocks level by level, and add their gates."""
-    H, K = p.k.shape[2:]
-    B, T = p.q.shape[:2]
+    B, T, H, K = p.k.shape
     block, launch = config.join_launch(K, p.precision)
+    constants = {name: p.constants[name] for name in ("K", "PACKED", "PRECISION")}
+    steps = 2 if block >= K else 1
+
+    def blocks(level: int) -> int:
+        return p.num_tiles if p.cu_seqlens is not None else B * -(-T // (64 << level))
+
     # Nothing asks for the products of the last level's blocks.
-    for level in range(1, p.num_levels - 1):
-        blocks = p.num_tiles
-        if p.cu_seqlens is None:
-            blocks = B * -(-T // (config.CHUNK_TOKENS << level))
-        join_kernel[(blocks * H * -(-K // block),)](
-            tree.f, tree.gate_sums, *p.packing, T, H, p.chunks, level, **p.constants, BN=block,
-            **launch.options,
+    for level in range(1, p.num_levels - 1, steps):
+        where = *p.packing, T, H, p.rows, level
+        if block >= K:
+            join_kernel[(blocks(level + 1) * H,)](
+                tree.f, *where, p.num_levels, **constants, BK=p.constants["BK"], **launch.options
+            )  # fmt: skip
+        else:
+            join_wide_kernel[(blocks(level) * H * -(-K // block),)](
+                tree.f, *where, **constants, BN=block, **launch.options
+            )
+    if p.g is not None:
+        for level in range(1, p.num_levels - 1):
+            join_gates_kernel[(blocks(level) * p.heads,)](
+                tree.gate_sums, *p.packing, T, p.heads, p.rows, level,
+                PACKED=p.cu_seqlens is not None, num_warps=1,
+            )  # fmt: skip
+
+
+def climb(p: Problem, tree: Tree, with_queries: bool) -> None:
+    """Take keys, sums of gates and, if wanted, queries from their first levels to all others."""
+    T, H, K = p.k.shape[1:]
+    HQ = p.heads
+    if p.num_levels < 2:
+        return
+    launch = config.climb_launch(K, p.precision)
+    programs = HQ + H if with_queries else H
+    climb_kernel[(p.chunks * programs,)](
+        tree.q, tree.k, tree.f, *p.packing, T, H, p.rows, programs, **p.constants,
+        **launch.options,
+    )  # fmt: skip
+    if p.g is not None:
+        climb_gates_kernel[(p.chunks * HQ,)](
+            tree.decay, tree.gate_sums, *p.packing, T, HQ, p.rows,
+            PACKED=p.cu_seqlens is not None, num_warps=1,
         )  # fmt: skip
