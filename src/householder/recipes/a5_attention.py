@@ -36,8 +36,8 @@ LEVEL = 0.9  # the published threshold
 
 SIZES = ("cpu", "gpu")
 
-# Nothing about the training is published; words that grow are what makes A5 learnable here. They are
-# shorter than a chunk of the chunked form, which the loop over tokens is faster than, therefore.
+# Nothing about the training is published; words that grow are what makes A5 learnable here. They
+# are shorter than a chunk, and a loop over their tokens is faster than the form in chunks.
 _GPU: dict[str, Any] = {
     "length": 16,
     "start_length": 2,
