@@ -143,6 +143,7 @@ def measure_latency(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> list[
         import triton
 
         ours()
+        plain()
         for row, run in zip(rows, (ours, plain), strict=True):
             row["us"] = f"{1e3 * triton.testing.do_bench(captured(run), return_mode='median'):.2f}"
         for row, run in zip(rows, (ours, plain), strict=True):

@@ -493,7 +493,7 @@ def _flip_flop(
 @_with_settings(show_defaults=False)
 def _a5_attention(
     size: Annotated[
-        str, typer.Option("--size", help="cpu: short words, minutes on two cores; gpu: length 20.")
+        str, typer.Option("--size", help="cpu: short words, minutes on two cores; gpu: length 16.")
     ] = "cpu",
     out: Out = None,
     resume: Resume = False,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
-from householder.ops.path_attention.api import check_inputs
+from householder.ops.path_attention.api import check_inputs, path_attention
 from householder.ops.path_attention.cache.store import BLOCK, Group, Store
 
 
@@ -284,8 +284,18 @@ class PathCache:
             rows, tokens = group.rows, slice(0, group.new)
             k_, v_, w_, beta_ = (x[rows, tokens] for x in (k, v, w, beta))
             store.write(group, k_, v_, w_, beta_, None if g is None else g[rows, tokens])
-            attend = store.attend_one if group.new == 1 else store.attend_many
-            o[rows, tokens] = attend(group, q[rows, tokens], scale, sinks, window).to(v.dtype)
+            options = (scale, sinks, window)
+            if group.new > 1 and group.old + group.recent == 0 and store.has_kernels():
+                # A prompt: there is nothing in the cache that it has to see.
+                gates = None if g is None else g[rows, tokens]
+                o[rows, tokens] = path_attention(
+                    q[rows, tokens], k_, v_, w_, beta_, gates,
+                    scale=scale, sinks=sinks, window=window,
+                )  # fmt: skip
+            elif group.new > 1:
+                o[rows, tokens] = store.attend_many(group, q[rows, tokens], *options).to(v.dtype)
+            else:
+                o[rows, tokens] = store.attend_one(group, q[rows, tokens], *options).to(v.dtype)
             recent = group.recent + group.new
             blocks = max(0, (recent - self.max_rollback) // BLOCK)
             old, recent = group.old + blocks * BLOCK, recent - blocks * BLOCK
