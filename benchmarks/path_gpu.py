@@ -225,7 +225,8 @@ def report(path: Path, rows: list[dict[str, object]], environment: dict[str, obj
     """Print rows and append them to the CSV file."""
     columns = (
         "date", "case", "variant", "forward_ms", "both_ms", "forward_peak_mib", "both_peak_mib",
-        "floor_forward_ms", "floor_both_ms", "error", "device", "torch", "triton", "fla", "commit",
+        "floor_forward_ms", "floor_both_ms", "error", "note", "device", "torch", "triton", "fla",
+        "commit",
     )  # fmt: skip
     new = not path.exists()
     with path.open("a", newline="") as file:
