@@ -351,7 +351,8 @@ def _convert(
 
     Theirs: delta_net, gated_deltanet, gated_deltaproduct and path_attn, saved as safetensors.
     """
-    from householder.hf.fla import ConversionError, convert
+    from householder.hf.fla import convert
+    from householder.hf.fla_config import ConversionError
 
     try:
         typer.echo(convert(source, target))

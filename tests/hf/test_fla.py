@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from householder.hf.fla import ConversionError, config_from_fla, config_to_fla, convert, from_fla
+from householder.hf.fla import convert, from_fla
+from householder.hf.fla_config import ConversionError, config_from_fla, config_to_fla
 from householder.models import CausalLM, CausalLMConfig, load_causal_lm, save_causal_lm
 
 BASE = {"vocab_size": 19, "hidden_size": 32, "num_hidden_layers": 3, "norm_eps": 1e-6}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,31 @@ def write_causal_lm(
     config: CausalLMConfig, state_dict: dict[str, torch.Tensor], folder: Path
 ) -> None:
     """Write a model from its config and its state dict, as `save_causal_lm` does."""
+    write_model({"model_type": MODEL_TYPE, **config.to_dict()}, state_dict, folder)
+
+
+def write_model(
+    fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Write `config.json` and `model.safetensors`, each whole or not at all.
+
+    Args:
+        fields: of the config.
+        tensors: by name, on any device.
+        folder: made when missing.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().to("cpu").contiguous() for k, v in state_dict.items()}
-    weights, fields = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    content = {"model_type": MODEL_TYPE, **config.to_dict()}
-    fields.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+    weights, config = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
+    save_file(plain, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     os.replace(weights, folder / "model.safetensors")
-    os.replace(fields, folder / "config.json")
+    os.replace(config, folder / "config.json")
 
 
 def load_causal_lm(
