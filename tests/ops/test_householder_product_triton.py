@@ -33,7 +33,8 @@ CASES = {
 }
 OUTPUTS = ("y", "dx", "dk", "dbeta")
 # A block solves for up to 128 reflectors at once what the definition does one by one.
-FACTOR = 4.0
+# float32 factors are multiplied in two parts without the product of the small ones, as on a GPU.
+FACTOR = 5.0
 
 
 def compute(case: tuple) -> dict[str, str]:
