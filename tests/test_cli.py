@@ -187,6 +187,13 @@ def test_help_says_what_there_is(run):
     assert "Default: 0.9" in out
 
 
+@pytest.mark.parametrize("experiment", ["state-tracking", "flip-flop", "a5-attention"])
+def test_experiments_that_train_take_the_settings(run, experiment):
+    code, _, error = run("reproduce", experiment, "--mixer", "mamba", "--steps", "1")
+    assert code == 2
+    assert "`mixer` must be one of" in error
+
+
 def test_version(run):
     code, out, _ = run("--version")
     assert code == 0

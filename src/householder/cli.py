@@ -98,7 +98,7 @@ def _fail(message: str, code: int, *, label: str = "error") -> NoReturn:
 
 
 def _with_settings(
-    *configs: type[Settings], show_defaults: bool
+    config: type[Settings], *more: type[Settings], show_defaults: bool
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option per field of the settings, in place of its `**settings`.
 
@@ -106,10 +106,11 @@ def _with_settings(
     classes have is one option.
 
     Args:
-        configs: the classes.
+        config: the class.
+        more: others, whose fields are added.
         show_defaults: name the defaults in the help.
     """
-    return functools.partial(_add_settings, configs, show_defaults)
+    return functools.partial(_add_settings, (config, *more), show_defaults)
 
 
 def _add_settings(
@@ -459,7 +460,7 @@ def _state_tracking(
 
 
 @reproduce_app.command("flip-flop")
-@_with_settings(show_defaults=False)
+@_with_settings(TrainConfig, show_defaults=False)
 def _flip_flop(
     size: Annotated[
         str, typer.Option("--size", help="cpu: minutes on two cores; gpu: as published.")
@@ -491,7 +492,7 @@ def _flip_flop(
 
 
 @reproduce_app.command("a5-attention")
-@_with_settings(show_defaults=False)
+@_with_settings(TrainConfig, show_defaults=False)
 def _a5_attention(
     size: Annotated[
         str, typer.Option("--size", help="cpu: short words, minutes on two cores; gpu: length 16.")
