@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from householder.models._fields import from_fields
 from householder.models.block import Block
 from householder.nn import ATTENTIONS, MIXERS, DeltaProductMixer
 from householder.nn._checks import check_choice, check_positive_float, check_positive_int
@@ -184,14 +185,7 @@ class CausalLMConfig:
             ValueError: a name is unknown, or a value is out of range.
             TypeError: a value has the wrong type, or a required one is missing.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__}: fields must be among {', '.join(known)}, got "
-                f"{', '.join(unknown)}; correct the name, or use the version that wrote it"
-            )
-        return cls(**fields)
+        return from_fields(cls, fields)
 
     def layer_names(self) -> tuple[str, ...]:
         """Return the mixer's name of every layer."""

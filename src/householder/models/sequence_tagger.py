@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from householder.models._fields import from_fields
 from householder.models.block import Block
 from householder.models.stack import BlockStack
 from householder.nn import ATTENTIONS, MIXERS
@@ -127,14 +128,7 @@ class SequenceTaggerConfig:
             ValueError: a name is unknown, or a value is out of range.
             TypeError: a value has the wrong type, or a required one is missing.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(
-                f"{cls.__name__}: fields must be among {', '.join(known)}, got "
-                f"{', '.join(unknown)}; correct the name, or use the version that wrote it"
-            )
-        return cls(**fields)
+        return from_fields(cls, fields)
 
     def build_block(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
