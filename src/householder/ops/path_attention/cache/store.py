@@ -26,9 +26,10 @@ TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
 # Elements of half-precision keys or values that a CPU converts at a time: they stay in its cache.
 CONVERTED_ELEMENTS = 1 << 17
-# What the Triton kernels for one token hold in registers.
+# What the Triton kernels for new tokens hold in registers, and how many tokens they take.
 MAX_HEAD_DIM = 256
 MAX_RECENT = 256
+MAX_NEW = 16
 
 
 class Group(NamedTuple):
@@ -89,20 +90,22 @@ class Store:
         self.beta = beta.new_empty(B, H, 0)
         # Of recent tokens, the triangles of their compact WY form: T, and Y = tril(W Kᵀ, −1). A
         # token adds a row to both, and what is taken back loses its rows; above the diagonal there
-        # are zeros, and remain. With keys that are not rounded to half precision in float64, or the
-        # blocks made from them would be less exact than those of a prompt.
-        room = BLOCK + max_rollback
-        self.exact = torch.float32 if k.dtype.itemsize == 2 else torch.float64
+        # are zeros, and remain. In float64 beside full-precision keys, or the blocks made from them
+        # would be less exact than those of a prompt; except on a GPU, where these are made anew.
+        self.recent_room = room = -(-(BLOCK + max_rollback + MAX_NEW) // 16) * 16
+        half = k.dtype.itemsize == 2
+        self.made_anew = k.is_cuda and dtype == torch.float32 and not half
+        self.exact = torch.float32 if half or self.made_anew else torch.float64
         self.ut = k.new_zeros(B, H, room, room, dtype=self.exact)
         self.wk = k.new_zeros(B, H, room, room, dtype=self.exact)
         # Of blocks: the product F of each, by level, and what brings a query from the end of the
         # newest block to the end of the next but i. The latter is read at every token: beside keys
         # in half precision it is in float16, whose eleven bits are no fewer than theirs, and whose
         # range is enough for products of reflectors.
-        self.every_row = torch.ones(B, dtype=torch.int32, device=k.device)
         self.products = k.new_zeros(0, B, H, K, K, dtype=dtype)
-        half = k.is_cuda and k.dtype.itemsize == 2
-        self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.float16 if half else dtype)
+        self.paths = k.new_zeros(
+            0, B, H, K, K, dtype=torch.float16 if half and k.is_cuda else dtype
+        )
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -123,10 +126,9 @@ class Store:
         return chosen
 
     def has_kernels(self) -> bool:
-        """Return whether the Triton kernels take single tokens: it depends on device and sizes."""
+        """Return whether the Triton kernels take new tokens: it depends on device and sizes."""
         _, _, _, K, V = self.shape
-        room = self.ut.shape[-1]
-        small = max(K, V) <= MAX_HEAD_DIM and room <= MAX_RECENT
+        small = max(K, V) <= MAX_HEAD_DIM and self.recent_room <= MAX_RECENT
         return self.keys.is_cuda and self.dtype == torch.float32 and small
 
     def decode(
@@ -144,36 +146,21 @@ class Store:
         new: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
-        """Write one token `[B, 1, …]` behind each row's and attend with it, on a GPU.
+        """Write N tokens `[B, N, …]` behind each row's and attend with them, on a GPU.
 
         `counts` is int32 `[2, B]`, the tokens in blocks and the recent ones, the latter counted up;
-        `new` int32 `[B]` is 1 where a row gets its token, None if all do; `num_tokens` bounds the
-        tokens in blocks.
+        `new` int32 `[B]` says how many tokens a row gets, None that all get N; `num_tokens` bounds
+        the tokens in blocks.
         """
         assert counts is not None
-        if new is None:
-            new = self.every_row
         from householder.ops.path_attention.cache import triton as kernels
 
         names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
         names += ["g", "block_decay", "path_decays"] if self.gated else []
-        q, k, v, w, beta = (kernels.one_token(x) for x in (q, k, v, w, beta))
-        o = kernels.decode(
-            q,
-            k,
-            v,
-            w,
-            beta,
-            None if g is None else kernels.one_token(g),
-            scale,
-            sinks,
-            window,
-            {name: getattr(self, name) for name in names},
-            counts,
-            new,
-            -(-num_tokens // kernels.SPAN),
+        tensors = {name: getattr(self, name) for name in names}
+        return kernels.decode(
+            q, k, v, w, beta, g, scale, sinks, window, tensors, counts, new, num_tokens
         )
-        return o.unsqueeze(1)
 
     def room(self) -> int:
         """Return for how many tokens there is room."""
@@ -220,7 +207,7 @@ class Store:
 
     def resize_recent(self, room: int) -> None:
         """Set the room for recent tokens; what lies behind it is lost."""
-        room = max(room, BLOCK)
+        room = max(room, self.recent_room)
         for name in ("w", "beta", *(("g",) if self.gated else ())):
             self._resize(name, room)
 
@@ -419,6 +406,10 @@ class Store:
     def make_block(self, at: Group) -> None:
         """Make a block of the first recent tokens, from the triangles, and drop them there."""
         rows, rest = at.rows, at.recent + at.new - BLOCK
+        if self.made_anew:
+            self.make_blocks(at, 1)
+            self.make_triangles(Group(rows, at.old + BLOCK, rest, 0))
+            return
         ut, wk = (x[rows, :, :BLOCK, :BLOCK] for x in (self.ut, self.wk))
         w = self.w[rows, :, :BLOCK].to(self.exact)
         k = self.keys[rows, :, at.old : at.old + BLOCK].to(self.exact)
