@@ -163,7 +163,8 @@ def test_what_is_taken_back_leaves_no_trace(max_rollback):
         caches[0].append(*part(guesses, 0, n), **options)
         caches[0].rollback(n)
         o, expected = (cache.append(*part(inputs, lo, lo + n), **options) for cache in caches)
-        assert torch.equal(o, expected)
+        # Blocks may be made at other times, and roundings differ.
+        assert relative_error(o, expected) < 4 * torch.finfo(torch.bfloat16).eps
         lo += n
 
 

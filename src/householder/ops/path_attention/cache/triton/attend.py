@@ -6,23 +6,32 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from householder.ops._triton import cast_operand, dot_add
+from householder.ops._triton import cast_operand, dot, dot_add
 from householder.ops.path_attention.cache.triton.fetch import fetch_to_l2
 
 
 @triton.jit
-def dot_in_halves(a, b, acc, PRECISION: tl.constexpr):
-    """Return `acc + a b`, with `a` in float32 and `b` as it lies in the cache.
+def weigh(weights, values, acc, PRECISION: tl.constexpr):
+    """Return `acc + weights values`, with weights in float32 and values as they lie in the cache.
 
-    bfloat16 keys are not to cost `a` its digits: its two halves are multiplied one after the other,
-    while the products wait for the cache to be read anyway.
+    bfloat16 values are not to cost the weights their digits: their two halves are multiplied one
+    after the other, while the products wait for the cache to be read anyway.
     """
     if PRECISION == "bf16":
-        high = a.to(tl.bfloat16)
-        low = (a - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, b, tl.dot(high, b, acc))
+        high = weights.to(tl.bfloat16)
+        low = (weights - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, values, tl.dot(high, values, acc))
     else:
-        return dot_add(cast_operand(a, PRECISION), cast_operand(b, PRECISION), acc, PRECISION)
+        weights, values = cast_operand(weights, PRECISION), cast_operand(values, PRECISION)
+        return dot_add(weights, values, acc, PRECISION)
+
+
+@triton.jit
+def cast_query(q, PRECISION: tl.constexpr):
+    """Bring queries to what `dot_add` multiplies by keys; float16 is cut off at its range's ends."""
+    if PRECISION == "fp16":
+        q = tl.clamp(q, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return cast_operand(q, PRECISION)
 
 
 @triton.jit
@@ -44,20 +53,63 @@ def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
     weights = tl.exp2(logits - base[:, None])
     rescale = tl.exp2(top - base)
     total = total * rescale + tl.sum(weights, 1)
-    o = dot_in_halves(weights, values, o * rescale[:, None], PRECISION)
+    o = weigh(weights, values, o * rescale[:, None], PRECISION)
     return new_top, total, o
+
+
+@triton.jit(do_not_specialize=["B", "H"])
+def paths_kernel(
+    p_paths, p_counts, p_new, p_queries, B, H, N, num_queries,
+    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program (row and key head and 16 queries, block but the newest, some columns).
+
+    Bring the queries from the end of the newest block to the end of the i-th before it.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    num_chunks = tl.cdiv(N * G, 16)
+    head = (tl.program_id(0) // num_chunks).to(tl.int64)
+    i_path, column = tl.program_id(1) // tl.cdiv(K, KC), tl.program_id(1) % tl.cdiv(K, KC) * KC
+    i_b = head // H
+    n = N
+    if p_new is not None:
+        n = tl.load(p_new + i_b)
+    if (n == 0) | (i_path + 1 >= count_ones(tl.load(p_counts + i_b) // BLOCK)):
+        return
+    o_g = tl.program_id(0) % num_chunks * 16 + tl.arange(0, 16)
+    o_k, o_c = tl.arange(0, BK), column + tl.arange(0, KC)
+    m_g, m_k, m_c = o_g < n * G, o_k < K, o_c < K
+    path = tl.load(
+        p_paths + (head + i_path * B * H) * K * K + o_k[:, None] * K + o_c[None, :],
+        mask=m_k[:, None] & m_c[None, :], other=0.0,
+    )  # fmt: skip
+    if OVERLAP:
+        # The queries come from the kernel before.
+        gdc_wait()
+    p_query = p_queries + ((head * num_queries + 1) * N * G + o_g)[:, None] * K
+    q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
+    if PRECISION == "fp16":
+        high = cast_query(q, PRECISION)
+        low = (q - high.to(tl.float32)).to(tl.float16)
+        q = tl.dot(low, path, tl.dot(high, path))
+    else:
+        q = dot(q, path.to(tl.float32), "tf32x3")
+    p_query += (1 + i_path) * N * G * K
+    tl.store(p_query + o_c[None, :], q, mask=m_g[:, None] & m_c[None, :])
 
 
 @triton.jit(do_not_specialize=["window", "B", "H", "num_parts", "room"])
 def attend_kernel(
-    p_keys, p_values, p_block_decay, p_wk, p_paths, p_path_decays, p_counts, p_new,
-    p_queries, p_along, p_decays, p_shifts, p_parts, p_tops,
-    window, B, H, N, num_parts, room, triangle_room,
+    p_keys, p_values, p_block_decay, p_ty, p_path_decays, p_counts, p_new,
+    p_queries, p_along, p_wk, p_decays, p_shifts, p_parts, p_tops,
+    window, B, H, N, num_queries, num_parts, room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, KC: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     FETCHED: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row and key head and part of the queries): attend to the i-th part of the keys.
 
@@ -80,7 +132,7 @@ def attend_kernel(
     o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, TILE)
     m_k, m_v = o_k < K, o_v < V
     row = head * N * G + o_g
-    p_query = p_queries + (head * 2 * N * G + o_g)[:, None] * K
+    p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
     top = tl.full((BG,), float("-inf"), tl.float32)
     total = tl.zeros((BG,), tl.float32)
     o = tl.zeros((BG, BV), tl.float32)
@@ -105,8 +157,10 @@ def attend_kernel(
         if OVERLAP:
             gdc_wait()
         q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
-        for start in range(0, r + n, TILE):
-            o_j = start + o_t
+        q = cast_query(q, PRECISION)
+        o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
+        for start in range(0, r + n, BC):
+            o_j = start + o_c
             m_j = o_j < r + n
             rows = (tokens + o_j)[:, None]
             keys = tl.load(
@@ -115,22 +169,26 @@ def attend_kernel(
             values = tl.load(
                 p_values + rows * V + o_v[None, :], mask=m_j[:, None] & m_v[None, :], other=0.0
             )
-            logits = tl.zeros((BG, TILE), tl.float32)
-            # What the reflectors behind a key take from it: Y is zero on and above its diagonal.
-            for later in range(start // BC * BC, r + n, BC):
-                o_l = later + tl.arange(0, BC)
-                along = tl.load(
-                    p_along + row[:, None] * triangle_room + o_l[None, :],
-                    mask=m_g[:, None] & (o_l < r + n)[None, :], other=0.0,
-                )  # fmt: skip
-                # A query has nothing along reflectors after its own.
-                along = tl.where(o_l[None, :] <= r + i_n[:, None], along, 0.0)
-                wk = tl.load(
-                    p_wk + (head * triangle_room + o_l)[:, None] * triangle_room + o_j[None, :],
-                    mask=(o_l < r + n)[:, None] & m_j[None, :], other=0.0,
+            # What the reflectors behind a key take from it, those of new tokens first.
+            p_along_row = p_along + row[:, None] * triangle_room
+            m_gn = m_g[:, None] & (o_n[None, :] <= i_n[:, None]) & (o_n < n)[None, :]
+            along_new = tl.load(p_along_row + r + o_n[None, :], mask=m_gn, other=0.0)
+            wk = tl.load(
+                p_wk + (head * 16 + o_n)[:, None] * triangle_room + o_j[None, :],
+                mask=(o_n < n)[:, None] & (o_j[None, :] < r + o_n[:, None]), other=0.0,
+            )  # fmt: skip
+            logits = dot(along_new, wk, "tf32x3")
+            for later in range(start, r, BC):
+                o_l = later + o_c
+                m_gl = m_g[:, None] & (o_l < r)[None, :]
+                along = tl.load(p_along_row + o_l[None, :], mask=m_gl, other=0.0)
+                ty = tl.load(
+                    p_ty + (head * triangle_room + o_l)[:, None] * triangle_room + o_j[None, :],
+                    mask=(o_l < r)[:, None] & (o_j[None, :] < o_l[:, None]), other=0.0,
                 ).to(tl.float32)  # fmt: skip
-                logits = dot_add(along, wk, logits, "tf32x3")
-            logits = dot_in_halves(q, tl.trans(keys), -logits, PRECISION)
+                logits += dot(along, ty, "tf32x3")
+            keys = cast_operand(tl.trans(keys), PRECISION)
+            logits = dot_add(q, keys, -logits, PRECISION)
             after = r + i_n[:, None] - o_j[None, :]
             if GATED:
                 decay = tl.load(
@@ -142,7 +200,7 @@ def attend_kernel(
             if WINDOWED:
                 seen = seen & (after < window)
             logits = tl.where(seen, logits, float("-inf"))
-            top, total, o = add_tile(logits, values, top, total, o, PRECISION)
+            top, total, o = add_tile(logits, values, top, total, o, VALUE_PRECISION)
     else:
         p_keys += (head * room + first) * K
         p_values += (head * room + first) * V
@@ -160,21 +218,9 @@ def attend_kernel(
         if OVERLAP:
             # The queries come from the kernel before.
             gdc_wait()
-        p_query += N * G * K
-        if i_path == 0:
-            q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
-        else:
-            q = tl.zeros((BG, BK), tl.float32)
-            p_path = p_paths + (head + (i_path - 1) * B * H) * K * K
-            for start in range(0, K, KC):
-                o_c = start + tl.arange(0, KC)
-                m_c = o_c < K
-                some = tl.load(p_query + o_c[None, :], mask=m_g[:, None] & m_c[None, :], other=0.0)
-                path = tl.load(
-                    p_path + o_c[:, None] * K + o_k[None, :],
-                    mask=m_c[:, None] & m_k[None, :], other=0.0,
-                )  # fmt: skip
-                q = dot_add(some, path.to(tl.float32), q, "tf32x3")
+        p_query += (1 + i_path) * N * G * K
+        q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
+        q = cast_query(q, PRECISION)
         shift = tl.zeros((BG,), tl.float32)
         if GATED:
             shift = tl.load(p_shifts + row, mask=m_g, other=0.0)
@@ -194,7 +240,7 @@ def attend_kernel(
                 p_values + o_j[:, None] * V + o_v[None, :], mask=m_v[None, :], other=0.0
             )
             logits = tl.zeros((BG, TILE), tl.float32)
-            logits = dot_in_halves(q, tl.trans(keys), logits, PRECISION)
+            logits = dot_add(q, cast_operand(tl.trans(keys), PRECISION), logits, PRECISION)
             if GATED:
                 along = (head * G + o_g % G) * room + first
                 decay = tl.load(
@@ -204,7 +250,7 @@ def attend_kernel(
             if WINDOWED:
                 far = old + r + i_n[:, None] - (first + o_j)[None, :] >= window
                 logits = tl.where(far, float("-inf"), logits)
-            top, total, o = add_tile(logits, values, top, total, o, PRECISION)
+            top, total, o = add_tile(logits, values, top, total, o, VALUE_PRECISION)
     part = row * num_parts + i_s
     m_g = m_g & (o_g < N * G)
     tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_g[:, None] & m_v[None, :])
