@@ -4,13 +4,13 @@ Every new token turns all earlier keys by its reflector. To do so in the cache w
 over it per token, and round every key as often as there are tokens after it. Here keys are turned
 lazily:
 
-- Recent tokens are kept as they came, and beside them, in float32, what the newest token makes of
-  them: their keys turned up to now, and the product P of their reflectors.
+- Recent tokens are kept as they came, and beside them two products with the triangle T of their
+  compact WY form, T W and T tril(W Kᵀ, −1), to which a token adds a row.
 - Older tokens lie in blocks of 64, 128, 256, … tokens, one of a size at most, as the ones of a
   binary number. The keys of a block are turned up to its end, and its product F is kept. Two blocks
   of a size become one: the left one's keys are multiplied by the right one's F.
-- A query is turned back instead: by P to the end of the newest block, by that one's F to the end of
-  the next, and so on.
+- A query is turned back instead: by recent reflectors to the end of the newest block, by that one's
+  F to the end of the next, and so on.
 
 So a key is turned, and rounded, once per doubling: log₂(T / 64) times. Recent tokens become a block
 when they are 64 more than a roll-back may take away.
@@ -111,8 +111,9 @@ class PathCache:
 
         Args:
             q: queries `[B, T, HQ, K]` of the T new tokens.
-            k: keys `[B, T, H, K]`; they are held in the dtype that the first call brings.
-            v: values `[B, T, H, V]`; likewise.
+            k: keys `[B, T, H, K]`; they are held in the dtype that the first call brings, bfloat16
+                in float16: of that three more bits, and entries beyond ±65,504 cut off there.
+            v: values `[B, T, H, V]`, held in the dtype that the first call brings.
             w: reflectors `[B, T, H, K]`.
             beta: coefficients `[B, T, H]`.
             g: forget gates `[B, T, HQ]`, natural logarithm, ≤ 0, or None.

@@ -29,7 +29,7 @@ CONVERTED_ELEMENTS = 1 << 17
 FLOAT16_MAX = torch.finfo(torch.float16).max
 # What the Triton kernels for new tokens hold in registers, and how many tokens they take.
 MAX_HEAD_DIM = 256
-MAX_RECENT = 256
+MAX_RECENT = 272
 MAX_NEW = 16
 
 

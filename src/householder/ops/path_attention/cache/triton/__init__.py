@@ -157,7 +157,8 @@ def decode(
         0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
         **shape, K=K, BK=BK, BG=BG, BC=RECENT_TILE, SPAN=SPAN, LEVELS=levels, TILE=TILE,
         FETCHED=fetched, GATED=gated, WINDOWED=window is not None,
-        PRECISION=precision(keys), VALUE_PRECISION=precision(values), STAGES=STAGES if tile_bytes <= 1 << 15 else 2,
+        PRECISION=precision(keys), VALUE_PRECISION=precision(values),
+        STAGES=STAGES if tile_bytes <= 1 << 15 else 2,
         num_warps=ATTEND_WARPS, num_stages=1, maxnreg=ATTEND_REGS, **early,
     )  # fmt: skip
     finish_kernel[(B * HQ * N,)](

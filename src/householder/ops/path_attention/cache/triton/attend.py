@@ -28,7 +28,7 @@ def weigh(weights, values, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast_query(q, PRECISION: tl.constexpr):
-    """Bring queries to what `dot_add` multiplies by keys; float16 is cut off at its range's ends."""
+    """Bring queries to what is multiplied by keys; float16 is cut off at its range's ends."""
     if PRECISION == "fp16":
         q = tl.clamp(q, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return cast_operand(q, PRECISION)
@@ -57,7 +57,7 @@ def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
     return new_top, total, o
 
 
-@triton.jit(do_not_specialize=["B", "H"])
+@triton.jit(do_not_specialize=["B", "H", "N", "num_queries"])
 def paths_kernel(
     p_paths, p_counts, p_new, p_queries, B, H, N, num_queries,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,7 +100,7 @@ def paths_kernel(
     tl.store(p_query + o_c[None, :], q, mask=m_g[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["window", "B", "H", "num_parts", "room"])
+@triton.jit(do_not_specialize=["window", "B", "H", "N", "num_queries", "num_parts", "room"])
 def attend_kernel(
     p_keys, p_values, p_block_decay, p_ty, p_path_decays, p_counts, p_new,
     p_queries, p_along, p_wk, p_decays, p_shifts, p_parts, p_tops,
@@ -259,7 +259,7 @@ def attend_kernel(
     tl.store(p_totals + part, total, mask=m_g)
 
 
-@triton.jit(do_not_specialize=["B", "H", "num_parts"])
+@triton.jit(do_not_specialize=["B", "H", "N", "num_parts"])
 def finish_kernel(
     p_parts, p_tops, p_sinks, p_counts, p_new, p_o, B, H, N, num_parts,
     G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,

@@ -9,6 +9,12 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from householder.ops._triton import beside_diagonal, dot
 from householder.ops.path_attention.cache.triton.fetch import fetch_to_l2
 
+# Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
+NOT_SPECIAL = [
+    *("B", "H", "N", "num_queries", "room", "recent_room"),
+    *("s_bb", "s_bt", "s_bh", "s_gb", "s_gt", "s_gh"),
+]
+
 
 @triton.jit
 def load_rows(pointer, first, o_r, stop, o_d, D: tl.constexpr):
@@ -79,7 +85,7 @@ def sum_gates(
         tl.store(p_g_row + r + o_n, g, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["B", "H", "room", "recent_room"])
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def enter_one_kernel(
     p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
     p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty,
@@ -178,7 +184,7 @@ def enter_one_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B", "H", "room", "recent_room"])
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def enter_kernel(
     p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
     p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty,
