@@ -243,9 +243,8 @@ class Store:
 
     def _as_held(self, keys: Tensor) -> Tensor:
         """Return keys in the dtype they are held in, and what is beyond its range at its end."""
-        if self.keys.dtype == torch.float16:
-            keys = keys.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        return keys.to(self.keys.dtype)
+        keys = keys.to(self.keys.dtype)
+        return keys.clamp(-FLOAT16_MAX, FLOAT16_MAX) if keys.dtype == torch.float16 else keys
 
     def attend_one(
         self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
