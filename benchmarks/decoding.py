@@ -248,11 +248,14 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["latency", "drift"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
+    parser.add_argument("--tokens", nargs="*", type=int, help="only so many tokens at once")
     arguments = parser.parse_args()
     kind = "gpu" if DEVICE == "cuda" else "cpu"
     if "latency" in arguments.what:
         for dtype in arguments.dtype:
             for size in LATENCY[DEVICE]:
+                if arguments.tokens and size[0] not in arguments.tokens:
+                    continue
                 path = arguments.results / f"decoding-{kind}.csv"
                 append(path, COLUMNS["latency"], measure_latency(*size, getattr(torch, dtype)))
     if "drift" in arguments.what:
