@@ -76,19 +76,20 @@ def paths_kernel(
     n = N
     if p_new is not None:
         n = tl.load(p_new + i_b)
-    used = (n > 0) & (i_path + 1 < count_ones(tl.load(p_counts + i_b) // BLOCK))
+    # Of a path that is not there nothing is read.
+    rows = tl.where(i_path + 1 < count_ones(tl.load(p_counts + i_b) // BLOCK), K, 0)
     o_g = tl.program_id(0) % num_chunks * 16 + tl.arange(0, 16)
     o_k, o_c = tl.arange(0, BK), column + tl.arange(0, KC)
-    m_g, m_k, m_c = o_g < n * G, o_k < K, o_c < K
+    m_g, m_k, m_c = o_g < n * G, o_k < rows, o_c < K
     path = tl.load(
         p_paths + (head + i_path * B * H) * K * K + o_k[:, None] * K + o_c[None, :],
-        mask=m_k[:, None] & m_c[None, :] & used, other=0.0,
+        mask=m_k[:, None] & m_c[None, :], other=0.0,
     )  # fmt: skip
     if OVERLAP:
         # The queries come from the kernel before. Programs without a block wait as well: who waits
         # for this kernel waits for that one too.
         gdc_wait()
-    if not used:
+    if (n == 0) | (rows == 0):
         return
     p_query = p_queries + ((head * num_queries + 1) * N * G + o_g)[:, None] * K
     q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
