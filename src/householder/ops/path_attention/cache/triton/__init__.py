@@ -116,10 +116,7 @@ def decode(
     wide = max(BK, BV) > 128
     BG = power_of_two(N * G, most=16 if wide else 64)
     chunks, chunks_of_16 = -(-N * G // BG), -(-N * G // 16)
-    fetched = 0
-    if overlap and BLOCK * min(K, V) * size >= 512:
-        fetched = min(SPAN * min(K, V) * size, FETCHED // (2 * B * H * chunks * num_parts))
-        fetched = 1 << fetched.bit_length() - 1 if fetched >= 512 else 0
+    fetched = FETCHED // (2 * B * H * chunks * num_parts)
 
     memory = partial(q.new_empty, dtype=torch.float32)
     queries = memory(B, H, num_queries, N * G, K)
@@ -140,8 +137,7 @@ def decode(
         *((0, 0, 0) if g is None else g.stride()),
         scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room,
         G=G, K=K, V=V, BK=BK, BV=BV, BC=ENTER_BC // 2 if wide else ENTER_BC,
-        BR=power_of_two(triangle_room), GATED=gated,
-        FETCHED=BLOCK * BK * w.element_size() if fetched else 0, OVERLAP=overlap,
+        BR=power_of_two(triangle_room), GATED=gated, OVERLAP=overlap,
         **({} if single else {"SINGLE": N == 1}), num_warps=ENTER_WARPS, num_stages=1,
     )  # fmt: skip
     if num_paths:
@@ -154,9 +150,10 @@ def decode(
     attend_kernel[(num_parts, B * H * chunks)](
         keys, values, store.get("block_decay"), store["ty"], store.get("path_decays"),
         counts, new, queries, along, wk, decays, shifts, parts, tops,
-        0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
+        0 if window is None else window, fetched, B, H, N, num_queries, num_parts, room,
+        triangle_room,
         G=G, K=K, V=V, BK=BK, BV=BV, BG=BG, BC=RECENT_TILE // 2 if wide else RECENT_TILE,
-        SPAN=SPAN, LEVELS=levels, TILE=TILE, BLOCK=BLOCK, FETCHED=fetched, GATED=gated,
+        SPAN=SPAN, LEVELS=levels, TILE=TILE, BLOCK=BLOCK, GATED=gated,
         WINDOWED=window is not None, PRECISION=precision(keys), VALUE_PRECISION=precision(values),
         OVERLAP=overlap, STAGES=STAGES if TILE * (BK + BV) * size <= 1 << 15 else 2,
         num_warps=2 * ATTEND_WARPS if wide else ATTEND_WARPS, num_stages=1,
