@@ -28,6 +28,12 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _float32_means_float32(monkeypatch):
+    """Keep cuDNN from computing the patches' convolution in TensorFloat-32, as it does unasked."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="module")
 def timm():
     return pytest.importorskip("timm")
@@ -36,9 +42,7 @@ def timm():
 def make_vit(timm, depth=12):
     """Return ViT-B/16 without trained weights, as `householder adapt` makes it, on the GPU."""
     torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_base_patch16_224", pretrained=False, num_classes=10, depth=depth
-    )
+    model = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=10, depth=depth)
     # A classifier of timm's own start gives numbers too small to tell models apart.
     nn.init.normal_(model.head.weight, std=0.05)
     return model.to(DEVICE).eval()

@@ -13,7 +13,6 @@ from householder.ops.householder_product import reference
 from householder.ops.householder_product.op import (
     CompiledHouseholderProduct,
     HouseholderProductFunction,
-    orthogonal_beta,
     reverse,
     why_no_kernels,
 )
@@ -52,7 +51,8 @@ def householder_product(
     Returns:
         y, of the shape `x` and the batch dimensions broadcast to, in the promoted dtype of `x` and
         `reflectors` (complex if `beta` is). For bfloat16 and float16, inner products are summed and
-        triangles solved in float32, and `beta` may be float32 for a product as orthogonal as that.
+        triangles solved in float32, and `beta` may be float32 for a product as orthogonal as that;
+        for float32 and complex64 triangles are solved in float64, and `beta` may be so too.
         On CUDA up to 128 reflectors go to the tensor cores in the dtype of `x`; more are computed
         in float32 all through, as `"chunk"` computes. float32 products keep float32's rounding,
         whatever TensorFloat-32 is set to.
@@ -118,8 +118,9 @@ def householder_frame(
 
     Returns:
         `[*, D, M]`, in the dtype of `reflectors` (complex if `beta` is). In float32, on CPU and
-        CUDA, no entry of QᵀQ − I of an orthogonal product exceeds 4 √D times float32's ε, however
-        close the reflectors are to one another.
+        CUDA, ‖QᵀQ − I‖₂ of an orthogonal product (`beta=None`, N ≤ D) is at most 4 √D times
+        float32's ε, however close the reflectors are to one another: Q changes the square of no
+        vector's length by more. A float32 `beta` is as near to 2 / ‖k‖² as it is rounded.
 
     Raises:
         ValueError: a shape or device does not fit, M is not between 0 and D, or `impl` is unknown.
@@ -186,7 +187,6 @@ def _run(
             dtype = reflectors.dtype if beta is None else result_dtype(reflectors, beta)
             G, _, D = reflectors.shape
             x = torch.eye(rows, D, dtype=dtype, device=reflectors.device).expand(G, rows, D)
-        beta = orthogonal_beta(reflectors) if beta is None else beta
         if transpose:
             reflectors, beta = reverse(reflectors, beta)
         return reference.forward(x, reflectors, beta)
@@ -197,8 +197,6 @@ def _run(
         form = "triton"
         if x is not None:
             reflectors = reflectors.to(x.dtype)
-    elif beta is None:
-        beta = orthogonal_beta(reflectors)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     arguments = (x, reflectors, beta, rows, transpose, save, form)
     if torch.compiler.is_compiling():
