@@ -33,7 +33,7 @@ from householder.nn import parametrizations
 from householder.testing import orthogonality_error
 from householder.train.adapt.methods import make_method
 
-REPEATS = 30
+REPEATS = 30  # of a call, or as many as take a second
 COLUMNS = (
     "date", "case", "variant", "forward_ms", "step_ms", "peak_mib", "trained", "error",
     "device", "torch", "commit",
@@ -52,8 +52,8 @@ def median_ms(call: Callable[[], object]) -> float:
     """Return the median time of a call between two events, the host's share included."""
     for _ in range(3):
         call()
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    while len(times) < REPEATS and (len(times) < 3 or sum(times) < 1000):
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
