@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,10 +85,13 @@ class HouseholderProduct(LinearMap):
         op = "HouseholderProduct.orthogonal"
         _checks.check_tensor(op, "reflectors", reflectors)
         _checks.check_floating(op, {"reflectors": reflectors}, allow_complex=True)
-        # A constant, since the product does not depend on the lengths.
-        largest = reflectors.detach().abs().amax(-1, keepdim=True) if reflectors.numel() else 1.0
-        if isinstance(largest, Tensor):
-            largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+        if reflectors.numel():
+            # A constant, since the product does not depend on the lengths. (Of an empty tensor
+            # there is no largest entry.)
+            least = torch.finfo(reflectors.dtype).smallest_normal
+            largest = torch.linalg.vector_norm(
+                reflectors.detach(), ord=math.inf, dim=-1, keepdim=True
+            ).clamp(min=least)
             reflectors = reflectors / (largest / (2 * torch.frexp(largest).mantissa))
         return cls(reflectors)
 
