@@ -92,7 +92,8 @@ def householder_product(
         y = x.clone()
     else:
         y = _run(op, x, reflectors, beta, x.shape[1], transpose, impl)
-    return y.reshape(shape).permute(order)
+    y = y.reshape(shape)
+    return y if order is None else y.permute(order)
 
 
 def householder_frame(
@@ -162,14 +163,18 @@ def householder_frame(
     if beta is not None and beta.shape[:-1] != batch:
         batch = torch.broadcast_shapes(batch, beta.shape[:-1])
     G = math.prod(batch)
-    beta = None if beta is None else beta.expand(*batch, N).reshape(G, N)
-    reflectors = reflectors.expand(*batch, N, D).reshape(G, N, D)
+    if batch:
+        beta = None if beta is None else beta.expand(*batch, N).reshape(G, N)
+        reflectors = reflectors.expand(*batch, N, D).reshape(G, N, D)
+    else:  # the most usual call: each step that autograd need not record is a step less
+        beta = None if beta is None else beta.unsqueeze(0)
+        reflectors = reflectors.unsqueeze(0)
     if G * M * N == 0:
         dtype = reflectors.dtype if beta is None else result_dtype(reflectors, beta)
         eye = torch.eye(D, M, dtype=dtype, device=reflectors.device)
         return eye.expand(*batch, D, M).clone()
     rows = _run(op, None, reflectors, beta, M, False, impl)
-    return rows.reshape(*batch, M, D).mT
+    return rows.reshape(*batch, M, D).mT if batch else rows.squeeze(0).mT
 
 
 def _run(
@@ -250,12 +255,12 @@ def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | 
 
 def _canonical(
     x: Tensor, reflectors: Tensor, beta: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...], list[int]]:
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...], list[int] | None]:
     """Bring the arguments to `[G, M, D]`, `[G, N, D]`, `[G, N]`.
 
     Batch dimensions that the product does not have, or has as 1, become the rows M: they share
     one triangle and meet it in matrix products. Also returns what brings the result back: its
-    shape with the dimensions of G first, and the permutation to their places.
+    shape with the dimensions of G first, and the permutation to their places, if there is any.
     """
     N, D = reflectors.shape[-2:]
     own: tuple[int, ...] = reflectors.shape[:-2]
@@ -263,9 +268,8 @@ def _canonical(
         own = torch.broadcast_shapes(own, beta.shape[:-1])
     if not own:  # one product for all rows: nothing to sort
         beta = None if beta is None else beta.unsqueeze(0)
-        order = list(range(x.dim()))
         flat = x.reshape(1, math.prod(x.shape[:-1]), D)
-        return flat, reflectors.unsqueeze(0), beta, tuple(x.shape), order
+        return flat, reflectors.unsqueeze(0), beta, tuple(x.shape), None
     batch = torch.broadcast_shapes(x.shape[:-1], own)
     own = (1,) * (len(batch) - len(own)) + tuple(own)
     groups = [i for i, size in enumerate(own) if size != 1]
