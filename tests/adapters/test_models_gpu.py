@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 from householder import adapters
 from householder.adapters import HRAConfig, HTAConfig, TwoSidedConfig
+from householder.cli import main
 from householder.testing import assert_as_accurate, relative_error
+from householder.train.adapt.data import ImageFormat, read_image
 
 DEVICE = "cuda"
 SITES = {"vit": ("attn.qkv", "attn.proj"), "llama": ("q_proj", "v_proj", "down_proj")}
@@ -302,3 +305,32 @@ def test_a_bfloat16_llama_with_adapters_generates_what_the_merged_one_does():
     chosen = whole.gather(-1, steps[:, 1:, None]).squeeze(-1)[:, x.shape[1] - 1 :]
     best = whole.amax(-1)[:, x.shape[1] - 1 :]
     assert ((best - chosen).float() <= 0.05 * best.float().abs()).all()
+
+
+@pytest.mark.gpu
+def test_the_command_adapts_a_model_of_timms(timm, tmp_path, monkeypatch):
+    """Train, save and merge; timm itself reads what was merged."""
+    np, Image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = generator.integers(0, 90, (16, 16, 3)) + 150 * label
+            path = tmp_path / "images" / name / f"{i:02}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "timm:vit_base_patch16_224", "--no-pretrained", "--data", "images"]
+    words += ["--kind", "hra", "--rank", "4", "--steps", "20", "--lr", "0.002", "--warmup", "2"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["adapt", *words, "--batch-size", "16", "--checkpointing", "--device", DEVICE])
+    assert exit_.value.code == 0
+    folder = tmp_path / "householder-adapt"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["after"]["accuracy"] == 1
+    assert results["merge_error"] < 1e-4
+    merged = timm.create_model(f"local-dir:{folder / 'merged'}", pretrained=True).to(DEVICE).eval()
+    settings = timm.data.resolve_model_data_config(merged)
+    form = ImageFormat(settings["input_size"][-1], 3, settings["mean"], settings["std"])
+    images = [read_image(tmp_path / "images" / c / "03.png", form) for c in ("dark", "light")]
+    with torch.no_grad():
+        assert merged(torch.stack(images).to(DEVICE)).argmax(-1).tolist() == [0, 1]

@@ -70,7 +70,7 @@ def run(
     layer: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None
 ) -> list[Tensor]:
     x = x.detach().requires_grad_()
-    y = (call or layer)(x)
+    y = layer(x) if call is None else call(x)
     weights = torch.linspace(-1, 1, y.shape[-1], device=y.device, dtype=torch.float64)
     dy = (weights * torch.ones(len(y), 1, device=y.device)).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
