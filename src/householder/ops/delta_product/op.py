@@ -84,6 +84,13 @@ def _forward_fake(
     return o, state, *(v.new_empty(shape, dtype=dtype) for shape, dtype in saved)
 
 
+def _backward_over_u(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, form = args
+    u = inputs[-3]
+    dq, dk, _, *others = _kernels(form).backward(do, *inputs, u)
+    return tuple(do.new_empty(0) if x is None else x for x in (dq, dk, *others))
+
+
 def _backward_fake(
     do: Tensor,
     dfinal_state: Tensor | None,
@@ -98,6 +105,11 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     inputs = (q, k, v, beta, g, initial_state)
     return tuple(q.new_empty(0) if x is None else contiguous_like(x) for x in inputs)
+
+
+def _backward_over_u_fake(*args: Any) -> tuple[Tensor, ...]:
+    dq, dk, _, *others = _backward_fake(*args)
+    return (dq, dk, *others)
 
 
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
@@ -138,6 +150,15 @@ BACKWARD = register(
     cpu=_backward,
     cuda=_backward,
 )
+# Leaves the gradient of v in the memory of `u`, which has its shape and dtype.
+BACKWARD_OVER_U = register(
+    "delta_product_backward_over_u",
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, {_SAVED.replace('Tensor u', 'Tensor(a!) u')}, "
+    "str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_over_u_fake,
+    cpu=_backward_over_u,
+    cuda=_backward_over_u,
+)
 STEP = register(
     "delta_product_step",
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, Tensor state, "
@@ -149,7 +170,23 @@ STEP = register(
 )
 delta_product_op = torch.ops.householder.delta_product.default
 delta_product_backward_op = torch.ops.householder.delta_product_backward.default
+delta_product_backward_over_u_op = torch.ops.householder.delta_product_backward_over_u.default
 delta_product_step_op = torch.ops.householder.delta_product_step.default
+
+
+def _may_overwrite_u(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> bool:
+    """Return whether the gradient of v may take the place of what the forward saved as `u`.
+
+    Nobody reads that again if this backward pass frees its graph. Outside of a backward pass, and
+    where one is traced, it stays.
+    """
+    return (
+        form == "triton"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and _kernels(form).overwrites_u(q, k, v, scale)
+    )
 
 
 # Where the head axis of each input is, which a dimension batched by vmap joins.
@@ -254,6 +291,9 @@ class DeltaProductBackward(torch.autograd.Function):
         saved = (states, ut, u, maps, growth)
         if states.shape[0] == 0:
             saved = delta_product_op(*inputs, True, form)[2:]
+        elif _may_overwrite_u(q, k, v, scale, form):
+            dq, dk, *others = delta_product_backward_over_u_op(do, dstate, *inputs, *saved, form)
+            return dq, dk, u.detach(), *others
         return delta_product_backward_op(do, dstate, *inputs, *saved, form)
 
     @staticmethod

@@ -8,11 +8,19 @@ from torch import Tensor
 from householder.ops._triton import dot_precision, operand_dtype
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.activations import activate, activate_backward
-from householder.ops.delta_product.triton.backward import backward
+from householder.ops.delta_product.triton.backward import backward, overwrites_u
 from householder.ops.delta_product.triton.forward import forward
 from householder.ops.delta_product.triton.step import step
 
-__all__ = ["activate", "activate_backward", "backward", "forward", "saved_shapes", "step"]
+__all__ = [
+    "activate",
+    "activate_backward",
+    "backward",
+    "forward",
+    "overwrites_u",
+    "saved_shapes",
+    "step",
+]
 
 
 def saved_shapes(

@@ -129,6 +129,7 @@ def walk_kernel(
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
     p_v = v + batch * v_b + first * v_t + i_h * v_h
     p_o = o + ((batch * T + first) * HV + i_h) * V
+    p_u = u + ((batch * T + first) * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
     o_vrows = row_offsets(R, N, v_t, v_n)
 
@@ -165,7 +166,7 @@ def walk_kernel(
         b_u = dot(cast_operand(b_y, PRECISION), tl.trans(b_ut), PRECISION)
         b_uh = cast_operand(b_u, PRECISION)
         if SAVE:
-            store_tile_t(u + i_ch * R * V, o_r * V, everywhere, i_v, b_uh, V, BV)
+            store_tile_t(p_u + start * N * HV * V, o_r * HV * V, m_r, i_v, b_uh, V, BV)
         b_o = dot_add(b_uh, cast_operand(b_a, PRECISION), b_o, PRECISION)
         if GATED:
             b_uh = cast_operand(b_u * tl.load(p_table + TO_END * R + o_r)[None, :], PRECISION)
@@ -221,13 +222,13 @@ def forward(
 
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
-        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, their
-        writes U `[chunks·HV, R, V]`, and of long sequences the segments' maps and the chunks'
+        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, the
+        writes U `[B, T, N, HV, V]`, and of long sequences the segments' maps and the chunks'
         growth (see `segments.py`).
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
-    K, V, R = sizes["K"], sizes["V"], sizes["R"]
+    K, V = sizes["K"], sizes["V"]
     segments = make_segments(p)
     maps, growth = make_maps(p)
     for_hopper = suits_hopper(p, p.q, p.k, p.v)
@@ -242,7 +243,7 @@ def forward(
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
-    u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
+    u = torch.empty(v.shape[0] if save else 0, *v.shape[1:], dtype=p.operand, device=v.device)
     launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
     if for_hopper:
         from householder.ops.delta_product.triton import hopper_forward

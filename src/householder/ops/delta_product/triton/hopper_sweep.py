@@ -232,6 +232,7 @@ def hopper_sweep_kernel(
     first_row = batch * T + first  # of tensors that are contiguous
     p_dq = dq + (first_row * HV + i_h) * K
     p_dk = dk + (first_row * N * HV + i_h) * K
+    p_u = u + (first_row * N * HV + i_h) * V
     p_dv = dv + (first_row * N * HV + i_h) * V
     p_dbeta = dbeta + first_row * N * HV + i_h
 
@@ -292,7 +293,7 @@ def hopper_sweep_kernel(
     copy_rows(k_tiles.index(0), p_k + start * k_t, n * N, N, k_t, k_n, K, wide)
     copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
     copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
-    copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
+    copy_rows(u_tile, p_u + start * (N * HV * V), n * N, 1, HV * V, 0, V, wide)
     copy_coefficients(tables.index(0), table + i_ch * WIDTH, n, WIDTH, WARPS)
     if GATED and N > 1:
         copy_query_logs(query_logs.index(0), table + i_ch * WIDTH, n, C, N, R, WARPS)
@@ -476,7 +477,8 @@ def hopper_sweep_kernel(
                 b_dq = multiply(do_tile, s_tile, flat_k)
             else:
                 b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
-        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide, z)
+        p = p_u + start_before * (N * HV * V)
+        copy_rows(u_tile, p, n_before * N, 1, HV * V, 0, V, wide, z)
         if not GATED:
             copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
             copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
