@@ -28,12 +28,15 @@ is a product of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from householder.ops._triton import (
+    Launcher,
     addressable,
     cast_operand,
     dot,
@@ -367,24 +370,46 @@ def sweep(
     dg: Tensor | None,
 ) -> None:
     """Run both kernels: the gradients are written where the last arguments are."""
-    K, V, T, HV = p.sizes["K"], p.sizes["V"], p.v.shape[1], p.heads
-    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     dstates = torch.empty_like(states)
-    launch = config.walk_launch(K, V, p.precision)
+    key = segments.chunks, scale, do.stride(), dfinal is None, dinitial is None
     if p.num_sequences:
-        walk_back_kernel[(segments.number * HV * -(-V // launch.block),)](
+        launch = p.plan.launcher(
+            ("walk back", *key), lambda: _walk_launcher(p, segments, do, scale)
+        )
+        launch(
             do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
-            segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
-            SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,
-            **launch.options,
+            segments.bounds, segments.first_chunk,
         )  # fmt: skip
-    launch = config.gradient_launch(K, V, p.precision)
     if p.num_chunks:
-        gradient_kernel[(p.num_chunks * HV,)](
-            do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
-            *p.packing, scale, T, **tiles, **p.constants,
-            BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
-        )  # fmt: skip
+        launch = p.plan.launcher(("gradient", *key), lambda: _gradient_launcher(p, do, scale))
+        launch(do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg, *p.packing)
+
+
+def _tiles(p: Problem, do: Tensor, scale: float) -> dict[str, Any]:
+    """Return what the launches of both kernels share."""
+    return {
+        "scale": scale, "T": p.v.shape[1], "HV": p.heads, **p.constants,
+        **strides("do", do), **strides("q", p.q), **strides("k", p.k),
+    }  # fmt: skip
+
+
+def _walk_launcher(p: Problem, segments: Segments, do: Tensor, scale: float) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    launch = config.walk_launch(K, V, p.precision)
+    return Launcher(
+        walk_back_kernel, (segments.number * p.heads * -(-V // launch.block),),
+        **_tiles(p, do, scale), SEGMENT=segments.chunks, BK=config.key_block(K, p.precision),
+        BV=launch.block, **launch.options,
+    )  # fmt: skip
+
+
+def _gradient_launcher(p: Problem, do: Tensor, scale: float) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    launch = config.gradient_launch(K, V, p.precision)
+    return Launcher(
+        gradient_kernel, (p.num_chunks * p.heads,), **_tiles(p, do, scale),
+        BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
+    )  # fmt: skip
 
 
 def sweep_launch(

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops._triton import has_wide_rows
+from householder.ops._triton import Launcher, has_wide_rows
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
@@ -555,24 +555,46 @@ def hopper_sweep(
     if not p.num_sequences:
         return
     # Copies take 16 bytes at a time.
-    do, q, k = (
-        x if has_wide_rows(x) else x.clone(memory_format=torch.contiguous_format)
-        for x in (do, p.q, p.k)
+    q, k = (
+        x if wide else x.clone(memory_format=torch.contiguous_format)
+        for x, wide in zip((p.q, p.k), p.plan.wide_rows, strict=False)
     )
-    constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
+    if not has_wide_rows(do):
+        do = do.clone(memory_format=torch.contiguous_format)
     parts, size = None, KEPT.value * config.CHUNK_ROWS + KEPT_PARTS.value
     if p.g is not None:
         parts = table.new_empty(p.num_chunks * p.heads, size)
-    hopper_sweep_kernel[(segments.number * p.heads,)](
+    key = "sweep", segments.chunks, scale, do.stride(), dfinal is None, dinitial is None
+    p.plan.launcher(key, lambda: _sweep_launcher(p, segments, launch, do, q, k, scale))(
         do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
-        segments.bounds, segments.first_chunk, scale, p.v.shape[1],
-        **strides("do", do), **strides("q", q), **strides("k", k),
-        HV=p.heads, SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps,
-        **constants, **launch.options,
+        segments.bounds, segments.first_chunk,
     )  # fmt: skip
     if parts is not None and dg is not None and p.num_chunks:
-        sizes = {name: constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
-        gate_kernel[(p.num_chunks * p.heads,)](
-            parts, table, dg, *p.packing, scale, p.v.shape[1], p.heads, **sizes,
-            SIZE=size, GROUPS=launch.num_warps // 4, num_warps=1,
-        )  # fmt: skip
+        p.plan.launcher(("gates", scale), lambda: _gate_launcher(p, launch, size, scale))(
+            parts, table, dg, *p.packing
+        )
+
+
+def _sweep_launcher(
+    p: Problem,
+    segments: Segments,
+    launch: config.Launch,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+) -> Launcher:
+    constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
+    return Launcher(
+        hopper_sweep_kernel, (segments.number * p.heads,), scale=scale, T=p.v.shape[1],
+        **strides("do", do), **strides("q", q), **strides("k", k), HV=p.heads, **constants,
+        SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps, **launch.options,
+    )  # fmt: skip
+
+
+def _gate_launcher(p: Problem, launch: config.Launch, size: int, scale: float) -> Launcher:
+    sizes = {name: p.constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
+    return Launcher(
+        gate_kernel, (p.num_chunks * p.heads,), scale=scale, T=p.v.shape[1], HV=p.heads,
+        **sizes, SIZE=size, GROUPS=launch.num_warps // 4, num_warps=1,
+    )  # fmt: skip

@@ -469,7 +469,7 @@ def segment_starts(
     starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     visible = growth[p.num_chunks * p.heads :]
     launch, carry, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
-    if suits_hopper(p, p.k, p.v):
+    if suits_hopper(p):
         from householder.ops.delta_product.triton import hopper_segments
 
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
@@ -499,7 +499,7 @@ def segment_ends(
     dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
     # The form for Hopper divides by the scale.
-    if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
+    if suits_hopper(p, do) and 1e-4 < abs(scale) < 1e4:
         from householder.ops.delta_product.triton import hopper_segments
 
         launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
