@@ -83,13 +83,13 @@ def test_a_second_pass_through_a_kept_graph_gives_the_same(N, decay):
         assert torch.equal(a, c)
 
 
-def test_a_gradient_takes_the_place_of_what_was_saved():
+@pytest.mark.parametrize("decay", [None, 0.1], ids=["no gate", "gate"])
+def test_gradients_take_the_place_of_what_was_saved(decay):
     """Of what is as large as v, only o and the gradients of q, k and v are there at the end."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel that does this is for Hopper")
     B, T, H, D = 4, 2048, 16, 128
-    inputs = arrange(B, T, 1, H, D, D, decay=None, with_initial_state=False)
-    del inputs["initial_state"], inputs["cu_seqlens"]
+    inputs = arrange(B, T, 1, H, D, D, decay=decay, with_initial_state=False)
     do = torch.ones(B, T, H, D, device="cuda", dtype=torch.bfloat16)
 
     def peak(keep):
@@ -103,8 +103,8 @@ def test_a_gradient_takes_the_place_of_what_was_saved():
         return (torch.cuda.max_memory_allocated() - before) / (2 * B * T * H * D)
 
     peak(False)
-    # States count twice v and triangles half of it.
-    assert peak(False) < 6.6
+    # States count twice v, triangles half of it, coefficients of gates a tenth.
+    assert peak(False) < 6.65
     assert peak(True) > 7.4
 
 

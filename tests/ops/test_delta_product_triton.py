@@ -181,7 +181,7 @@ def compute_gate_parts(N: int, packed: bool) -> float:
     bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
     g = torch.zeros(1, T, HV)
     p = make_problem(q, k, v, torch.zeros(1, T, N, HV), g, bounds)
-    size = parts.KEPT.value * 64 + parts.KEPT_PARTS.value
+    size = parts.PARTS_SIZE
     x = torch.randn(p.num_chunks, HV, size)
     table = torch.rand(p.num_chunks, HV, 6, 64)
     # Behind a chunk's last token there is nothing.
@@ -193,7 +193,7 @@ def compute_gate_parts(N: int, packed: bool) -> float:
         ] = 0
     dg = torch.full_like(g, torch.nan)
     parts.gate_kernel[(p.num_chunks * HV,)](
-        x, table, dg, *p.packing, 0.3, T, HV, N=N, C=C, R=64, BC=BC, PACKED=packed, SIZE=size,
+        x, table, dg, *p.packing, size, 0.3, T, HV, N=N, C=C, R=64, BC=BC, PACKED=packed,
         GROUPS=groups,
     )  # fmt: skip
 

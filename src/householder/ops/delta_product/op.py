@@ -150,11 +150,11 @@ BACKWARD = register(
     cpu=_backward,
     cuda=_backward,
 )
-# Leaves the gradient of v in the memory of `u`, which has its shape and dtype.
+# Leaves the gradient of v where `u` was, which has its shape and dtype.
 BACKWARD_OVER_U = register(
     "delta_product_backward_over_u",
-    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, {_SAVED.replace('Tensor u', 'Tensor(a!) u')}, "
-    "str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor(a!) ut, Tensor(b!) u, "
+    "Tensor maps, Tensor growth, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_over_u_fake,
     cpu=_backward_over_u,
     cuda=_backward_over_u,

@@ -451,7 +451,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, beta, g and initial_state, in closed form.
 
-    That of v is written to `dv`, if there, which may be `u` where `overwrites_u` says so.
+    That of v is written to `dv`, if there. It may be `u` where `overwrites_u` says so, and then
+    `ut` is overwritten as well.
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
@@ -483,8 +484,9 @@ def backward(
         from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
 
         hopper_sweep(
-            p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients
-        )
+            p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients,
+            over_ut=dv is u,
+        )  # fmt: skip
     else:
         sweep(p, segments, do, table, scale, ut, states, u, dfinal, dinitial, *gradients)
     if dinitial is not None and initial_state is not None:

@@ -30,7 +30,8 @@ TAKEN = gl.constexpr(2)
 CROSSING = gl.constexpr(4)
 ASKED = gl.constexpr(6)
 KEPT = gl.constexpr(10)
-KEPT_PARTS = gl.constexpr(8)
+# What a chunk has: these, 8 parts of what S keeps, and a multiple of 16.
+PARTS_SIZE = 10 * 64 + 16
 
 
 @gluon.jit
@@ -144,9 +145,9 @@ def store_row_products(pointer, a, b, z, PARTS: gl.constexpr):
 
 @triton.jit
 def gate_kernel(
-    parts, table, dg, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
+    parts, table, dg, cu_seqlens, chunk_sequence, first_chunk, parts_step, scale, T, HV,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
-    SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Put the parts of the gates' gradient together for one chunk and value head."""
     i_chunk = (tl.program_id(0) // HV).to(tl.int64)
@@ -156,7 +157,7 @@ def gate_kernel(
         return
     batch = tl.cast(batch, tl.int64)
     start = start.to(tl.int64)
-    p = parts + (i_chunk * HV + i_h) * SIZE
+    p = parts + (i_chunk * HV + i_h) * parts_step
     p_table = table + (i_chunk * HV + i_h) * (6 * R)
     # A token's gate is crossed by what rows before its first one write, and by what it and rows
     # behind it take: sums of both are read at that row.

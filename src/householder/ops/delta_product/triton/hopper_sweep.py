@@ -34,7 +34,7 @@ from householder.ops.delta_product.triton.hopper_gates import (
     ASKED,
     CROSSING,
     KEPT,
-    KEPT_PARTS,
+    PARTS_SIZE,
     TAKEN,
     WRITTEN,
     gate_kernel,
@@ -177,7 +177,7 @@ def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr,
 @gluon.jit(do_not_specialize=["T"])
 def hopper_sweep_kernel(
     do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
-    cu_seqlens, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
+    cu_seqlens, first_chunk, parts_step, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
     HV: gl.constexpr, do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
@@ -320,7 +320,7 @@ def hopper_sweep_kernel(
         publish()
         ds_tile.store(b_dsh)
         if GATED:
-            p_parts = parts + i_ch * (KEPT * R + KEPT_PARTS)
+            p_parts = parts + i_ch * parts_step
             logs = query_logs.index(step % 2)
             # Waiting for no product pins the scaling here, before the first one is started.
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
@@ -550,8 +550,12 @@ def hopper_sweep(
     dv: Tensor,
     dbeta: Tensor,
     dg: Tensor | None,
+    over_ut: bool,
 ) -> None:
-    """Run the kernel: the gradients are written where the last arguments are."""
+    """Run the kernel: the gradients are written where the arguments `d…` are.
+
+    With `over_ut` the triangles are not needed afterwards, and their memory is used.
+    """
     if not p.num_sequences:
         return
     # Copies take 16 bytes at a time.
@@ -561,16 +565,19 @@ def hopper_sweep(
     )
     if not has_wide_rows(do):
         do = do.clone(memory_format=torch.contiguous_format)
-    parts, size = None, KEPT.value * config.CHUNK_ROWS + KEPT_PARTS.value
-    if p.g is not None:
-        parts = table.new_empty(p.num_chunks * p.heads, size)
-    key = "sweep", segments.chunks, scale, do.stride(), dfinal is None, dinitial is None
-    p.plan.launcher(key, lambda: _sweep_launcher(p, segments, launch, do, q, k, scale))(
+    parts, step = None, PARTS_SIZE
+    if p.g is not None and over_ut:
+        # A chunk's triangle has been read when its parts are written.
+        parts, step = ut.view(torch.float32), config.CHUNK_ROWS**2 // 2
+    elif p.g is not None:
+        parts = table.new_empty(p.num_chunks * p.heads, step)
+    key = "sweep", segments.chunks, scale, do.stride(), dfinal is None, dinitial is None, step
+    p.plan.launcher(key, lambda: _sweep_launcher(p, segments, launch, do, q, k, scale, step))(
         do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
         segments.bounds, segments.first_chunk,
     )  # fmt: skip
     if parts is not None and dg is not None and p.num_chunks:
-        p.plan.launcher(("gates", scale), lambda: _gate_launcher(p, launch, size, scale))(
+        p.plan.launcher(("gates", scale, step), lambda: _gate_launcher(p, launch, step, scale))(
             parts, table, dg, *p.packing
         )
 
@@ -583,18 +590,21 @@ def _sweep_launcher(
     q: Tensor,
     k: Tensor,
     scale: float,
+    step: int,
 ) -> Launcher:
     constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
     return Launcher(
-        hopper_sweep_kernel, (segments.number * p.heads,), scale=scale, T=p.v.shape[1],
+        hopper_sweep_kernel, (segments.number * p.heads,),
+        parts_step=step, scale=scale, T=p.v.shape[1],
         **strides("do", do), **strides("q", q), **strides("k", k), HV=p.heads, **constants,
         SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps, **launch.options,
     )  # fmt: skip
 
 
-def _gate_launcher(p: Problem, launch: config.Launch, size: int, scale: float) -> Launcher:
+def _gate_launcher(p: Problem, launch: config.Launch, step: int, scale: float) -> Launcher:
     sizes = {name: p.constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
     return Launcher(
-        gate_kernel, (p.num_chunks * p.heads,), scale=scale, T=p.v.shape[1], HV=p.heads,
-        **sizes, SIZE=size, GROUPS=launch.num_warps // 4, num_warps=1,
+        gate_kernel, (p.num_chunks * p.heads,),
+        parts_step=step, scale=scale, T=p.v.shape[1], HV=p.heads, **sizes,
+        GROUPS=launch.num_warps // 4, num_warps=1,
     )  # fmt: skip
