@@ -251,7 +251,7 @@ def forward(
     sizes, HV = p.sizes, p.heads
     K, V = sizes["K"], sizes["V"]
     segments = make_segments(p)
-    maps, growth = make_maps(p)
+    maps, growth = make_maps(p, segments)
     for_hopper = suits_hopper(p)
     table, ut = prepare(p, growth if segments.chunks and g is not None else None, for_hopper)
     initial = None if initial_state is None else initial_state.contiguous()

@@ -440,7 +440,7 @@ def _carry_constants(p: Problem, s: Segments) -> dict[str, Any]:
     }
 
 
-def make_maps(p: Problem) -> tuple[Tensor, Tensor]:
+def make_maps(p: Problem, s: Segments) -> tuple[Tensor, Tensor]:
     """Return room for the segments' maps Φᵀ `[slots·HV, K, K]` and for growth.
 
     There are maps of segments between others; the slot of one is its first token divided by the
@@ -449,6 +449,10 @@ def make_maps(p: Problem) -> tuple[Tensor, Tensor]:
     gates need it. Where no sequence is cut, both are empty.
     """
     B, T, N, HV, V = p.v.shape
+    if s.chunks == 0:
+        K = p.sizes["K"]
+        none = torch.empty(0, dtype=torch.float32, device=p.v.device)
+        return none.new_empty(0, K, K), none
     packed = None if p.cu_seqlens is None else p.num_sequences
     shapes = config.segment_shapes(B, T, N, HV, p.sizes["K"], V, packed)
     maps, growth = (torch.empty(x, dtype=torch.float32, device=p.v.device) for x in shapes)
