@@ -108,6 +108,26 @@ def test_gradients_take_the_place_of_what_was_saved(decay):
     assert peak(True) > 7.4
 
 
+@pytest.mark.parametrize("decay", [None, 0.1], ids=["no gate", "gate"])
+def test_the_op_that_writes_over_what_was_saved_says_so(decay):
+    """Its schema names all it changes, and its fake kernel gives shapes and dtypes of its own."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel that does this is for Hopper")
+    ops = torch.ops.householder
+    inputs = {n: x if x is None else x.detach() for n, x in arrange(2, 70, 2, 2, 64, 64).items()}
+    given = [*(inputs[n] for n in ORDER), 0.3, inputs["initial_state"], None]
+    if decay is None:
+        given[4] = None
+    with torch.no_grad():
+        o, state, *saved = ops.delta_product.default(*given, True, "triton")
+    arguments = (torch.ones_like(o), torch.ones_like(state), *given, *saved, "triton")
+    torch.library.opcheck(
+        ops.delta_product_backward_over_u.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 def test_packed_sequences_are_those_alone():
     inputs = arrange(1, 900, 2, 2, 64, 64, num_sequences=7)
     together, bounds = call(inputs), inputs["cu_seqlens"].tolist()

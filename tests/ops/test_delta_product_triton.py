@@ -112,7 +112,7 @@ def compute(case: dict) -> dict[str, str]:
         except AssertionError as error:
             broken[name] = str(error)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    declared = triton.saved_shapes(*arguments[:4], sequences)
+    declared = triton.saved_shapes(*arguments[:5], sequences)
     if [(tuple(x.shape), x.dtype) for x in saved] != list(declared):
         broken["saved"] = f"{[x.shape for x in saved]} is not what is declared, {declared}"
     unsaved = triton.forward(*arguments, save=False)

@@ -78,7 +78,7 @@ def _forward_fake(
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = v.new_empty(B, T, HV, V)
     state = v.new_empty(B if sequences is None else sequences, HV, K, V, dtype=dtype)
-    saved = _kernels(form).saved_shapes(q, k, v, beta, sequences)
+    saved = _kernels(form).saved_shapes(q, k, v, beta, g, sequences)
     if not save:
         saved = tuple(((0, *shape[1:]), dtype) for shape, dtype in saved)
     return o, state, *(v.new_empty(shape, dtype=dtype) for shape, dtype in saved)
@@ -86,7 +86,7 @@ def _forward_fake(
 
 def _backward_over_u(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, form = args
-    u = inputs[-3]
+    u = inputs[-4]
     dq, dk, _, *others = _kernels(form).backward(do, *inputs, u)
     return tuple(do.new_empty(0) if x is None else x for x in (dq, dk, *others))
 
@@ -133,11 +133,12 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
     "Tensor? initial_state, Tensor? cu_seqlens"
 )
-# What the forward keeps: states, triangles, writes, and maps and growth of segments.
-_SAVED = "Tensor states, Tensor ut, Tensor u, Tensor maps, Tensor growth"
+# What the forward keeps: states, triangles, writes, maps and growth of segments, coefficients.
+_SAVED = "Tensor states, Tensor ut, Tensor u, Tensor maps, Tensor growth, Tensor table"
 FORWARD = register(
     "delta_product",
-    f"({_INPUTS}, bool save, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool save, str form) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     cpu=_forward,
     cuda=_forward,
@@ -154,7 +155,8 @@ BACKWARD = register(
 BACKWARD_OVER_U = register(
     "delta_product_backward_over_u",
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor(a!) ut, Tensor(b!) u, "
-    "Tensor maps, Tensor growth, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor maps, Tensor growth, Tensor table, str form) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_over_u_fake,
     cpu=_backward_over_u,
     cuda=_backward_over_u,
@@ -285,10 +287,11 @@ class DeltaProductBackward(torch.autograd.Function):
         u: Tensor,
         maps: Tensor,
         growth: Tensor,
+        table: Tensor,
         form: str,
     ) -> tuple[Tensor, ...]:
         inputs = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
-        saved = (states, ut, u, maps, growth)
+        saved = (states, ut, u, maps, growth, table)
         if states.shape[0] == 0:
             saved = delta_product_op(*inputs, True, form)[2:]
         elif _may_overwrite_u(q, k, v, scale, form):

@@ -60,7 +60,6 @@ from householder.ops.delta_product.triton.chunks import (
     locate_chunk,
     locate_sequence,
     make_problem,
-    make_table,
     pair_decay,
     row_offsets,
     strides,
@@ -447,6 +446,7 @@ def backward(
     u: Tensor,
     maps: Tensor,
     growth: Tensor,
+    table: Tensor,
     dv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, beta, g and initial_state, in closed form.
@@ -459,7 +459,6 @@ def backward(
     K, V, T = sizes["K"], sizes["V"], v.shape[1]
     B, N, H = v.shape[0], sizes["N"], k.shape[3]
     device = v.device
-    table = make_table(p)
     do = addressable(do)
 
     dv = v.new_empty(v.shape) if dv is None else dv

@@ -344,7 +344,7 @@ def suits_hopper(p: Problem, do: Tensor | None = None) -> bool:
 
 
 def empty_table(p: Problem) -> Tensor:
-    """Return room for the table of coefficients: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
+    """Return room for the table of coefficients, in float32."""
     shape = p.num_chunks, p.heads, 1 if p.g is None else 6, CHUNK_ROWS
     return torch.empty(shape, dtype=torch.float32, device=p.v.device)
 

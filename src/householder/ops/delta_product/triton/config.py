@@ -61,6 +61,13 @@ def saved_shapes(
     return (room, V, K), (room, CHUNK_ROWS * CHUNK_ROWS), (B, T, N, HV, V)
 
 
+def table_shape(
+    B: int, T: int, N: int, HV: int, num_sequences: int | None, gated: bool
+) -> tuple[int, ...]:
+    """Return the shape of the table of coefficients."""
+    return max_chunks(B, T, N, num_sequences), HV, 6 if gated else 1, CHUNK_ROWS
+
+
 def segment_chunks(T: int, N: int, HV: int, V: int) -> int:
     """Return the chunks of a segment, or 0 if no sequence among T tokens is to be cut.
 

@@ -244,8 +244,8 @@ def forward(
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
         at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, the
-        writes U `[B, T, N, HV, V]`, and of long sequences the segments' maps and the chunks'
-        growth (see `segments.py`).
+        writes U `[B, T, N, HV, V]`, of long sequences the segments' maps and the chunks'
+        growth (see `segments.py`), and the table of coefficients.
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
@@ -274,7 +274,7 @@ def forward(
         )  # fmt: skip
     final = of_sequences(segments, p, final, last=True)
     if not save:
-        ut, maps, growth = (
-            x.new_empty(0, *x.shape[1:]) if x.shape[0] else x for x in (ut, maps, growth)
+        ut, maps, growth, table = (
+            x.new_empty(0, *x.shape[1:]) if x.shape[0] else x for x in (ut, maps, growth, table)
         )
-    return o, final, states, ut, u, maps, growth
+    return o, final, states, ut, u, maps, growth, table

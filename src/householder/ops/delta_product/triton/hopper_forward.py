@@ -419,6 +419,10 @@ def prepare_kernel(
             gl.store(p_table + TO_END * R + o_r, gl.exp((high_end - high) + (low_end - low)))
             p_token = p_table + TOKEN_FROM_START * R + o_r // N
             gl.store(p_token, from_start, mask=o_r % N == 0)
+            if N > 1:
+                # Where there are no tokens, numbers all the same: they are factors of zeros.
+                p_token = p_table + TOKEN_FROM_START * R + o_r
+                gl.store(p_token, gl.zeros_like(from_start), mask=o_r > (R - 1) // N)
             # For T, which is rounded to bfloat16, the sum of both parts is fine enough.
             log_down = gl.convert_layout(high + low, down)
             log_across = gl.convert_layout(high + low, across)
