@@ -1,12 +1,11 @@
-"""`Launcher` and `remember`: what Triton is asked, and when. Nothing runs on a GPU here."""
+"""`Launcher`: what Triton is asked, and when. Nothing runs on a GPU here."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from householder.ops import _triton
-from householder.ops._triton import Launcher, remember
+from householder.ops._triton import Launcher
 
 
 class Kernel:
@@ -83,12 +82,3 @@ def test_what_gives_no_program_is_asked_every_time():
     for _ in range(3):
         launch(torch.zeros(4), None)
     assert len(kernel.asked) == 3
-
-
-def test_no_more_is_remembered_than_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(_triton, "MOST_KNOWN", 3)
-    known = {}
-    for i in range(10):
-        remember(known, i, str(i))
-        assert known[i] == str(i)
-        assert len(known) <= 3

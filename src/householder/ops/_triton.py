@@ -17,9 +17,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # written in Gluon, whose names change from one version to the next.
 HOPPER_TRITON = ((3, 6), (3, 9))
 
-# How many sizes of calls are remembered; what is kept of one takes a few kilobytes.
-MOST_KNOWN = 1024
-
 # Offsets inside one tile are 32-bit integers; a tile spans at most this many rows.
 TILE_ROWS = 64
 
@@ -80,13 +77,6 @@ class Launcher:
             elif x.dtype is not dtype or x.data_ptr() % 16:
                 return False
         return True
-
-
-def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Keep what took time to make, until it is too much: lengths may change at every call."""
-    if len(known) >= MOST_KNOWN:
-        known.clear()
-    known[key] = value
 
 
 def addressable(x: Tensor) -> Tensor:

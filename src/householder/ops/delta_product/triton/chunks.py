@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from householder.ops._dispatch import remember
 from householder.ops._triton import (
     Launcher,
     addressable,
@@ -25,7 +26,6 @@ from householder.ops._triton import (
     is_hopper,
     operand_dtype,
     power_of_two,
-    remember,
 )
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.config import (

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import Launcher, on_its_device, remember
+from householder.ops._dispatch import remember
+from householder.ops._triton import Launcher, on_its_device
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.activations import sigmoid, softplus_gate
 
