@@ -151,7 +151,8 @@ BACKWARD = register(
     cpu=_backward,
     cuda=_backward,
 )
-# Leaves the gradient of v where `u` was, which has its shape and dtype.
+# Leaves the gradient of v where `u` was, which has its shape and dtype, and something else where
+# `ut` was.
 BACKWARD_OVER_U = register(
     "delta_product_backward_over_u",
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor(a!) ut, Tensor(b!) u, "

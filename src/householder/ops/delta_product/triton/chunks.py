@@ -201,6 +201,7 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     }
 
 
+# Plans that were asked for, by the inputs' layouts.
 PLANS: dict[Any, Plan] = {}
 
 
@@ -210,7 +211,9 @@ class Plan:
     Among it are the launchers of their kernels, found by what those depend on besides.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, packed: int | None):
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, packed: int | None
+    ) -> None:
         B, T, N, HV, V = v.shape
         H, K = k.shape[3:]
         self.precision = dot_precision(q, k, v)
@@ -240,7 +243,9 @@ class Plan:
         return launcher
 
 
-def find_plan(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, packed: int | None):
+def find_plan(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, packed: int | None
+) -> Plan:
     """Return the plan of calls with such inputs; `packed` is their number of sequences, if so."""
     key = packed, v.device, *(
         None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
