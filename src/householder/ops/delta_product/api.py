@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl, runs_triton
+from householder.ops._dispatch import apply, check_impl, examined, runs_triton
 from householder.ops.delta_product import reference
 from householder.ops.delta_product.activations import activate, check_activations, definition
 from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
@@ -119,15 +121,13 @@ def delta_product(
         - DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products
           (Siems et al., 2025), https://arxiv.org/abs/2502.10297
     """
-    check_impl("delta_product", impl, IMPLS)
-    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens, A_log, dt_bias)
-    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
-    activations = check_activations("delta_product", *options, g, A_log, dt_bias, v.shape[3])
+    tensors = (q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
+    (qk_eps, beta_scale), form = examined(_KNOWN_SEQUENCES, _examine_sequences, tensors, options)
+    if cu_seqlens is not None:
+        _checks.check_cu_seqlens("delta_product", cu_seqlens, *v.shape[:2])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    others = {"beta": beta, "g": g, "initial_state": initial_state}
-    use_triton = _runs_triton("delta_product", impl, q, k, v, **others)
-    form = "triton" if use_triton else "chunk"
-    q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, *activations, form)
+    q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale, form)
     if impl == "reference":
         o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
     else:
@@ -202,6 +202,75 @@ def delta_product_step(
         >>> o.shape, state.shape
         (torch.Size([2, 3, 4]), torch.Size([2, 3, 8, 4]))
     """
+    tensors = (q, k, v, beta, g, state, A_log, dt_bias)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
+    (qk_eps, beta_scale), use_triton, dtype = examined(
+        _KNOWN_TOKENS, _examine_token, tensors, (*options, torch.is_grad_enabled())
+    )
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    state = state.to(dtype)
+    if use_triton:
+        return delta_product_step_op(
+            q, k, v, beta, g, scale, state, A_log, dt_bias, qk_eps, beta_scale
+        )
+    q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale)
+    o, state = reference.step(q, k, v, beta, g, scale, state)
+    return o.to(v.dtype), state
+
+
+# What was found of calls by shapes, dtypes, devices and options: see `examined`.
+_KNOWN_SEQUENCES: dict[Any, Any] = {}
+_KNOWN_TOKENS: dict[Any, Any] = {}
+Activations = tuple[float | None, float | None]
+
+
+def _examine_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: str | None,
+    qk_norm_eps: float,
+    beta_activation: str | None,
+    gate_activation: str | None,
+    impl: str,
+) -> tuple[Activations, str]:
+    """Check the arguments of `delta_product`; return its activations and the form that runs."""
+    op = "delta_product"
+    check_impl(op, impl, IMPLS)
+    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens, A_log, dt_bias)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
+    activations = check_activations(op, *options, g, A_log, dt_bias, v.shape[3])
+    others = {"beta": beta, "g": g, "initial_state": initial_state}
+    use_triton = _runs_triton(op, impl, q, k, v, **others)
+    return activations, "triton" if use_triton else "chunk"
+
+
+def _examine_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    qk_norm: str | None,
+    qk_norm_eps: float,
+    beta_activation: str | None,
+    gate_activation: str | None,
+    impl: str,
+    with_gradients: bool,
+) -> tuple[Activations, bool, torch.dtype]:
+    """Check the arguments of `delta_product_step`.
+
+    Returns its activations, whether the Triton form runs, and the dtype to bring the state to.
+    """
     op = "delta_product_step"
     check_impl(op, impl, ("triton", "reference"))
     gate = {"g": g, "A_log": A_log, "dt_bias": dt_bias}
@@ -222,20 +291,16 @@ def delta_product_step(
     _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
     activations = check_activations(op, *options, g, A_log, dt_bias, HV)
-    scale = K**-0.5 if scale is None else float(scale)
-    state = state.to(compute_dtype(q, k, v, beta, state))
-    if torch.is_grad_enabled():
+    dtype = compute_dtype(q, k, v, beta, state)
+    if with_gradients:
         if impl == "triton":
             raise NotImplementedError(
                 f'{op}: impl="triton" has no gradients, and gradients are on; '
                 'use torch.no_grad() or impl="reference"'
             )
-        impl = "reference"
-    if _runs_triton(op, impl, q, k, v, beta=beta, g=g, state=state):
-        return delta_product_step_op(q, k, v, beta, g, scale, state, A_log, dt_bias, *activations)
-    q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, *activations)
-    o, state = reference.step(q, k, v, beta, g, scale, state)
-    return o.to(v.dtype), state
+        return activations, False, dtype
+    others = {"beta": beta, "g": g, "state": state.new_empty(0, dtype=dtype)}
+    return activations, _runs_triton(op, impl, q, k, v, **others), dtype
 
 
 def _runs_triton(

@@ -99,9 +99,8 @@ def copy_chunk(
 
 @gluon.jit
 def store_chunk(
-    i, length, chunk, i_h, i_v, p_o, u, s_o, s_u, HV: gl.constexpr,
-    N: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr, BC: gl.constexpr,
-    BV: gl.constexpr, SAVE: gl.constexpr,
+    i, length, i_v, p_o, p_u, s_o, s_u, HV: gl.constexpr, N: gl.constexpr, V: gl.constexpr,
+    C: gl.constexpr, R: gl.constexpr, BC: gl.constexpr, BV: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     """Store the outputs and writes of chunk `i`, if it is one, from shared memory."""
     load_v: gl.constexpr = row_layout(BV, 8, gl.num_warps())
@@ -109,14 +108,14 @@ def store_chunk(
     p_rows = p_o + i.to(gl.int64) * (C * HV * V) + i_v
     store_rows(p_rows, s_o, n, HV * V, V - i_v, V, BC, BV, load_v)
     if SAVE:
-        p_rows = u + ((chunk + i) * HV + i_h) * (R * V) + i_v
-        store_rows(p_rows, s_u, gl.where(i >= 0, R, 0), V, V - i_v, V, R, BV, load_v)
+        p_rows = p_u + i.to(gl.int64) * (C * N * HV * V) + i_v
+        store_rows(p_rows, s_u, n * N, HV * V, V - i_v, V, R, BV, load_v)
 
 
 @gluon.jit
 def read_chunk(
-    i, num_chunks, b_s, b_o, scale, length, chunk, i_h, i_v, p_q, p_k, p_v, p_o, ut, table,
-    states, u, s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u, HV: gl.constexpr,
+    i, num_chunks, b_s, b_o, scale, length, chunk, i_h, i_v, p_q, p_k, p_v, p_o, p_u, ut,
+    table, states, s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u, HV: gl.constexpr,
     q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr,
@@ -158,7 +157,7 @@ def read_chunk(
     b_o = warpgroup_mma_wait(2, [b_o])
     s_o.permute([1, 0]).store((b_o * scale).to(gl.bfloat16))
     barrier()
-    store_chunk(i - 1, length, chunk, i_h, i_v, p_o, u, s_o, s_u, HV, N, V, C, R, BC, BV, SAVE)
+    store_chunk(i - 1, length, i_v, p_o, p_u, s_o, s_u, HV, N, V, C, R, BC, BV, SAVE)
     if SAVE:
         p_s = states + (((chunk + i) * HV + i_h) * V + i_v) * K
         rows = gl.where(i < num_chunks, V - i_v, 0)
@@ -236,6 +235,7 @@ def walk_kernel(
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
     p_v = v + batch * v_b + first * v_t + i_h * v_h
     p_o = o + ((batch * T + first) * HV + i_h) * V
+    p_u = u + ((batch * T + first) * N * HV + i_h) * V
 
     s_k = buffers(STAGES, R, BK)
     s_q = buffers(STAGES, BC, BK)
@@ -298,7 +298,7 @@ def walk_kernel(
         b_s = warpgroup_mma_wait(1, [b_s])
         b_ya, b_s = read_chunk(
             i + 1, num_chunks, b_s, b_out, scale, length, chunk, i_h, i_v,
-            p_q, p_k, p_v, p_o, ut, table, states, u,
+            p_q, p_k, p_v, p_o, p_u, ut, table, states,
             s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u,
             HV, q_t, k_t, k_n, v_t, v_n, N, K, V, C, R, BC, BK, BV, GATED, SAVE, STAGES,
         )  # fmt: skip
@@ -419,6 +419,10 @@ def prepare_kernel(
             gl.store(p_table + TO_END * R + o_r, gl.exp((high_end - high) + (low_end - low)))
             p_token = p_table + TOKEN_FROM_START * R + o_r // N
             gl.store(p_token, from_start, mask=o_r % N == 0)
+            if N > 1:
+                # Where there are no tokens, numbers all the same: they are factors of zeros.
+                p_token = p_table + TOKEN_FROM_START * R + o_r
+                gl.store(p_token, gl.zeros_like(from_start), mask=o_r > (R - 1) // N)
             # For T, which is rounded to bfloat16, the sum of both parts is fine enough.
             log_down = gl.convert_layout(high + low, down)
             log_across = gl.convert_layout(high + low, across)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import on_its_device
+from householder.ops._dispatch import remember
+from householder.ops._triton import Launcher, on_its_device
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.activations import sigmoid, softplus_gate
+
+# By all that the launch depends on but the dtypes, which a launcher looks at itself.
+LAUNCHERS: dict[Any, Launcher] = {}
 
 
 @triton.jit
@@ -85,19 +90,47 @@ def step(
     Returns:
         `o [B, HV, V]` in v's dtype and the new state in the state's dtype.
     """
+    B, _, HV, V = v.shape
+    o = v.new_empty(B, HV, V)
+    new_state = state.new_empty(state.shape)
+    if B:
+        key = (
+            tuple(None if x is None else x.stride() for x in (q, k, v, beta, g, state)),
+            q.shape, v.shape, v.device, scale, A_log is None, dt_bias is None, qk_eps, beta_scale,
+        )  # fmt: skip
+        launch = LAUNCHERS.get(key)
+        if launch is None:
+            launch = _launcher(q, k, v, beta, g, scale, state, qk_eps, beta_scale)
+            remember(LAUNCHERS, key, launch)
+        launch(q, k, v, beta, g, A_log, dt_bias, state, o, new_state)
+    return o, new_state
+
+
+def _launcher(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    state: Tensor,
+    qk_eps: float | None,
+    beta_scale: float | None,
+) -> Launcher:
     B, N, HV, V = v.shape
     H, K = k.shape[2:]
-    o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
-    new_state = torch.empty(B, HV, K, V, dtype=state.dtype, device=v.device)
     launch = config.step_launch(V, N)
-    if B:
-        step_kernel[(B * HV * -(-V // launch.block),)](
-            q, k, v, beta, g, A_log, dt_bias, state, o, new_state, scale,
-            0.0 if qk_eps is None else qk_eps, HV,
-            *q.stride(), *k.stride(), *v.stride(), *beta.stride(),
-            *((0, 0) if g is None else g.stride()), *state.stride(),
-            N=N, K=K, V=V, GROUP=HV // H, GATED=g is not None,
-            NORM=qk_eps is not None, BETA_SCALE=beta_scale,
-            BK=config.power_of_two(K), BV=launch.block, **launch.options,
-        )  # fmt: skip
-    return o, new_state
+    axes = {"q": "bhd", "k": "bnhd", "v": "bnhd", "beta": "bnh", "state": "bhkv"}
+    steps = {
+        f"{name}_{axis}": step
+        for (name, letters), x in zip(axes.items(), (q, k, v, beta, state), strict=True)
+        for axis, step in zip(letters, x.stride(), strict=True)
+    }
+    steps["g_b"], steps["g_h"] = (0, 0) if g is None else g.stride()
+    return Launcher(
+        step_kernel, (B * HV * -(-V // launch.block),), scale=scale,
+        qk_eps=0.0 if qk_eps is None else qk_eps, HV=HV, **steps,
+        N=N, K=K, V=V, GROUP=HV // H, GATED=g is not None,
+        NORM=qk_eps is not None, BETA_SCALE=beta_scale,
+        BK=config.power_of_two(K), BV=launch.block, **launch.options,
+    )  # fmt: skip
