@@ -34,8 +34,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
 LEAST_GATE = tl.constexpr(-1e30)
 # Arguments of which one value is as good as another: kernels are not compiled again where they are
-# 1, or become multiples of 16.
-SIZES = ("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch")
+# 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
+# number: T · H is such a multiple for some T, and words that grow would compile everything twice.
+SIZES = (
+    *("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch"),
+    *("beta_b", "g_b", "lse_b", "dg_b"),
+)
 
 
 @triton.jit
