@@ -81,6 +81,42 @@ def delta_product_gpu() -> None:
     figure.savefig(IMAGES / "delta-product-gpu.png", dpi=150)
 
 
+def path_attention_gpu() -> None:
+    """Time and memory of forward + backward against T, with attention without positions and fla."""
+    newest = {(row["case"], row["variant"]): row for row in read("path-attention-gpu.csv")}
+    names = {"householder": "path_attention", "fla": "fla", "sdpa": "SDPA, no positions"}
+    colors = {"householder": "C0", "fla": "C1", "sdpa": "C2", "floor": "0.5"}
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axes, D, column in zip(
+        panels, (64, 128, 128), ("both_ms", "both_ms", "both_peak_mib"), strict=True
+    ):
+        curves: dict[str, dict[int, float]] = defaultdict(dict)
+        for (case, variant), row in newest.items():
+            sizes = [int(x) for x in case.split("-")[1].split("x")]
+            if case.startswith("length-") and sizes[3] == D:
+                if column == "both_ms":
+                    curves["floor"][sizes[1]] = float(row["floor_both_ms"])
+                if row[column]:
+                    curves[variant][sizes[1]] = float(row[column])
+        for variant in ("fla", "householder", "sdpa", "floor"):
+            if variant in curves:
+                axes.plot(
+                    *zip(*sorted(curves[variant].items()), strict=True),
+                    marker="" if variant == "floor" else "o",
+                    markersize=4,
+                    color=colors[variant],
+                    label=names.get(variant, "floor"),
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens T")
+        axes.set_ylabel("ms" if column == "both_ms" else "MiB")
+        what = "Forward + backward" if column == "both_ms" else "Peak memory"
+        axes.set_title(f"{what}, 16 heads of {D}", loc="left")
+        finish(axes)
+    figure.savefig(IMAGES / "path-attention-gpu.png", dpi=150)
+
+
 GROUPS = {"s3": "S₃", "s4": "S₄", "a5": "A₅", "s5": "S₅"}
 
 
@@ -175,4 +211,5 @@ if __name__ == "__main__":
     cost_against_length()
     state_tracking()
     delta_product_gpu()
+    path_attention_gpu()
     decoding()
