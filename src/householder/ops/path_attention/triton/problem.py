@@ -103,7 +103,7 @@ class Problem(NamedTuple):
     first_tile: Tensor | None  # [S + 1]: the first tile of each sequence
     num_tiles: int
     num_levels: int
-    precision: str  # of products of inputs: "bf16", "fp16" or "tf32x3"
+    precision: str  # of products of q, k and v: "bf16", "fp16" or "tf32x3"
 
     @property
     def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -195,7 +195,8 @@ def make_problem(
         tile_sequence = torch.searchsorted(first_tile[1:], numbers, right=True, out_int32=True)
         tile_sequence.clamp_(max=S - 1)
     # float16 products in TF32, which `dot_precision` names, would double the time of attention.
-    precision = dot_precision(q, k, v, w)
+    # Reflectors may be float32 beside half queries, keys and values, as the layer has them.
+    precision = dot_precision(q, k, v)
     return Problem(
         q=addressable(q),
         k=addressable(k),
