@@ -156,6 +156,58 @@ def state_tracking() -> None:
     figure.savefig(IMAGES / "state-tracking-h200.png", dpi=150)
 
 
+ATTENTIONS = {
+    "path_attention": ("PaTH", "C0"),
+    "rotary_attention": ("RoPE", "C1"),
+    "forgetting_attention": ("FoX", "C2"),
+}
+
+
+def a5_attention() -> None:
+    """Whole words right by length for every depth, and the fewest layers above 90%."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    curves: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for row in read("a5-attention-h200.csv"):
+        if row["seed"] == "0":
+            run = row["mixer"], int(row["num_layers"])
+            curves[run][int(row["length"])] = float(row["word_accuracy"])
+    styles = {1: ":", 2: "-.", 3: "--", 4: "-"}
+    for mixer, (name, color) in ATTENTIONS.items():
+        fewest: dict[int, int] = {}
+        for (other, layers), accuracy in sorted(curves.items()):
+            if other == mixer:
+                label = f"{name}, {layers} layer{'s' if layers > 1 else ''}"
+                left.plot(
+                    *zip(*sorted(accuracy.items()), strict=True),
+                    color=color,
+                    linestyle=styles[layers],
+                    label=label,
+                )
+                for length in sorted(accuracy):
+                    if accuracy[length] <= 0.9:
+                        break
+                    fewest.setdefault(length, layers)
+        if fewest:
+            # Side by side where they coincide.
+            shift = 0.05 * list(ATTENTIONS).index(mixer)
+            heights = [n + shift for n in fewest.values()]
+            right.plot(list(fewest), heights, color=color, drawstyle="steps-mid", label=name)
+            right.plot(list(fewest)[-1:], heights[-1:], color=color, marker="|", markersize=10)
+    left.axhline(0.9, color="0.6", linewidth=0.8)
+    for axes in (left, right):
+        axes.axvline(16, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlabel("length of the word (trained up to 16)")
+        finish(axes)
+    left.set_ylabel("whole words right")
+    left.set_title("Words over A₅, d = 128, 4 heads, H200", loc="left")
+    left.legend(frameon=False, fontsize=8)
+    right.set_yticks([1, 2, 3, 4])
+    right.set_ylim(0.5, 4.5)
+    right.set_ylabel("fewest layers above 90%")
+    right.set_title("A line ends where no depth is enough", loc="left")
+    figure.savefig(IMAGES / "a5-attention-h200.png", dpi=150)
+
+
 def decoding() -> None:
     """Time of a decoded token against the cache's length, and the drift of decoded outputs."""
     if not (RESULTS / "decoding-gpu.csv").exists():
@@ -212,4 +264,5 @@ if __name__ == "__main__":
     state_tracking()
     delta_product_gpu()
     path_attention_gpu()
+    a5_attention()
     decoding()
