@@ -93,8 +93,8 @@ def path_attention_gpu() -> None:
         curves: dict[str, dict[int, float]] = defaultdict(dict)
         for (case, variant), row in newest.items():
             sizes = [int(x) for x in case.split("-")[1].split("x")]
-            if case.startswith("length-") and sizes[3] == D:
-                if column == "both_ms":
+            if sizes[0] == 1 and sizes[3] == D:
+                if column == "both_ms" and row["floor_both_ms"]:
                     curves["floor"][sizes[1]] = float(row["floor_both_ms"])
                 if row[column]:
                     curves[variant][sizes[1]] = float(row[column])
