@@ -181,15 +181,18 @@ def first_call(variant: str, D: int) -> Row:
     return row
 
 
-def compile_share(D: int, share: int) -> None:
-    """Compile, of the programs the peer chooses from, only a share."""
+def compile_share(D: int, share: int | None) -> None:
+    """Compile the peer's forward pass with a share of the programs that it chooses from.
+
+    Without `share`: forward and backward, with one program of each choice.
+    """
     from triton.runtime.autotuner import Autotuner
 
     everything = Autotuner.prune_configs
 
     def some(self: Autotuner, kwargs: dict[str, object]) -> list[triton.Config]:
         found = everything(self, kwargs)
-        return found[share % len(found) :: PEER_SHARES]
+        return found[:1] if share is None else found[share % len(found) :: PEER_SHARES]
 
     quiet()
     try_quickly(1)
@@ -197,7 +200,10 @@ def compile_share(D: int, share: int) -> None:
     try:
         case = PathCase("first", 1, 1024, 16, D)
         inputs = as_wanted("fla", make_inputs(case))
-        differentiate(VARIANTS["fla"], inputs, output_gradient(case))
+        if share is None:
+            differentiate(VARIANTS["fla"], inputs, output_gradient(case))
+        else:
+            VARIANTS["fla"](inputs)
     finally:
         Autotuner.prune_configs = everything
 
@@ -206,15 +212,14 @@ def first_calls(limit_s: float) -> dict[tuple[str, int], Row]:
     """Make all first calls beside one another; a peer's may fail, or take too long."""
     found: dict[tuple[str, int], Row] = {}
     end = time.perf_counter() + limit_s
-    workers = min(len(os.sched_getaffinity(0)), PEER_SHARES + 2)
+    wanted = [(D, share) for share in (None, *range(PEER_SHARES)) for D in (128, 64)]
+    workers = min(len(os.sched_getaffinity(0)), 2 + len(wanted))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        own = {D: pool.apply_async(first_call, (OURS, D)) for D in (64, 128)}
+        own = {D: pool.apply_async(first_call, (OURS, D)) for D in (128, 64)}
         if FLA_VERSION:
-            wanted = [(D, share) for D in (64, 128) for share in range(PEER_SHARES)]
-            shares = [pool.apply_async(compile_share, key) for key in wanted]
-            for compiled in shares:
+            for compiled in [pool.apply_async(compile_share, key) for key in wanted]:
                 compiled.wait(max(0.0, end - time.perf_counter()))
-            calls = {D: pool.apply_async(first_call, ("fla", D)) for D in (64, 128)}
+            calls = {D: pool.apply_async(first_call, ("fla", D)) for D in (128, 64)}
             for D, call in calls.items():
                 try:
                     found["fla", D] = call.get(max(0.0, end - time.perf_counter()))
