@@ -145,6 +145,20 @@ def test_inputs_of_several_dtypes(kernels):
         assert relative_error(a, e) < LIMITS[torch.bfloat16], label
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks", "reflections", "widest keys"])
+def test_reflectors_in_float32_beside_half_precision(name, dtype, kernels):
+    arguments, others = arrange(SHAPES[name], torch.float32)
+    arguments[:3] = [x.to(dtype) for x in arguments[:3]]
+    actual = differentiate(kernels, arguments, others)
+    expected = differentiate(chunk, arguments, others, torch.float64)
+    limit = (REFLECTION_LIMITS if name == "reflections" else LIMITS)[dtype]
+    for label, x, a, e in zip(NAMES, arguments, actual, expected, strict=True):
+        if x is not None:
+            assert a.dtype == x.dtype
+            assert relative_error(a, e) < limit, label
+
+
 def test_small_gradients_in_float16_keep_their_digits(kernels):
     arguments, others = arrange(SHAPES["narrow"], torch.float16)
     o, lse = kernels.forward(*arguments, *others)

@@ -129,6 +129,22 @@ def test_inputs_of_several_dtypes(kernels):
     assert relative_error(o, exact(arguments, others)[0]) < 4e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks", "reflections", "widest"])
+def test_reflectors_in_float32_leave_the_products_of_pairs_in_half_precision(name, dtype, kernels):
+    from householder.ops.path_attention.triton.problem import make_problem
+
+    arguments, others = arrange(SHAPES[name], torch.float32)
+    arguments[:3] = [x.to(dtype) for x in arguments[:3]]
+    assert make_problem(*arguments, *others).operand == dtype
+    o, lse = kernels.forward(*arguments, *others)
+    expected, expected_lse = exact(arguments, others)
+    limit = (REFLECTION_LIMITS if name == "reflections" else LIMITS)[dtype]
+    assert o.dtype == dtype
+    assert relative_error(o, expected) < limit
+    assert relative_error(lse, expected_lse) < limit
+
+
 def test_a_sequence_depends_neither_on_its_batch_nor_on_packing(kernels):
     arguments, (scale, window, _) = arrange(
         {"B": 3, "T": 700, "K": 64, "V": 64}, torch.bfloat16

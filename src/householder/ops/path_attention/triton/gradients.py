@@ -170,6 +170,8 @@ def finish_chunks(
         "PRECISION": config.gradient_precision(p.precision),
     }  # fmt: skip
     exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
+    # Logits are made anew as they were made: where w has more bits than k, in the tree's precision.
+    reflectors = constants["PRECISION"] if p.w.dtype == p.k.dtype else exact["EXACT"]
     q, k, v, w, beta, do_strides = (
         strides(name, y)
         for name, y in zip(("q", "k", "v", "w", "beta", "do"), (*p[:5], do), strict=True)
@@ -179,8 +181,8 @@ def finish_chunks(
         p.q, p.k, p.v, p.w, p.beta, p.g, o, do, lse, rows.delta, tree.inverse, x.dq,
         p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
         p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
-        **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
-        WINDOWED=p.window is not None, **blocks.pairs.options,
+        **constants, **exact, REFLECTORS=reflectors, V=V, BV=blocks.inner_v,
+        GATED=p.g is not None, WINDOWED=p.window is not None, **blocks.pairs.options,
     )  # fmt: skip
     solve_kernel[(p.chunks * H,)](
         p.k, p.w, p.beta, tree.inverse, x.dk, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs,
