@@ -7,7 +7,7 @@ the chunks (`chunk_back.py`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,11 +121,15 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     # Without three chunks no product has one between its ends.
     if L < 2:
         return wdf, wdft
+
+    def constants(blocks: config.Blocks) -> dict[str, Any]:
+        return {
+            "K": K, "BK": p.constants["BK"], "PACKED": p.cu_seqlens is not None,
+            "BP": blocks.first, "PRECISION": config.gradient_precision(p.precision),
+            **blocks.launch.options,
+        }  # fmt: skip
+
     blocks = config.product_blocks(K, p.precision)
-    constants = {
-        "K": K, "BK": p.constants["BK"], "PACKED": p.cu_seqlens is not None, "BP": blocks.first,
-        "PRECISION": config.gradient_precision(p.precision), **blocks.launch.options,
-    }  # fmt: skip
     group = p.heads // H
     df = x.dk.new_empty(H, p.chunks, K, K)
     pieces = -(-K // blocks.first)
@@ -136,21 +140,23 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     number = p.chunks if p.cu_seqlens is not None else sum(at_level[1 : L - 1])
     if number:
         sum_kernel[(number * H * pieces,)](
-            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants
+            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants(blocks)
         )
     for level in range(L - 3, 0, -1):
         descend_kernel[(at_level[level] * H * pieces,)](
-            tree.f, df, *p.packing, T, p.num_tiles, level, H, BR=blocks.second, **constants
-        )
+            tree.f, df, *p.packing, T, p.num_tiles, level, H, BR=blocks.second,
+            **constants(blocks),
+        )  # fmt: skip
     if p.fuses_chunks:
         from householder.ops.path_attention.triton import hopper_leaf
 
         hopper_leaf.finish_leaves(p, tree.q, x.dq_levels, tree.f, df, wdf, wdft)
         return wdf, wdft
     w = strides("w", p.w)
+    blocks = config.leaf_blocks(K, p.precision)
     leaf_kernel[(p.chunks * H,)](
         *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, w["w_b"], w["w_h"],
-        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants,
+        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
     )  # fmt: skip
     return wdf, wdft
 

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -27,6 +26,7 @@ from householder.ops.path_attention.triton.hopper_roles import locate_tile
 from householder.ops.path_attention.triton.hopper_squares import (
     add,
     copy_square,
+    copy_squares,
     in_float16,
     publish,
     squares,
@@ -36,12 +36,19 @@ from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem
 
 
 @gluon.jit
-def start_sum(s, A: gl.constexpr, B: gl.constexpr, NUMBER: gl.constexpr, layout: gl.constexpr):
-    """Start the product of 64 rows from square A on and of those from B on, transposed."""
-    acc = start(s.index(A), s.index(B).permute([1, 0]), layout)
+def start_sum(a, b, NUMBER: gl.constexpr, layout: gl.constexpr):
+    """Start the product of the rows of `a` and those of `b`."""
+    acc = start(a.index(0), b.index(0).permute([1, 0]), layout)
     for i in gl.static_range(1, NUMBER):
-        acc = warpgroup_mma(s.index(A + i), s.index(B + i).permute([1, 0]), acc, is_async=True)
+        acc = add(a.index(i), b.index(i).permute([1, 0]), acc)
     return acc
+
+
+@gluon.jit
+def own_share(s_do, s_v, b_o, layout: gl.constexpr):
+    """Return rowsum(dO ⊙ (V − O)) of 64 columns."""
+    b_v = s_v.load(layout).to(gl.float32) - b_o.to(gl.float32)
+    return gl.sum(s_do.load(layout).to(gl.float32) * b_v, axis=1)
 
 
 @gluon.jit
@@ -100,17 +107,25 @@ def chunk_kernel(
         p_beta = beta + batch * beta_b + begin * beta_t + i_h * beta_h
         # The first and the last chunk's products have no gradient.
         passed = gl.where((chunk > 0) & (chunk < (length + 63) // 64 - 1), 64, 0)
-        s = squares(14, bf16)
-        s_inverse = in_float16(s.index(10))
-        for j in gl.static_range(NV):
-            copy_square(s.index(j), p_v, n, v_t, 64 * j, V)
-            copy_square(s.index(2 + j), p_do, n, do_t, 64 * j, V)
-        for i in gl.static_range(NK):
-            copy_square(s.index(4 + i), p_q, n, q_t, 64 * i, K)
-            copy_square(s.index(6 + i), p_k, n, k_t, 64 * i, K)
-            copy_square(s.index(8 + i), p_w, n, w_t, 64 * i, K)
-        copy_square(s_inverse, inverse + row * 64, 64, 64, 0, 64)
+        # Fourteen squares, by what is in them first; most serve for other things later on.
+        s_v = squares(2, bf16)
+        s_do = squares(2, bf16)
+        s_q = squares(2, bf16)
+        s_k = squares(2, bf16)
+        s_w = squares(2, bf16)
+        s_inverse = squares(1, bf16).index(0)
+        s_y = squares(1, bf16).index(0)
+        s_c = squares(1, bf16).index(0)
+        s_t = squares(1, bf16).index(0)
+        copy_squares(s_v, p_v, n, v_t, V, NV)
+        copy_squares(s_do, p_do, n, do_t, V, NV)
+        copy_squares(s_q, p_q, n, q_t, K, NK)
+        copy_squares(s_k, p_k, n, k_t, K, NK)
+        copy_squares(s_w, p_w, n, w_t, K, NK)
+        copy_square(in_float16(s_inverse), inverse + row * 64, 64, 64, 0, 64)
         async_copy.commit_group()
+        b_o_0 = load_part(p_o, n, o_t, 0, V, load)
+        b_o_1 = load_part(p_o, n if NV == 2 else 0, o_t, 64, V, load)
         o_r = gl.arange(0, 64, layout=down)
         o_c = gl.arange(0, 64, layout=along)
         below = o_r[:, None] > o_c[None, :]
@@ -124,154 +139,157 @@ def chunk_kernel(
         # The attention inside the chunk: P and dA.
         async_copy.wait_group(0)
         publish()
-        b_da = start_sum(s, 2, 0, NV, pairs)
-        b_y = start_sum(s, 8, 6, NK, pairs)
-        b_x = start_sum(s, 4, 8, NK, pairs)
-        b_a = start_sum(s, 4, 6, NK, pairs)
+        b_da = start_sum(s_do, s_v, NV, pairs)
+        b_y = start_sum(s_w, s_k, NK, pairs)
+        b_x = start_sum(s_q, s_w, NK, pairs)
+        b_a = start_sum(s_q, s_k, NK, pairs)
         # A row that sees only itself has o = v and no gradient; as a difference of two inner
         # products that would be their rounding.
-        b_own = gl.full([64], 0.0, gl.float32, layout=gl.SliceLayout(1, load))
-        for j in gl.static_range(NV):
-            b_o = load_part(p_o, n, o_t, 64 * j, V, load).to(gl.float32)
-            b_o = s.index(j).load(load).to(gl.float32) - b_o
-            b_own += gl.sum(s.index(2 + j).load(load).to(gl.float32) * b_o, axis=1)
-        s_t = s.index(13)
-        s_t.store(s_inverse.load(load).to(bf16))
+        b_own = own_share(s_do.index(0), s_v.index(0), b_o_0, load)
+        if NV == 2:
+            b_own += own_share(s_do.index(1), s_v.index(1), b_o_1, load)
+        s_t.store(in_float16(s_inverse).load(load).to(bf16))
         b_da, b_y, b_x, b_a = warpgroup_mma_wait(0, [b_da, b_y, b_x, b_a])
         b_y = gl.where(below, b_y, 0.0)
         b_x = gl.where(not_above, b_x * scale, 0.0)
-        in_float16(s.index(11)).store((b_y * b_beta[:, None]).to(gl.float16))
+        in_float16(s_y).store((b_y * b_beta[:, None]).to(gl.float16))
         publish()
-        b_e = start(s_inverse, in_float16(s.index(11)), pairs)
+        # Nobody reads V and Q any more.
+        copy_squares(s_v, dq_start + row * K, 64, K, K, NK)
+        copy_squares(s_q, dv_part + row * V, 64, V, V, NV)
+        async_copy.commit_group()
+        b_e = start(in_float16(s_inverse), in_float16(s_y), pairs)
         b_e = warpgroup_mma_wait(0, [b_e])
-        in_float16(s.index(12)).store(b_e.to(gl.float16))
+        in_float16(s_c).store(b_e.to(gl.float16))
         barrier()
-        s_e = s.index(11)
+        s_e = s_y
         s_e.store(b_e.to(bf16))
-        s_x = s.index(10)
+        s_x = s_inverse
         s_x.store(b_x.to(bf16))
         publish()
         b_x = gl.convert_layout(b_x.to(gl.float16), operand)
-        b_e = start(b_x, in_float16(s.index(12)), pairs)
+        b_e = start(b_x, in_float16(s_c), pairs)
         b_e = warpgroup_mma_wait(0, [b_e])
         # The difference first: where it is small, it is exact.
         b_a = gl.where(not_above, (b_a * scale - b_e - b_lse[:, None]) * LOG2_E, float("-inf"))
         b_a = exp2(b_a)
         b_own = gl.convert_layout(b_own, down)
         b_da = b_a * gl.where(diagonal, b_own[:, None], b_da - b_delta[:, None])
-        s_p = s.index(0)
-        s_da = s.index(1)
+        s_p = s_k.index(0)
+        s_da = s_k.index(1)
         s_p.store(b_a.to(bf16))
         s_da.store(b_da.to(bf16))
-        publish()
-        for j in range(NV):
-            s_dv = s.index(12)
-            s_dv.store(load_part(dv_part + row * V, 64, V, 64 * j, V, load))
-            barrier()
-            b_dv = s_dv.load(pairs).to(gl.float32)
-            b_dv = add(s_p.permute([1, 0]), s.index(2 + j), b_dv)
-            b_dv = warpgroup_mma_wait(0, [b_dv])
-            s_dv.store(b_dv.to(bf16))
-            barrier()
-            store_rows(dv + out * V + 64 * j, s_dv, n, H * V, V - 64 * j, V, 64, 64, load)
-            barrier()
-
-        # The triangle: dX, D_E and N.
-        for i in gl.static_range(NK):
-            copy_square(s.index(12 * i), dq_start + row * K, 64, K, 64 * i, K)
-            copy_square(s.index(2 + i), dk_end + row * K, 64, K, 64 * i, K)
-            copy_square(s.index(4 + i), wdf + row * K, passed, K, 64 * i, K)
-        async_copy.commit_group()
         async_copy.wait_group(0)
         publish()
-        b_r = start(s.index(0), s.index(8).permute([1, 0]), pairs)
-        if NK == 2:
-            b_r = add(s.index(12), s.index(9).permute([1, 0]), b_r)
-        b_de = start_sum(s, 8, 2, NK, pairs)
-        b_de = add(s_x.permute([1, 0]), s_da, b_de)
-        b_zw = start_sum(s, 4, 8, NK, pairs)
-        b_r, b_de, b_zw = warpgroup_mma_wait(0, [b_r, b_de, b_zw])
-        s.index(6).store(b_r.to(bf16))
-        s.index(7).store((-b_de).to(bf16))
+        for j in range(NV):
+            s_dv = s_q.index(j)
+            b_dv = add(s_p.permute([1, 0]), s_do.index(j), s_dv.load(pairs).to(gl.float32))
+            b_dv = warpgroup_mma_wait(0, [b_dv])
+            s_dv.store(b_dv.to(bf16))
+        b_r = start_sum(s_v, s_w, NK, pairs)
+        barrier()
+        copy_squares(s_do, dk_end + row * K, 64, K, K, NK)
+        for j in range(NV):
+            p_dv = dv + out * V + 64 * j
+            store_rows(p_dv, s_q.index(j), n, H * V, V - 64 * j, V, 64, 64, load)
+        barrier()
+        copy_squares(s_q, wdf + row * K, passed, K, K, NK)
+        async_copy.commit_group()
+
+        # The triangle: dX, D_E and N.
+        b_r = warpgroup_mma_wait(0, [b_r])
+        s_r = s_k.index(0)
+        s_r.store(b_r.to(bf16))
         b_r = gl.convert_layout((b_r * b_beta_along[None, :]).to(bf16), operand)
-        publish()
-        b_zw = add(s_x.permute([1, 0]), s.index(6), b_zw)
-        b_de = start(s_t.permute([1, 0]), s.index(7), pairs)
         b_dx = start(b_r, s_t.permute([1, 0]), pairs)
         b_dx = add(s_da, s_e.permute([1, 0]), b_dx)
-        b_zw, b_de, b_dx = warpgroup_mma_wait(0, [b_zw, b_de, b_dx])
-        b_de = gl.where(below, b_de, 0.0)
-        b_dbeta = gl.sum(b_de * b_y, axis=1)
-        for i in gl.static_range(NK):
-            b_dz = s.index(4 + i).load(pairs).to(gl.float32)
-            b_dz = add(s_x.permute([1, 0]), s.index(12 * i), b_dz)
-            b_dz = warpgroup_mma_wait(0, [b_dz])
-            s.index(4 + i).store(b_dz.to(bf16))
-        barrier()
-        s_dx = s.index(6)
-        s_de = s.index(7)
-        s_dx.store(gl.where(not_above, -b_dx, 0.0).to(bf16))
-        s_de.store((b_de * b_beta[:, None]).to(bf16))
-        s.index(0).store((-b_zw).to(bf16))
+        b_dx = warpgroup_mma_wait(0, [b_dx])
+        b_dx = gl.where(not_above, -b_dx, 0.0).to(bf16)
+        async_copy.wait_group(0)
         publish()
-        b_zw = start(s_t.permute([1, 0]), s.index(0), pairs)
-        b_n = start(gl.convert_layout(b_de.to(bf16), operand), s_e.permute([1, 0]), pairs)
-        b_ww = start_sum(s, 8, 8, NK, pairs)
-        b_zw, b_n, b_ww = warpgroup_mma_wait(0, [b_zw, b_n, b_ww])
-        b_dbeta += gl.sum(gl.where(diagonal, b_zw, 0.0), axis=1)
+        b_de = start_sum(s_w, s_do, NK, pairs)
+        b_de = add(s_x.permute([1, 0]), s_da, b_de)
+        b_zw = start_sum(s_q, s_w, NK, pairs)
+        b_zw = add(s_x.permute([1, 0]), s_r, b_zw)
+        b_dz_0 = add(s_x.permute([1, 0]), s_v.index(0), s_q.index(0).load(pairs).to(gl.float32))
+        b_dz_1 = b_dz_0
+        if NK == 2:
+            b_dz_1 = s_q.index(1).load(pairs).to(gl.float32)
+            b_dz_1 = add(s_x.permute([1, 0]), s_v.index(1), b_dz_1)
+        b_de, b_zw, b_dz_0, b_dz_1 = warpgroup_mma_wait(0, [b_de, b_zw, b_dz_0, b_dz_1])
+        barrier()
+        s_q.index(0).store(b_dz_0.to(bf16))
+        if NK == 2:
+            s_q.index(1).store(b_dz_1.to(bf16))
+        s_dx = s_k.index(0)
+        s_dx.store(b_dx)
+        s_zw = s_v.index(0)
+        s_zw.store((-b_zw).to(bf16))
+        s_c.store((-b_de).to(bf16))
+        publish()
+        b_de = start(s_t.permute([1, 0]), s_c, pairs)
+        b_zw = start(s_t.permute([1, 0]), s_zw, pairs)
+        b_ww = start_sum(s_w, s_w, NK, pairs)
+        b_de, b_zw, b_ww = warpgroup_mma_wait(0, [b_de, b_zw, b_ww])
+        b_de = gl.where(below, b_de, 0.0)
+        b_dbeta = gl.sum(b_de * b_y + gl.where(diagonal, b_zw, 0.0), axis=1)
         b_zw = gl.convert_layout((b_zw * b_beta_along[None, :]).to(bf16), operand)
+        b_n = start(gl.convert_layout(b_de.to(bf16), operand), s_e.permute([1, 0]), pairs)
         b_n = add(b_zw, s_t.permute([1, 0]), b_n)
+        barrier()
+        s_de = s_c
+        s_de.store((b_de * b_beta[:, None]).to(bf16))
         b_n = warpgroup_mma_wait(0, [b_n])
         b_n = gl.where(below, -b_n, 0.0)
         b_dbeta += gl.sum(b_n * b_ww, axis=1)
         p_dbeta = dbeta + out + o_r * H
         gl.store(p_dbeta, b_dbeta.to(dbeta.dtype.element_ty), mask=o_r < n)
-        s_n = s.index(12)
+        s_n = s_v.index(1)
         s_n.store((b_n * b_beta[:, None]).to(bf16))
-        barrier()
 
         # What has columns of K.
         for i in range(NK):
-            s_q = s.index(0)
-            s_k = s.index(10)
-            s_w = s.index(8 + i)
-            s_dk = s.index(2 + i)
-            copy_square(s_q, p_q, n, q_t, 64 * i, K)
-            copy_square(s_k, p_k, n, k_t, 64 * i, K)
+            s_qi = s_v.index(0)
+            s_ki = s_inverse
+            s_wi = s_w.index(i)
+            s_dk = s_do.index(i)
+            s_dz = s_q.index(i)
+            copy_square(s_qi, p_q, n, q_t, 64 * i, K)
+            copy_square(s_ki, p_k, n, k_t, 64 * i, K)
             async_copy.commit_group()
             b_dq = load_part(dq_start + row * K, 64, K, 64 * i, K, pairs).to(gl.float32)
             b_dft = load_part(wdft + row * K, passed, K, 64 * i, K, pairs).to(gl.float32)
             b_dft = (b_dft * b_beta[:, None]).to(bf16)
             async_copy.wait_group(0)
             publish()
-            b_dk = start(s_da.permute([1, 0]), s_q, pairs)
-            b_dw = start(s_dx.permute([1, 0]), s_q, pairs)
-            b_dq = add(s_da, s_k, b_dq)
-            b_dq = add(s_dx, s_w, b_dq)
+            b_dk = start(s_da.permute([1, 0]), s_qi, pairs)
+            b_dw = start(s_dx.permute([1, 0]), s_qi, pairs)
+            b_dq = add(s_da, s_ki, b_dq)
+            b_dq = add(s_dx, s_wi, b_dq)
             b_dk, b_dw, b_dq = warpgroup_mma_wait(0, [b_dk, b_dw, b_dq])
             barrier()
-            s_q.store(b_dft)
+            s_qi.store(b_dft)
             publish()
             b_dk = b_dk * scale + s_dk.load(pairs).to(gl.float32)
-            b_dk = add(s_de.permute([1, 0]), s_w, b_dk)
-            b_dw = add(s_de, s_k, b_dw * scale)
-            b_dw = add(s_n, s_w, b_dw)
-            b_dw = add(s_n.permute([1, 0]), s_w, b_dw)
+            b_dk = add(s_de.permute([1, 0]), s_wi, b_dk)
+            b_dw = add(s_de, s_ki, b_dw * scale)
+            b_dw = add(s_n, s_wi, b_dw)
+            b_dw = add(s_n.permute([1, 0]), s_wi, b_dw)
             b_less = start(s_e, s_dk, pairs)
-            b_less = add(s_t, s_q, b_less)
-            b_dz = start(s_t.permute([1, 0]), s.index(4 + i), pairs)
+            b_less = add(s_t, s_qi, b_less)
+            b_dz = start(s_t.permute([1, 0]), s_dz, pairs)
             b_dk, b_dw, b_less, b_dz = warpgroup_mma_wait(0, [b_dk, b_dw, b_less, b_dz])
             b_dw -= b_less + b_dz * b_beta[:, None]
             # Squares that no product reads any more are the way out.
             barrier()
-            s.index(4 + i).store((b_dq * scale).to(bf16))
+            s_dz.store((b_dq * scale).to(bf16))
             s_dk.store(b_dk.to(bf16))
-            s_w.store(b_dw.to(bf16))
+            s_wi.store(b_dw.to(bf16))
             barrier()
             at = out * K + 64 * i
-            store_rows(dq + at, s.index(4 + i), n, H * K, K - 64 * i, K, 64, 64, load)
+            store_rows(dq + at, s_dz, n, H * K, K - 64 * i, K, 64, 64, load)
             store_rows(dk + at, s_dk, n, H * K, K - 64 * i, K, 64, 64, load)
-            store_rows(dw + at, s_w, n, H * K, K - 64 * i, K, 64, 64, load)
+            store_rows(dw + at, s_wi, n, H * K, K - 64 * i, K, 64, 64, load)
 
 
 def finish(

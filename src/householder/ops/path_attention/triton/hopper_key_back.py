@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._gluon import barrier, exp2
+from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
     REGISTERS,
@@ -72,12 +73,11 @@ def copy_for_keys(
     while rest > 0:
         level = highest_bit(rest)
         right = ((2 * pair) >> level) + 1
-        place = number & 1
         k_row = (level * H + i_h) * num_rows + row
-        mbarrier.wait(k_empty.index(place), ((number >> 1) & 1) ^ 1)
-        copy_rows(keys, k_row, s_k.index(2 * place), k_full.index(2 * place))
+        mbarrier.wait(k_empty, (number & 1) ^ 1)
+        copy_rows(keys, k_row, s_k.index(0), k_full.index(0))
         if level > 0:
-            copy_rows(keys, k_row + 64, s_k.index(2 * place + 1), k_full.index(2 * place + 1))
+            copy_rows(keys, k_row + 64, s_k.index(1), k_full.index(1))
         if number > 0:
             mbarrier.wait(f_empty, number & 1)
             copy_rows(products, (p_f + ((2 * right + 1) << level) - 1) * K, s_f, f_full)
@@ -129,20 +129,18 @@ def differentiate_rows(
     while rest > 0:
         level = highest_bit(rest)
         right = ((2 * pair) >> level) + 1
-        place = number & 1
         if number > 0:
             # The last level's keys have been read, and their place serves on the way out.
             p_level = dk_levels + (level * of_level + of_row) * K
-            store_through(s_k.index(2 * (1 - place) + WHO), p_level, b_dk, 64, K, K)
+            store_through(s_k, p_level, b_dk, 64, K, K)
             fence_async_shared()
             barrier()
-            mbarrier.arrive(k_empty.index(1 - place), count=1)
+            mbarrier.arrive(k_empty, count=1)
             mbarrier.wait(f_full, (number & 1) ^ 1)
             b_dk = pass_product(b_dk, s_f, by_column)
             barrier()
             mbarrier.arrive(f_empty, count=1)
-        b_k = s_k.index(2 * place + WHO)
-        mbarrier.wait(k_full.index(2 * place + WHO), (number >> 1) & 1)
+        mbarrier.wait(k_full, number & 1)
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
         for _ in range((stop - start) * GROUP):
@@ -150,7 +148,7 @@ def differentiate_rows(
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             b_q = s_q.index(slot)
             b_do = s_do.index(slot)
-            b_a = multiply(b_k, b_q.permute([1, 0]), by_query)
+            b_a = multiply(s_k, b_q.permute([1, 0]), by_query)
             b_dp = multiply(s_v, b_do.permute([1, 0]), by_query)
             b_lse = s_lse.index(slot).load(row)
             b_a = warpgroup_mma_wait(1, [b_a])
@@ -171,13 +169,14 @@ def differentiate_rows(
     if WHO == 1:  # noqa: SIM102 - a constant of the kernel, and a number that it reads
         if 2 * pair < last:
             # What is copied for the first chunk only is let go of by both.
+            mbarrier.arrive(k_empty, count=1, pred=number > 0)
             for _ in range(GROUP):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(slot), count=1)
                 step += 1
     barrier()
-    store_through(s_k.index(2 * ((number + 1) & 1) + WHO), dk + of_row * K, b_dk, 64, K, K)
+    store_through(s_k, dk + of_row * K, b_dk, 64, K, K)
     store_through(s_v, dv + of_row * V, b_dv, 64, V, V)
 
 
@@ -209,13 +208,13 @@ def key_kernel(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     s_q = gl.allocate_shared_memory(half, [STAGES, 64, K], rows_k)
     s_do = gl.allocate_shared_memory(half, [STAGES, 64, V], rows_v)
-    s_k = gl.allocate_shared_memory(half, [4, 64, K], rows_k)
+    s_k = gl.allocate_shared_memory(half, [2, 64, K], rows_k)
     s_v = gl.allocate_shared_memory(half, [2, 64, V], rows_v)
     s_f = gl.allocate_shared_memory(gl.float16, [K, K], squares)
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
-    k_full = barriers(4, 1)
-    k_empty = barriers(2, 2)
+    k_full = barriers(2, 1)
+    k_empty = barriers(1, 2).index(0)
     v_full = barriers(2, 1)
     full = barriers(STAGES, 2)
     empty = barriers(STAGES, 2)
@@ -228,17 +227,17 @@ def key_kernel(
             (
                 differentiate_rows,
                 (
-                    s_q, s_k, s_v.index(0), s_do, s_f, s_lse, s_delta, k_full, k_empty,
-                    v_full.index(0), full, empty, f_full, f_empty, dk_levels, dk, dv, of_row,
-                    of_level, pair, last, 0, GROUP, K, V, STAGES,
+                    s_q, s_k.index(0), s_v.index(0), s_do, s_f, s_lse, s_delta, k_full.index(0),
+                    k_empty, v_full.index(0), full, empty, f_full, f_empty, dk_levels, dk, dv,
+                    of_row, of_level, pair, last, 0, GROUP, K, V, STAGES,
                 ),
             ),
             (
                 differentiate_rows,
                 (
-                    s_q, s_k, s_v.index(1), s_do, s_f, s_lse, s_delta, k_full, k_empty,
-                    v_full.index(1), full, empty, f_full, f_empty, dk_levels, dk, dv, of_row + 64,
-                    of_level, pair, last, 1, GROUP, K, V, STAGES,
+                    s_q, s_k.index(1), s_v.index(1), s_do, s_f, s_lse, s_delta, k_full.index(1),
+                    k_empty, v_full.index(1), full, empty, f_full, f_empty, dk_levels, dk, dv,
+                    of_row + 64, of_level, pair, last, 1, GROUP, K, V, STAGES,
                 ),
             ),
             (
@@ -267,5 +266,6 @@ def differentiate_keys(
         describe_rows(q, 64), describe_rows(k, 64), describe_tokens(p.v, 64),
         describe_tokens(do, 64), describe_rows(f, K), lse, delta, dk_levels, dk, dv, *p.packing, T,
         p.num_tiles, H, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
-        PACKED=p.cu_seqlens is not None, STAGES=3, num_warps=4,
+        PACKED=p.cu_seqlens is not None, STAGES=config.hopper_key_stages(),
+        num_warps=4,
     )  # fmt: skip
