@@ -11,13 +11,23 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from householder.ops._gluon import (
+    async_load,
+    barrier,
+    copy_tile,
+    invert_blocks,
+    join,
+    product_layout,
+    row_layout,
+    store_rows,
+)
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -29,33 +39,7 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
 )
-from householder.ops.delta_product.triton.hopper_tiles import (
-    add,
-    async_load,
-    barrier,
-    buffers,
-    copy_tile,
-    exp,
-    pick,
-    product_layout,
-    row_layout,
-    tile_rows,
-)
-
-
-@gluon.jit
-def store_rows(
-    pointer, tile, rows, stride, columns, D: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Store a tile's first `rows` rows and `columns` columns, of D that blocks cover."""
-    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    mask = (o_r < rows)[:, None]
-    if D % BLOCK != 0:
-        mask = mask & (o_d < columns)[None, :]
-    value = tile.load(layout).to(pointer.dtype.element_ty)
-    gl.store(pointer + o_r[:, None] * stride + o_d[None, :], value, mask=mask)
+from householder.ops.delta_product.triton.hopper_tiles import add, buffers, exp, pick, tile_rows
 
 
 @gluon.jit
@@ -305,44 +289,6 @@ def walk_kernel(
 
     async_copy.wait_group(0)
     gl.store(final + o_state, b_s, mask=m_state)
-
-
-@gluon.jit
-def invert_blocks(minus):
-    """Return (I − m)⁻¹ for `m [·, 16, 16]`, the strictly lower part of `minus`, by joins."""
-    warps: gl.constexpr = gl.num_warps()
-    blocks: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, blocks, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, blocks, 2)
-    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))[None, :][:, :, None]
-    col = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, blocks)))[None, :][:, None, :]
-    minus = gl.where(row > col, gl.convert_layout(minus, blocks), 0.0)
-    x = gl.where(row == col, 1.0, gl.where(row // 2 == col // 2, minus, 0.0))
-    for level in gl.static_range(1, 4):
-        same_pair = (row >> (level + 1)) == (col >> (level + 1))
-        beside = gl.where(same_pair & ((row >> level) != (col >> level)), minus, 0.0)
-        xh = x.to(gl.float16)
-        xc = gl.zeros([minus.shape[0], 16, 16], gl.float32, layout=blocks)
-        beside = gl.convert_layout(beside.to(gl.float16), right)
-        xc = mma_v2(gl.convert_layout(xh, left), beside, xc).to(gl.float16)
-        x = mma_v2(gl.convert_layout(xc, left), gl.convert_layout(xh, right), x)
-    return x
-
-
-@gluon.jit
-def join(s_x, s_minus, START: gl.constexpr, SIZE: gl.constexpr):
-    """Put −D⁻¹ C A⁻¹ beside the inverses A⁻¹, D⁻¹ of two diagonal blocks of SIZE, from START on."""
-    product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
-    lower = s_x.slice(START + SIZE, SIZE, 0)
-    d = lower.slice(START + SIZE, SIZE, 1).load(left)
-    c = s_minus.slice(START + SIZE, SIZE, 0).slice(START, SIZE, 1).load(right)
-    a = s_x.slice(START, SIZE, 0).slice(START, SIZE, 1).load(right)
-    none = gl.zeros([SIZE, SIZE], gl.float32, layout=product)
-    x = mma_v2(d, c, none).to(gl.float16)
-    x = mma_v2(gl.convert_layout(x, left), a, none)
-    lower.slice(START, SIZE, 1).store(x.to(gl.float16))
 
 
 @gluon.jit(do_not_specialize=["T"])

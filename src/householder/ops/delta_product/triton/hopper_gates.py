@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from householder.ops._gluon import exp2
 from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     LOG_HIGH,
@@ -20,7 +21,7 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     locate_chunk,
 )
-from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, exp2, pick
+from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, pick
 
 # What the gates' gradient of a chunk is made of, in places of R numbers, each in parts: what rows
 # write to the chunk's end, what they take from its start, what goes from rows before a token to

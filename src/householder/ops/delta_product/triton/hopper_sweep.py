@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from householder.ops._gluon import async_load, barrier
 from householder.ops._triton import Launcher, has_wide_rows
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
@@ -45,7 +46,7 @@ from householder.ops.delta_product.triton.hopper_gates import (
     store_row_sums,
     sum_rows,
 )
-from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, pick
+from householder.ops.delta_product.triton.hopper_tiles import pick
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.
