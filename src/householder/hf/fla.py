@@ -83,7 +83,10 @@ def to_fla(model: CausalLM, folder: Path | str) -> None:
         OSError: the folder cannot be written.
     """
     theirs = config_to_fla(model.config)
-    state = {_their_name(name, theirs["model_type"]): x for name, x in model.state_dict().items()}
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    if not theirs.get("use_low_rank_w", True):
+        tensors = dict(_multiplied(tensors))
+    state = {_their_name(name, theirs["model_type"]): x for name, x in tensors.items()}
     state.setdefault("lm_head.weight", state["model.embeddings.weight"])
     write_model(theirs, state, Path(folder))
 
@@ -150,3 +153,13 @@ def _factored(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             continue
         yield f"{head}mixer.w_down_proj.weight", x
         yield f"{head}mixer.w_up_proj.weight", torch.eye(x.shape[0], dtype=x.dtype)
+
+
+def _multiplied(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors with one `w_proj` in place of our two; of `_factored` the same W again."""
+    for name, x in tensors.items():
+        head, found, _ = name.partition("mixer.w_down_proj.")
+        if found:
+            yield f"{head}mixer.w_proj.weight", tensors[f"{head}mixer.w_up_proj.weight"] @ x
+        elif "mixer.w_up_proj." not in name:
+            yield name, x

@@ -10,6 +10,7 @@ from householder.models import CausalLM, CausalLMConfig
 from householder.nn import MIXERS
 
 _PATH = ("path_attention", "forgetting_path_attention")
+_PATH_RANK = 32
 _ATTENTIONS = ("rotary_attention", "sliding_window_attention")
 
 
@@ -129,7 +130,7 @@ def _read_path_attn(theirs: Mapping[str, Any]) -> dict[str, Any]:
         "attention_heads": heads,
         "attention_key_heads": key_heads,
         "head_dim": head_dim,
-        "path_w_rank": 32 if low_rank else key_heads * head_dim,
+        "path_w_rank": _PATH_RANK if low_rank else key_heads * head_dim,
         # Theirs scales the gates like the inner products; the paper does not.
         "path_gate_scale": head_dim**-0.5,
     }
@@ -213,7 +214,6 @@ def _write_path_attn(
         "use_short_conv": (ours.use_short_conv, True, ours.use_short_conv),
         "attention_qk_norm": (not ours.attention_qk_norm, False, ours.attention_qk_norm),
         "attention_norm_eps": (ours.attention_norm_eps == 1e-6, 1e-6, ours.attention_norm_eps),
-        "path_w_rank": (ours.path_w_rank == 32, 32, ours.path_w_rank),
         "path_gate_scale": (
             not gated or math.isclose(ours.path_gate_scale, mixer.head_dim**-0.5),
             "K^(-1/2)",
@@ -232,7 +232,8 @@ def _write_path_attn(
         "num_kv_heads": mixer.num_key_heads,
         "use_forget_gate": gated,
         "use_w_shortconv": True,
-        "use_low_rank_w": True,
+        # Theirs has rank 32, or one projection, which ours of any rank can be multiplied into.
+        "use_low_rank_w": ours.path_w_rank == _PATH_RANK,
     }
 
 
