@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from householder.hf.fla import convert, from_fla
+from householder.hf.fla import convert, from_fla, to_fla
 from householder.hf.fla_config import ConversionError, config_from_fla, config_to_fla
 from householder.models import CausalLM, CausalLMConfig, load_causal_lm, save_causal_lm
 
@@ -169,6 +169,10 @@ def test_a_whole_projection_to_w_is_kept(tmp_path):
     w = load_file(folder / "model.safetensors")["model.layers.0.attn.w_proj.weight"]
     x = torch.randn(3, 32)
     torch.testing.assert_close(mixer.w_up_proj(mixer.w_down_proj(x)), x @ w.T)
+    to_fla(model, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert torch.equal(back["model.layers.0.attn.w_proj.weight"], w)
+    assert not any("w_up" in name or "w_down" in name for name in back)
 
 
 def test_hybrids_keep_their_layers():
@@ -204,7 +208,7 @@ def test_what_ours_cannot_be_is_refused(kind, changed, message):
     ("options", "message"),
     [
         ({"pattern": "delta,path"}, "`pattern` must be one recurrent mixer"),
-        ({"pattern": "path", "path_w_rank": 8}, "`path_w_rank` must be 32, got 8"),
+        ({"pattern": "path", "path_w_rank": 8}, r"`path_w_rank` must be 32 or H \* K, got 8"),
         ({"pattern": "path", "attention_qk_norm": True}, "`attention_qk_norm` must be False"),
         ({"pattern": "gated_delta", "qk_activation": "relu"}, "`qk_activation` must be 'silu'"),
         ({"pattern": "delta_product", "num_value_heads": 6, "num_heads": 3}, "no such field"),

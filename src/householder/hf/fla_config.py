@@ -213,6 +213,11 @@ def _write_path_attn(
         ),
         "use_short_conv": (ours.use_short_conv, True, ours.use_short_conv),
         "attention_qk_norm": (not ours.attention_qk_norm, False, ours.attention_qk_norm),
+        "path_w_rank": (
+            ours.path_w_rank in (_PATH_RANK, mixer.num_key_heads * mixer.head_dim),
+            f"{_PATH_RANK} or H * K",
+            ours.path_w_rank,
+        ),
         "attention_norm_eps": (ours.attention_norm_eps == 1e-6, 1e-6, ours.attention_norm_eps),
         "path_gate_scale": (
             not gated or math.isclose(ours.path_gate_scale, mixer.head_dim**-0.5),
@@ -232,7 +237,7 @@ def _write_path_attn(
         "num_kv_heads": mixer.num_key_heads,
         "use_forget_gate": gated,
         "use_w_shortconv": True,
-        # Theirs has rank 32, or one projection, which ours of any rank can be multiplied into.
+        # Theirs has rank 32, or one projection, into which our two are multiplied.
         "use_low_rank_w": ours.path_w_rank == _PATH_RANK,
     }
 
