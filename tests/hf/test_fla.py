@@ -154,6 +154,18 @@ def test_theirs_becomes_ours_and_back(tmp_path, kind):
     assert config_from_fla(back) == ours.config
 
 
+def test_the_tokenizer_and_the_end_of_text_go_along(tmp_path):
+    folder = their_folder(tmp_path, "delta_net", eos_token_id=7, pad_token_id=None)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    convert(folder, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    for made in ("ours", "back"):
+        assert json.loads((tmp_path / made / "config.json").read_text())["eos_token_id"] == 7
+        assert (tmp_path / made / "tokenizer.json").read_text() == "{}"
+        assert not (tmp_path / made / "notes.txt").exists()
+
+
 def test_their_gates_are_scaled_and_the_papers_are_not(tmp_path):
     model = from_fla(their_folder(tmp_path, "path_attn"))
     assert model.layers[0].mixer.gate_scale == pytest.approx(8**-0.5)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -53,8 +54,7 @@ def family(request, monkeypatch):
         if hasattr(modeling, function):
             monkeypatch.setattr(modeling, function, None)
     for function in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
-        plain = getattr(modeling, function)
-        monkeypatch.setattr(modeling, function, getattr(plain, "__wrapped__", plain))
+        monkeypatch.setattr(modeling, function, inspect.unwrap(getattr(modeling, function)))
     configuration = importlib.import_module(f"{package}.configuration_{name}")
     suffix = "TextConfig" if name.startswith("qwen3_5") else "Config"
     make_config = getattr(configuration, pattern.format(suffix))

@@ -101,8 +101,8 @@ def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
     The models' two functions, over a whole sequence and for one token, are replaced in their
     modules: models that exist already and those made later, in training and in decoding, on CPU and
     GPU, without the fallback that transformers warns of. Packed sequences
-    (`cu_seq_lens_q`), which the fallback mixes up, stay apart. Called twice it replaces nothing
-    more.
+    (`cu_seq_lens_q`), which the fallback mixes up or refuses, stay apart. Called twice it replaces
+    nothing more.
 
     Args:
         impl: the form of `delta_product` over whole sequences; see there.
