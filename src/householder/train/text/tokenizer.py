@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     separator = 256
     identity = BYTES
+    SEPARATOR = "<|endoftext|>"
 
     def encode(self, text: str) -> np.ndarray[Any, Any]:
         """Return the bytes of `text`."""
@@ -63,6 +65,41 @@ class ByteTokenizer(Tokenizer):
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Return the tokens as bytes; the separator is nothing."""
         return bytes(token for token in tokens if token < 256)
+
+    @classmethod
+    def file_content(cls) -> str:
+        """Return it as a file of the `tokenizers` library, for who reads the model's folder there.
+
+        That library writes a byte that is no printable character of Latin-1 as one from 256 on.
+        """
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        characters = {byte: chr(byte) for byte in printable}
+        characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+        separator = {"id": cls.separator, "content": cls.SEPARATOR, "special": True}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        in_front = {"SpecialToken": {"id": cls.SEPARATOR, "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        ids = {"id": cls.SEPARATOR, "ids": [cls.separator], "tokens": [cls.SEPARATOR]}
+        content = {
+            "version": "1.0",
+            "added_tokens": [{**separator, **flags}],
+            "pre_tokenizer": {**byte_level, "use_regex": False},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [in_front, text],
+                "pair": [in_front, text, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {cls.SEPARATOR: ids},
+            },
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": {characters[byte]: byte for byte in range(256)},
+                "merges": [],
+            },
+        }
+        return json.dumps(content, indent=1) + "\n"
 
 
 class FileTokenizer(Tokenizer):
@@ -141,4 +178,6 @@ def make_tokenizer(name: str) -> Tokenizer:
             f"`tokenizer` must be {BYTES!r} or a tokenizer.json, got {name!r}; there is no such "
             "file"
         )
+    if path.read_text(encoding="utf-8", errors="replace") == ByteTokenizer.file_content():
+        return ByteTokenizer()
     return FileTokenizer(path)
