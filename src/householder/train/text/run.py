@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from householder.models import CausalLM
+from householder.models import CausalLM, pretrained
 from householder.storage import write_atomically
 from householder.train import checkpoint as ckpt
 from householder.train.errors import CheckpointError, ConfigError, Interrupted
@@ -434,8 +433,8 @@ def write_model(
         {"model_type": pretrained.MODEL_TYPE, **model.config.to_dict(), **ids}, weights, folder
     )
     write_atomically(folder / "tokenizer.json", _tokenizer_file(config.tokenizer))
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator_text)
-    fields = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator_name)
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special}
     write_atomically(folder / "tokenizer_config.json", json.dumps(fields, indent=1) + "\n")
 
 
