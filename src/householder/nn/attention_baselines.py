@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
-from householder.nn.softmax_attention import SoftmaxAttention
+from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class KeyValueState(NamedTuple):
@@ -73,18 +76,9 @@ class RotaryAttention(KeyValueAttention):
     Args:
         d_model: size of the input and output vectors.
         num_heads: HQ, heads of queries.
-        num_key_heads: H, heads of keys and values; `None` for HQ.
-        head_dim: K, even, size of a query, key or value; `None` for d_model / num_heads.
         base: of the angles.
-        qk_norm: normalise each head's queries and keys by their root mean square, before they turn.
-        norm_eps: added to the mean square.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
-            holds all keys all the same.
-        init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
-        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
-            none.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: any other option of `SoftmaxAttention`. `head_dim` must be even; `qk_norm` comes
+            before the rotation.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -105,30 +99,10 @@ class RotaryAttention(KeyValueAttention):
         d_model: int,
         *,
         num_heads: int,
-        num_key_heads: int | None = None,
-        head_dim: int | None = None,
         base: float = 10_000.0,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
-        window: int | None = None,
-        init_std: float | None = None,
-        num_layers: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__(
-            d_model,
-            num_heads=num_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            window=window,
-            init_std=init_std,
-            num_layers=num_layers,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(d_model, num_heads=num_heads, **options)
         check_positive_float("RotaryAttention", "base", base)
         if self.head_dim % 2:
             raise ValueError(
@@ -175,17 +149,7 @@ class ForgettingAttention(KeyValueAttention):
     Args:
         d_model: size of the input and output vectors.
         num_heads: HQ, heads of queries.
-        num_key_heads: H, heads of keys and values; `None` for HQ.
-        head_dim: K, size of a query, key or value; `None` for d_model / num_heads.
-        qk_norm: normalise each head's queries and keys by their root mean square.
-        norm_eps: added to the mean square.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
-            holds all keys all the same.
-        init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
-        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
-            none.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: any other option of `SoftmaxAttention`.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -202,33 +166,9 @@ class ForgettingAttention(KeyValueAttention):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int,
-        num_key_heads: int | None = None,
-        head_dim: int | None = None,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
-        window: int | None = None,
-        init_std: float | None = None,
-        num_layers: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, d_model: int, *, num_heads: int, **options: Unpack[AttentionOptions]
     ) -> None:
-        super().__init__(
-            d_model,
-            num_heads=num_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            window=window,
-            init_std=init_std,
-            num_layers=num_layers,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(d_model, num_heads=num_heads, **options)
         self.f_proj = self._linear(d_model, num_heads, bias=True)
         self.reset_parameters()
 
