@@ -123,6 +123,10 @@ class RotaryAttention(KeyValueAttention):
         mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
+        if cu_seqlens is not None and flash_takes(q):
+            position = packed_positions(cu_seqlens, q.shape[1])
+            q, k = (rotate(y, position, self.base) for y in (q, k))
+            return packed_attention(q, k, v, cu_seqlens, self.window), KeyValueState(k, v, None)
         first = 0 if state is None else state.k.shape[1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KeyValueState]:
@@ -284,6 +288,52 @@ def causal_attention(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Return whether PyTorch's flash kernels attend with such queries in packed sequences."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[1] > 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_cuda and half and fits
+
+
+def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Return the position `[T]` of every token in its own sequence.
+
+    Examples:
+        >>> packed_positions(torch.tensor([0, 3, 3, 5]), 5)
+        tensor([0, 1, 2, 0, 1])
+    """
+    index = torch.arange(num_tokens, device=cu_seqlens.device)
+    return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None
+) -> Tensor:
+    """Attend within all packed sequences at once, as `causal_attention` does within one.
+
+    Args:
+        q: `[1, T, HQ, K]`, for which `flash_takes` holds.
+        k: `[1, T, H, K]`.
+        v: `[1, T, H, K]`.
+        cu_seqlens: int32 `[S + 1]`.
+        window: as in `causal_attention`.
+
+    Returns:
+        `[1, T, HQ, K]`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v))
+    longest = int(cu_seqlens.diff().max())
+    left = -1 if window is None else window - 1
+    q, k, v = (x.squeeze(0).contiguous() for x in (q, k, v))
+    bounds = (cu_seqlens, cu_seqlens, longest, longest)
+    o = varlen_attn(q, k, v, *bounds, window_size=(left, 0))
+    assert isinstance(o, Tensor)
+    return o.unsqueeze(0)
 
 
 def for_each_sequence(
