@@ -256,8 +256,8 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path):
 def test_ours_with_tied_embeddings_is_theirs(tmp_path):
     torch.manual_seed(0)
     model = CausalLM(CausalLMConfig(19, d_model=32, num_layers=2, head_dim=8, pattern="delta"))
-    save_causal_lm(model, tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "theirs")
+    save_causal_lm(model, tmp_path / "run" / "model")
+    convert(tmp_path / "run", tmp_path / "theirs")
     again = from_fla(tmp_path / "theirs")
     tokens = torch.randint(19, (1, 6))
     assert torch.equal(again(tokens), model(tokens))

@@ -112,7 +112,7 @@ def convert(source: Path, target: Path) -> str:
     The tokenizer's files and `generation_config.json` are copied.
 
     Args:
-        source: a model of either kind; its config says which.
+        source: a model of either kind, or the folder of a text run; its config says which.
         target: a folder that does not exist, or is empty.
 
     Returns:
@@ -123,6 +123,8 @@ def convert(source: Path, target: Path) -> str:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"convert: {target} is occupied; choose another folder")
+    if (source / "model" / "config.json").is_file():
+        source = source / "model"
     try:
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         kind = fields.get("model_type")
