@@ -108,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
     "path_attn": {"num_heads": 2},
     "path_attn-gates": {"num_heads": 2, "use_forget_gate": True, "tie_word_embeddings": True},
     "path_attn-key-heads": {"num_heads": 4, "num_kv_heads": 2, "use_forget_gate": True},
+    "path_attn-no-conv": {"num_heads": 2, "use_w_shortconv": False, "use_forget_gate": True},
     "path_attn-whole-w": {"num_heads": 2, "use_low_rank_w": False},
 }  # fmt: skip
 

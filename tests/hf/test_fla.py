@@ -5,6 +5,7 @@ Whether the converted model gives the same logits as theirs is tested on a GPU, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -187,6 +188,21 @@ def test_a_whole_projection_to_w_is_kept(tmp_path):
     assert not any("w_up" in name or "w_down" in name for name in back)
 
 
+def test_without_the_convolution_w_has_no_activation(tmp_path):
+    theirs = {**BASE, **THEIRS["path_attn"][0], "use_w_shortconv": False}
+    ours = config_from_fla(theirs)
+    layer = CausalLM(ours).layers[0].mixer
+    assert layer.w_conv1d is None
+    x = torch.randn(1, 4, 32)
+    w = layer.w_up_proj(layer.w_down_proj(x)).unflatten(-1, (-1, 8))
+    length = (w.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(layer.transitions(x)[0], w / length)
+    back = config_to_fla(ours)
+    assert {name: back[name] for name in theirs} == theirs
+    with pytest.raises(ConversionError, match=r"`path_w_activation` must be identity, got silu"):
+        config_to_fla(dataclasses.replace(ours, path_w_activation="silu"))
+
+
 def test_hybrids_keep_their_layers():
     theirs = {
         **BASE,
@@ -207,7 +223,6 @@ def test_hybrids_keep_their_layers():
         ("delta_net", {"model_type": "gla"}, "`model_type` must be one of delta_net,.*'gla'"),
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "'swish', got 'sigmoid'"),
         ("gated_deltanet", {"attnres_block_size": 2}, "`attnres_block_size` must be None, got 2"),
-        ("path_attn", {"use_w_shortconv": False}, "`use_w_shortconv` must be true"),
         ("delta_net", {"attn": {"layers": [0], "num_heads": 4, "qkv_bias": True}}, "biases"),
     ],
 )

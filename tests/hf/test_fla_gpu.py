@@ -11,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fla_checkpoints.py"
-ROWS = {"delta_net": 14, "gated_deltanet": 10, "gated_deltaproduct": 10, "path_attn": 8}
+ROWS = {"delta_net": 14, "gated_deltanet": 10, "gated_deltaproduct": 10, "path_attn": 10}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention")

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from householder.nn._checks import (
+    check_choice,
     check_positive_float,
     check_positive_int,
     check_state_tensor,
 )
+from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
 from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops import PathCache, path_attention
@@ -60,8 +62,8 @@ class PaTHAttention(SoftmaxAttention):
         o_i  = Σ_j softmax_j(a_ij) v_j
         y    = W_o · o
 
-    w is `l2(SiLU(conv(W_2 W_1 x)))` with W_1 of `w_rank` rows, beta is 2σ(W x + b), one per key
-    head, and g, with `use_forget_gate`, is log σ(W x + b), one per query head.
+    w is `l2(w_activation(conv(W_2 W_1 x)))` with W_1 of `w_rank` rows, beta is 2σ(W x + b), one per
+    key head, and g, with `use_forget_gate`, is log σ(W x + b), one per query head.
 
     Beside the layers of every attention there are `w_down_proj`, `w_up_proj` (H, K), `w_conv1d`
     `[H·K, 1, conv_size]`, `b_proj` (H) and `f_proj` (HQ), the last two with biases, which start
@@ -74,6 +76,7 @@ class PaTHAttention(SoftmaxAttention):
         d_model: size of the input and output vectors.
         num_heads: HQ, heads of queries.
         w_rank: rank of the projection to w.
+        w_activation: "silu", "relu", "elu" or "identity"; the published one is "silu".
         use_short_conv: convolve w over the last `conv_size` tokens before its activation.
         conv_size: tokens the short convolution sees, the current one included.
         use_forget_gate: add log forget gates to the logits (PaTH-FoX).
@@ -114,6 +117,7 @@ class PaTHAttention(SoftmaxAttention):
         *,
         num_heads: int,
         w_rank: int = 32,
+        w_activation: str = "silu",
         use_short_conv: bool = True,
         conv_size: int = 3,
         use_forget_gate: bool = False,
@@ -125,9 +129,11 @@ class PaTHAttention(SoftmaxAttention):
     ) -> None:
         super().__init__(d_model, num_heads=num_heads, **options)
         check_positive_int("PaTHAttention", "w_rank", w_rank)
+        check_choice("PaTHAttention", "w_activation", w_activation, QK_ACTIVATIONS)
         check_positive_int("PaTHAttention", "conv_size", conv_size)
         check_positive_float("PaTHAttention", "gate_scale", gate_scale)
         PathCache(1, max_rollback=max_rollback)  # raises if it is no count
+        self.w_activation = w_activation
         self.gate_scale = gate_scale
         self.max_rollback = max_rollback
         self.impl = impl
@@ -190,7 +196,7 @@ class PaTHAttention(SoftmaxAttention):
         # In float32 at least: in half precision neither is a unit vector one, nor can beta come
         # near to 2, and each error counts once per token between query and key.
         dtype = torch.promote_types(w.dtype, torch.float32)
-        w = F.silu(w).to(dtype).unflatten(-1, (-1, self.head_dim))
+        w = QK_ACTIVATIONS[self.w_activation](w).to(dtype).unflatten(-1, (-1, self.head_dim))
         beta = 2 * self.b_proj(x).to(dtype).sigmoid()
         g = None
         if self.f_proj is not None:
