@@ -2,6 +2,7 @@
 
     python benchmarks/fla_checkpoints.py             # all configurations
     python benchmarks/fla_checkpoints.py path_attn   # those whose names begin so
+    python benchmarks/fla_checkpoints.py --table     # of the rows, as in docs/transformers.md
 
 Random models are made and saved by flash-linear-attention, converted to ours, and back. Theirs
 runs in two ways: in its fast one (chunks, or its parallel kernels of PaTH, which round reflectors
@@ -365,6 +366,31 @@ def run(task: tuple[str, str, str]) -> dict[str, object]:
         return row | {"note": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
+def table(path: Path) -> str:
+    """Return the newest row of each configuration as a line of Markdown."""
+    with path.open(newline="") as file:
+        rows = {(row["case"], row["dtype"]): row for row in csv.DictReader(file)}
+    lines = [
+        "| configuration | float32: ours and theirs | theirs, two ways | greedy "
+        "| bfloat16: errors of ours, theirs plain, theirs fast | greedy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        cells = [f"`{case}`"]
+        for dtype, names in (
+            ("float32", ("difference", "theirs_two_ways")),
+            ("bfloat16", ("error", "error_theirs", "error_theirs_fast")),
+        ):
+            row = rows.get((case, dtype), {})
+            figures = [row.get(name) or "–" for name in names]
+            cells += figures if dtype == "float32" else [", ".join(figures)]
+            tie = float(row.get("tie") or 0.0)
+            greedy = row.get("greedy", "–").replace("/", ", ").replace(f" of {NEW_TOKENS}", "")
+            cells.append(greedy + (f"; gap {tie:.1e}" if tie else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("prefix", nargs="?", default="")
@@ -372,7 +398,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if options.table:
+        print(table(options.results / FILE))
+        return 0
     dtypes = [options.dtype] if options.dtype else DTYPES
     tasks = [(c, d, options.device) for d in dtypes for c in CASES if c.startswith(options.prefix)]
     options.results.mkdir(parents=True, exist_ok=True)

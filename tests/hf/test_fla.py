@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +267,15 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "num_heads": 2}))
     with pytest.raises(ConversionError, match="must be those of its config"):
         from_fla(folder)
+
+
+def test_the_documentation_has_the_rows_of_the_comparison(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import fla_checkpoints as script
+
+    rows = script.table(script.RESULTS / script.FILE)
+    assert rows in (root / "docs" / "transformers.md").read_text(), "python … --table"
 
 
 def test_ours_with_tied_embeddings_is_theirs(tmp_path):
