@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
-from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
+from householder.nn.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from householder.nn.softmax_attention import AttentionOptions
 
 
 class KeyValueState(NamedTuple):

@@ -16,12 +16,14 @@ from householder.nn._checks import (
 )
 from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
-from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
+from householder.nn.softmax_attention import SoftmaxAttention
 from householder.ops import PathCache, path_attention
 from householder.ops.normalization import l2_normalize
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from householder.nn.softmax_attention import AttentionOptions
 
 
 class PaTHState(NamedTuple):
