@@ -163,7 +163,9 @@ def test_the_tokenizer_and_the_end_of_text_go_along(tmp_path):
     convert(folder, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back")
     for made in ("ours", "back"):
-        assert json.loads((tmp_path / made / "config.json").read_text())["eos_token_id"] == 7
+        config = json.loads((tmp_path / made / "config.json").read_text())
+        # The first was not said, and is 1 in their models then.
+        assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 7, None]
         assert (tmp_path / made / "tokenizer.json").read_text() == "{}"
         assert not (tmp_path / made / "notes.txt").exists()
 
@@ -284,5 +286,6 @@ def test_ours_with_tied_embeddings_is_theirs(tmp_path):
     save_causal_lm(model, tmp_path / "run" / "model")
     convert(tmp_path / "run", tmp_path / "theirs")
     again = from_fla(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] is None
     tokens = torch.randint(19, (1, 6))
     assert torch.equal(again(tokens), model(tokens))

@@ -37,7 +37,8 @@ _COMPANIONS = (
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
     "generation_config.json",
 )
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What their config means where it does not say; ours has none then.
+_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
 def from_fla(folder: Path | str) -> CausalLM:
@@ -92,7 +93,7 @@ def to_fla(model: CausalLM, folder: Path | str) -> None:
         ConversionError: theirs cannot be the same function.
         OSError: the folder cannot be written.
     """
-    _write_theirs(model, {}, Path(folder))
+    _write_theirs(model, dict.fromkeys(_TOKEN_IDS), Path(folder))
 
 
 def _write_theirs(model: CausalLM, ids: Mapping[str, Any], folder: Path) -> str:
@@ -130,7 +131,8 @@ def convert(source: Path, target: Path) -> str:
         kind = fields.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ConversionError(f"convert: {source} holds no model: {error}") from error
-    ids = {name: fields[name] for name in _TOKEN_IDS if fields.get(name) is not None}
+    unsaid = _TOKEN_IDS if kind in READERS else dict.fromkeys(_TOKEN_IDS)
+    ids = {name: fields.get(name, default) for name, default in unsaid.items()}
     if kind in READERS:
         model = from_fla(source)
         ours = {"model_type": MODEL_TYPE, **model.config.to_dict(), **ids}

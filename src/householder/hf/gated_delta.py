@@ -19,12 +19,11 @@ MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
 
 CHUNK, RECURRENT = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 
-# Up to about version 5.14 a layer keeps the two functions, or flash-linear-attention's, itself.
+# Up to version 5.13 a layer keeps the two functions, or flash-linear-attention's, itself.
 _IN_LAYERS = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 
 # What transformers adds to the squared length of a query or key before it takes the root.
 _NORM_EPS = 1e-6
-
 
 _ABSENT = object()
 
