@@ -79,7 +79,7 @@ class DeltaProductMixer(nn.Module):
         qk_activation: "silu", "relu", "elu" (1 + ELU, which is positive) or "identity".
         qk_norm: "l2", "sum" or "none", over each head. "sum" wants a non-negative activation.
             "none" does not bound the keys, and so not the state either.
-        qk_norm_eps: added to the squared length ("l2") or to the sum ("sum").
+        qk_norm_eps: added to the squared length ("l2"), or what a smaller sum counts as ("sum").
         norm_eps: added to the mean square in the output norm.
         init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
             own rule for linear layers.

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scale the last dimension of non-negative numbers to sum one: x / (Σ x + eps).
+    """Scale the last dimension of non-negative numbers to sum one: x / max(Σ x, eps).
 
     Computed in float32 at least; a zero vector stays zero.
 
     Args:
         x: `[..., D]`, any floating dtype, >= 0.
-        eps: added to the sum.
+        eps: what a smaller sum counts as.
 
     Returns:
         `[..., D]` in the dtype of `x`.
@@ -26,7 +26,7 @@ def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
         tensor([0.2500, 0.7500])
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide / (wide.sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return (wide / wide.sum(-1, keepdim=True).clamp_min(eps)).to(x.dtype)
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,20 @@ from householder.nn._checks import (
 )
 from householder.nn.initialization import init_residual_weight, init_weight
 from householder.nn.short_convolution import ShortConvolution
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Options that every attention layer hands on to `SoftmaxAttention`."""
+
+    num_key_heads: int | None
+    head_dim: int | None
+    qk_norm: bool
+    norm_eps: float
+    window: int | None
+    init_std: float | None
+    num_layers: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class SoftmaxAttention(nn.Module):
@@ -33,12 +47,17 @@ class SoftmaxAttention(nn.Module):
         qk_norm: normalise each head's queries and keys by their root mean square, with learnt
             weights `q_norm` and `k_norm` of size K.
         norm_eps: added to the mean square.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones.
+        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
+            holds all keys all the same.
         init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
         num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
             none.
         device: of the parameters.
         dtype: of the parameters.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range, or two options do not fit together.
     """
 
     def __init__(
@@ -46,15 +65,15 @@ class SoftmaxAttention(nn.Module):
         d_model: int,
         *,
         num_heads: int,
-        num_key_heads: int | None,
-        head_dim: int | None,
-        qk_norm: bool,
-        norm_eps: float,
-        window: int | None,
-        init_std: float | None,
-        num_layers: int | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        init_std: float | None = None,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         where = type(self).__name__
@@ -67,6 +86,7 @@ class SoftmaxAttention(nn.Module):
             head_dim = default_head_dim(where, d_model, num_heads)
         self.head_dim = head_dim
         self.qk_norm = qk_norm
+        self.norm_eps = norm_eps
         self.window = window
         self.init_std = init_std
         self.num_layers = num_layers

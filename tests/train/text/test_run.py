@@ -93,6 +93,20 @@ def test_run_learns_and_leaves_what_it_says(texts, tmp_path):
     torch.testing.assert_close(loaded(tokens), result.model.eval()(tokens))
 
 
+def test_transformers_continues_texts_with_what_a_run_leaves(texts, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("householder.hf.modeling")
+    train(texts, tmp_path / "out", steps=2)
+    model = str(tmp_path / "out" / "model")
+    made = transformers.pipeline("text-generation", model=model, device="cpu")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    together = made(["A state.", "B"], batch_size=2, **options)
+    alone = [made(text, **options) for text in ("A state.", "B")]
+    assert together == alone
+    assert made.tokenizer("B")["input_ids"] == [256, 66]
+    assert made.model.generation_config.eos_token_id == 256
+
+
 def test_stopped_and_resumed_run_is_the_whole_run(texts, tmp_path):
     train(texts, tmp_path / "whole")
     observer = StopAt(5)
