@@ -76,8 +76,9 @@ def train_text(
     resume: bool = False,
     observer: TextObserver | None = None,
     stop: StopRequest | None = None,
+    corpus: Path | None = None,
 ) -> TextResult:
-    """Train a model on the corpus in `folder/corpus`, evaluate it and write it out.
+    """Train a model on a corpus, evaluate it and write it out.
 
     Args:
         config: all settings of the run.
@@ -87,6 +88,7 @@ def train_text(
         observer: told of every step; used in the first process alone.
         stop: looked at after every step; when a signal has come to any process, the run is saved
             and stopped.
+        corpus: folder of the tokens; `None` for `folder/corpus`.
 
     Returns:
         The trained model and its evaluation.
@@ -101,7 +103,8 @@ def train_text(
     observer = observer if observer is not None and processes.first else TextObserver()
     threads = config.threads or torch.get_num_threads()
     with global_state(config.seed, processes.device, threads):
-        run = _Run.prepare(config, folder, processes, observer, stop or StopRequest())
+        tokens = corpus or folder / "corpus"
+        run = _Run.prepare(config, folder, tokens, processes, observer, stop or StopRequest())
         if resume:
             run.restore()
         observer.started(config, run.step, run.num_parameters, len(run.corpus.train))
@@ -163,6 +166,7 @@ class _Run:
         cls,
         config: TextConfig,
         folder: Path,
+        tokens: Path,
         processes: Processes,
         observer: TextObserver,
         stop: StopRequest,
@@ -173,10 +177,10 @@ class _Run:
                 f"{processes.world_size} processes, got {config.batch_size}"
             )
         tokenizer = make_tokenizer(config.tokenizer)
-        corpus = open_corpus(folder / "corpus")
+        corpus = open_corpus(tokens)
         if corpus.summary["tokenizer"] != tokenizer.identity:
             raise ConfigError(
-                f"`tokenizer` must be the one that {folder / 'corpus'} was made with, "
+                f"`tokenizer` must be the one that {tokens} was made with, "
                 f"{config.tokenizer} is another; delete that folder to have it made again"
             )
         separator = corpus.separator if config.separate_documents else None
@@ -376,8 +380,8 @@ class _Run:
         ckpt.check_settings(path, state["config"], self.config)
         if state["corpus"] != self.corpus.summary:
             raise CheckpointError(
-                f"{path}: the checkpoint was trained on another corpus than {self.folder}/corpus "
-                "holds; train in another folder"
+                f"{path}: the checkpoint was trained on another corpus than is there now; train in "
+                "another folder"
             )
         text_ckpt.restore(path, self.model, self.optimizer, self.processes)
         ckpt.restore_random_state(state["random"], self.processes.device)
