@@ -603,11 +603,11 @@ def _length_extrapolation(
     overwrite: Overwrite = False,
     **settings: Any,
 ) -> None:
-    """Train small language models that differ in their mixer, and measure the loss far beyond the
-    length they were trained at; print published beside measured.
+    """Train small language models and measure their loss far beyond the training length.
 
-    Settings given here override those of the chosen size; --num-householder is that of
-    delta_product. The folder is by default householder-length-extrapolation-<size>.
+    Published is printed beside measured. Settings given here override those of the chosen size;
+    --num-householder is that of delta_product. The folder is by default
+    householder-length-extrapolation-<size>.
     """
     from householder.recipes import length_extrapolation
     from householder.train.text.observer import TextDisplay

@@ -51,6 +51,7 @@ from householder.train.config import MIXER_TITLES, takes_several
 from householder.train.errors import CheckpointError, ConfigError, Interrupted, OutputError
 from householder.train.interrupt import StopRequest
 from householder.train.plot import COLORS, FAINT, INK, to_png
+from householder.train.progress import abbreviate
 from householder.train.settings import (
     Settings,
     check_names,
@@ -628,21 +629,20 @@ def published_beside_measured(found: Sequence[Extrapolated]) -> Table:
         title_justify="left",
     )
     table.add_column("model")
-    for heading in ("params", "published", "growth", "measured", "growth", "training"):
+    for heading in ("params", "published", "measured", "training"):
         table.add_column(heading, justify="right")
     for run in found:
         mixer, number = run.config.pattern, run.config.num_householder
         numbers = PUBLISHED.get((mixer, number))
-        published, growth = PUBLISHED_IN_WORDS.get(mixer, "not published"), ""
+        published = PUBLISHED_IN_WORDS.get(mixer, "not published")
         if numbers is not None:
-            published, growth = f"{numbers[0]} → {numbers[1]}", f"{numbers[1] - numbers[0]:+.2f}"
+            published = f"{numbers[0]} → {numbers[1]} ({numbers[1] - numbers[0]:+.2f})"
+        growth = run.at_end - run.at_training_length
         table.add_row(
             run_title(run.config),
-            f"{run.num_parameters:,}",
+            abbreviate(run.num_parameters),
             published,
-            growth,
-            f"{run.at_training_length:.3f} → {run.at_end:.3f}",
-            f"{run.at_end - run.at_training_length:+.3f}",
+            f"{run.at_training_length:.3f} → {run.at_end:.3f} ({growth:+.3f})",
             f"{run.seconds:.0f} s",
         )
     return table

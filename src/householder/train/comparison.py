@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def shared(self) -> TrainConfig:
-        """A run whose settings, but for what is compared, were asked for: a recurrent one if any is."""
+        """The run that has every setting that was asked for: a recurrent one if there is one."""
         recurrent = [config for config in self.configs if config.mixer in MIXERS]
         return (recurrent or self.configs)[0]
 

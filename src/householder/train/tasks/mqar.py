@@ -76,6 +76,7 @@ class MultiQueryAssociativeRecall(Task):
         self.num_classes = vocab_size
         self.chance = 1 / (vocab_size // 2)
         self.min_length = 4 * num_pairs
+        self.num_supervised = num_pairs
 
     def _generate(self, num: int, length: int, generator: torch.Generator) -> Batch:
         if length % 2:
