@@ -90,7 +90,7 @@ def test_settings():
         "PaTH-FoX",
         "RoPE",
     ]
-    assert {config.context for config in models.configs} == {4096}
+    assert {config.context for config in models.configs} == {2048}
     # Documents see one another, as they do in the evaluation.
     assert not any(config.separate_documents for config in models.configs)
     assert recipe.Extrapolation.from_settings(models.settings()) == models

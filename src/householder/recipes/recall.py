@@ -199,11 +199,8 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
     for title in sorted(curves, key=lambda title: ends[title]):
         widths = sorted(curves[title])
         heights = [curves[title][width].at_training_length for width in widths]
-        axes.plot(
-            *(widths, heights),
-            **{"color": colors[title], "linewidth": 2.4, "marker": "o", "markersize": 5},
-            clip_on=False,
-        )
+        (line,) = axes.plot(widths, heights, color=colors[title], linewidth=2.4, clip_on=False)
+        line.set(marker="o", markersize=5)
         height = max(ends[title], height + 0.07)
         axes.annotate(
             f"{title}  ({ends[title]:.1%})",

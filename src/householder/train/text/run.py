@@ -18,6 +18,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,10 @@ class _Run:
         model.to(processes.device).train()
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
+        if config.compile and not processes.several:
+            # Block by block: one of each kind is compiled, and serves all layers of that kind.
+            for block in model.blocks():
+                block.compile()
         processes.shard(model)
         optimizer = make_optimizer(model, config)
         bad_step = torch.zeros((), dtype=torch.int64, device=processes.device)
@@ -219,7 +224,9 @@ class _Run:
     def train(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
-        loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
+        loss_of: Any = self.model.loss
+        if config.compile and self.processes.several:
+            loss_of = torch.compile(loss_of)
         self.watch.start()
         while self.step < config.steps:
             loss, grad_norm = self._update(loss_of)
@@ -319,7 +326,7 @@ class _Run:
                 self.observer.sampled(self.step, self._sample())
 
     def _perplexities(self, contexts: tuple[int, ...]) -> list[Perplexity]:
-        with self._autocast():
+        with self._autocast(), not_compiled():
             return evaluate_text(
                 self.model,
                 self.corpus.validation,
@@ -334,7 +341,7 @@ class _Run:
         training = self.model.training
         self.model.eval()
         try:
-            with self._autocast():
+            with self._autocast(), not_compiled():
                 tokens = sample_tokens(
                     self.model,
                     prompt,
@@ -416,6 +423,14 @@ class _Run:
         raise Interrupted(
             f"{self.stop.name} at step {self.step}; saved; continue with --resume", signum
         )
+
+
+def not_compiled() -> AbstractContextManager[object]:
+    """Return the context in which compiled blocks run as they are written.
+
+    Other lengths than those of training would be compiled anew, for longer than they run.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def write_model(
