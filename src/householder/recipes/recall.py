@@ -192,16 +192,15 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
     curves = _by_mixer(found)
-    height = -1.0
     ends = {title: next(iter(runs.values())).at_training_length for title, runs in curves.items()}
     colors = dict(zip(curves, cycle(COLORS), strict=False))
-    # Named at their narrow end, where they differ most, and moved apart where they would touch.
-    for title in sorted(curves, key=lambda title: ends[title]):
+    heights_of_names = _apart(list(ends.values()), 0.07)
+    # Named at their narrow end, where they differ most.
+    for title, height in zip(curves, heights_of_names, strict=True):
         widths = sorted(curves[title])
         heights = [curves[title][width].at_training_length for width in widths]
         (line,) = axes.plot(widths, heights, color=colors[title], linewidth=2.4, clip_on=False)
         line.set(marker="o", markersize=5)
-        height = max(ends[title], height + 0.07)
         axes.annotate(
             f"{title}  ({ends[title]:.1%})",
             (widths[0], height),
@@ -237,6 +236,23 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
     axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+def _apart(heights: Sequence[float], distance: float) -> list[float]:
+    """Return heights from 0 to 1 moved until neighbours are a distance apart.
+
+    Examples:
+        >>> [round(height, 2) for height in _apart([1.0, 0.5, 0.99, 0.5], 0.1)]
+        [1.0, 0.6, 0.9, 0.5]
+    """
+    order = sorted(range(len(heights)), key=lambda i: (heights[i], -i))
+    moved, lowest = list(heights), -distance
+    for i in order:
+        moved[i] = lowest = max(heights[i], lowest + distance)
+    highest = 1 + distance
+    for i in reversed(order):
+        moved[i] = highest = min(moved[i], highest - distance)
+    return moved
 
 
 def _pairs(config: TrainConfig) -> int:
