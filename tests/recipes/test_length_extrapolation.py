@@ -122,7 +122,8 @@ def test_the_losses_are_the_models_on_held_out_windows(done):
         "rotary-attention",
     ]
     held_out = open_corpus(folder / "corpus").validation
-    windows = circular_windows(held_out, 64, 5)
+    # Five of them half a context apart would make a shorter circle than a sequence.
+    windows = circular_windows(held_out[:65], 64, 5)
     model = load_causal_lm(folder / "delta-product-N3" / "model")
     expected = token_losses(model, windows).double().mean(0)
     np.testing.assert_allclose(found[2].losses, expected.numpy(), rtol=1e-5)
@@ -137,6 +138,16 @@ def test_windows_lie_evenly_on_a_circle():
     # Over three positions, the distance of the windows, each token is met once.
     for first in (0, 3, 6):
         assert sorted(windows[:, first : first + 3].ravel()) == list(range(12))
+
+
+def test_early_and_late_positions_are_measured_on_the_same_text():
+    evaluation = recipe.EvaluationConfig(eval_length=64, eval_windows=10)
+    windows = recipe.evaluation_windows(np.arange(1000), 16, evaluation)
+    assert windows.shape == (10, 65)
+    for first in range(0, 64, 8):
+        assert sorted(windows[:, first : first + 8].ravel()) == list(range(80))
+    few = recipe.evaluation_windows(np.arange(70), 16, evaluation)
+    assert few.max() == 69
 
 
 def test_files_table_and_picture(done):

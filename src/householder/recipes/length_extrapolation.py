@@ -7,9 +7,9 @@ positions explodes, with PaTH it grows, with PaTH's forget gates (PaTH-FoX) it d
 
 Here: models of some 30 million parameters on the bytes of source code, by default the standard
 library of the Python that runs. Files stand one behind the other in one stream, in training as in
-the evaluation, whose sequences are longer than most files. The held-out stream is closed to a
-circle, and the evaluated sequences begin at equal distances around it, so that early and late
-positions are measured on the same text.
+the evaluation, whose sequences are longer than most files. Held-out text is closed to a circle, and
+the evaluated sequences begin around it at distances of half the training length, so that the
+last half of the training length and any half beyond it are measured on the same text.
 
 <out>/config.toml        the settings
 <out>/corpus/            the text as tokens
@@ -129,7 +129,7 @@ _CPU: dict[str, Any] = {
     "log_interval": 10,
     "checkpoint_interval": 100,
     "eval_length": 2048,
-    "eval_windows": 64,
+    "eval_windows": 512,
 }
 
 CONFIG_FILE = "config.toml"
@@ -146,7 +146,7 @@ class EvaluationConfig(Settings):
     )
     eval_windows: int = setting(
         128,
-        "How many of them, spread evenly over the held-out text.",
+        "How many of them, half a context apart.",
         section="Evaluation",
         at_least=1,
     )
@@ -393,12 +393,31 @@ def losses_by_position(
                 stop.signum,
             )
 
-    windows = circular_windows(held_out, evaluation.eval_length, evaluation.eval_windows)
     device, config = result.model.head_weight.device, result.config
+    windows = evaluation_windows(held_out, config.context, evaluation)
     enabled = config.dtype == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled), not_compiled():
         losses = token_losses(result.model, windows, check=check)
     return losses.double().mean(dim=0).float().numpy()
+
+
+def evaluation_windows(
+    held_out: Any, context: int, evaluation: EvaluationConfig
+) -> np.ndarray[Any, Any]:
+    """Return the sequences to evaluate, `[eval_windows, eval_length + 1]`.
+
+    They begin half a context apart around a circle of the first held-out tokens. The circle is no
+    longer than the text and no shorter than a sequence, which must not meet itself; the distance is
+    then what comes of it.
+
+    Args:
+        held_out: tokens, more than eval_length.
+        context: the training length.
+        evaluation: how long the sequences are and how many.
+    """
+    wanted = evaluation.eval_windows * (context // 2)
+    circle = max(evaluation.eval_length + 1, min(len(held_out), wanted))
+    return circular_windows(held_out[:circle], evaluation.eval_length, evaluation.eval_windows)
 
 
 def _npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
@@ -556,11 +575,11 @@ def binned(losses: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
 
 
 def losses_figure(found: Sequence[Extrapolated]) -> Figure:
-    """Draw the loss by position, means over an eighth of the training length, one curve a model."""
+    """Draw the loss by position, means over a quarter of the training length, one curve a model."""
     from matplotlib.figure import Figure
 
     config, length = found[0].config, len(found[0].losses)
-    size = max(1, config.context // 8)
+    size = max(1, config.context // 4)
     figure = Figure(figsize=(8.4, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(0, config.context, color="#f4f4f4", linewidth=0, zorder=0)
@@ -572,11 +591,12 @@ def losses_figure(found: Sequence[Extrapolated]) -> Figure:
     apart = (high - low) / 17
     middles = np.minimum(np.arange(len(curves[0])) * size + size / 2, length)
     height = -np.inf
-    colors = dict(zip(map(run_name, (r.config for r in found)), cycle(COLORS), strict=False))
+    colors = dict(
+        zip(map(run_name, (r.config for r in found)), cycle((*COLORS, INK)), strict=False)
+    )
     for run, curve in sorted(zip(found, curves, strict=True), key=lambda x: x[0].at_end):
         color = colors[run_name(run.config)]
-        dashes = "--" if list(colors).index(run_name(run.config)) >= len(COLORS) else "-"
-        axes.plot(middles, curve, color=color, linewidth=2, linestyle=dashes, zorder=3)
+        axes.plot(middles, curve, color=color, linewidth=2, zorder=3)
         height = max(min(run.at_end, high), height + apart)
         axes.annotate(
             f"{run_title(run.config)}  ({run.at_end:.2f})",

@@ -25,7 +25,7 @@ class MultiQueryAssociativeRecall(Task):
         power: the exponent a of the gap distribution, > 0.
         random_filler: fill the places between queries with uniform tokens of the whole vocabulary
             instead of 0.
-        min_length: draw each sequence's length uniformly from the even numbers of `min_length` to L,
+        min_length: draw each sequence's length uniformly from the even numbers from it to L,
             with pairs in proportion to it, at least one; the places behind its end are filled as
             those between queries. `None` for length L and N pairs throughout. With long lists alone
             it takes long until anything is learnt.
