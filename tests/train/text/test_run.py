@@ -269,3 +269,21 @@ def test_two_processes_train_as_one_and_one_resumes_them(texts, tmp_path):
     (tmp_path / "begun" / "checkpoints" / steps[1]).rmdir()
     train(texts, tmp_path / "begun", resume=True, checkpoint_interval=4)
     assert losses(tmp_path / "begun") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+# Dynamo looks at every tensor's gradient, also where there is none to look at.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_learn_the_same(texts, tmp_path, monkeypatch):
+    compile_, compiled = torch.nn.Module.compile, []
+
+    def by_dynamo_alone(module):
+        compiled.append(type(module).__name__)
+        compile_(module, backend="eager", fullgraph=True)
+
+    # The compiler behind it takes a minute, and is PyTorch's affair.
+    monkeypatch.setattr(torch.nn.Module, "compile", by_dynamo_alone)
+    plain = train(texts, tmp_path / "plain", steps=3, separate_documents=False)
+    found = train(texts, tmp_path / "compiled", steps=3, separate_documents=False, compile=True)
+    assert compiled == ["Block", "Block"]
+    assert_same_run(tmp_path / "plain", tmp_path / "compiled")
+    assert found.perplexities == plain.perplexities
