@@ -3,6 +3,7 @@
 from householder.models.block import Block, SwiGLU
 from householder.models.causal_lm import CausalLM
 from householder.models.causal_lm_config import PRESETS, CausalLMConfig
+from householder.models.generation import Decoder
 from householder.models.loss import linear_cross_entropy
 from householder.models.pretrained import load_causal_lm, save_causal_lm
 from householder.models.sequence_tagger import SequenceTagger, SequenceTaggerConfig
@@ -12,6 +13,7 @@ __all__ = [
     "Block",
     "CausalLM",
     "CausalLMConfig",
+    "Decoder",
     "SequenceTagger",
     "SequenceTaggerConfig",
     "SwiGLU",

@@ -163,5 +163,9 @@ class Block(nn.Module):
         mixed, new_state = self.mixer.step(self.mixer_norm(x), state)
         return self._add_mlp(x + mixed), new_state
 
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """Run the block on one token, changing a state from the mixer's `reserve` in place."""
+        return self._add_mlp(x + self.mixer.step_(self.mixer_norm(x), state))
+
     def _add_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.mlp_norm(x))

@@ -346,6 +346,41 @@ class DeltaProductMixer(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
+        return self._step(x, state, inplace=False)
+
+    def reserve(self, state: MixerState, num_tokens: int) -> MixerState:
+        """Return a state that `step_` can change, using this one up.
+
+        Args:
+            state: after the tokens so far, from `init_state`, `forward` or `step`.
+            num_tokens: in all, that there must be room for; a state of this mixer has always room.
+        """
+        check_positive_int(f"{type(self).__name__}.reserve", "num_tokens", num_tokens)
+        conv = None if state.conv is None else tuple(x.contiguous() for x in state.conv)
+        return MixerState(state.matrix.contiguous(), conv)  # type: ignore[arg-type]
+
+    def step_(self, x: Tensor, state: MixerState) -> Tensor:
+        """Mix one more token of each sequence and change the state in place, without gradients.
+
+        Its memory stays where it is, so that a CUDA graph of the call can be replayed.
+
+        Args:
+            x: `[B, d_model]`.
+            state: from `reserve`.
+
+        Returns:
+            y: `[B, d_model]`.
+
+        Raises:
+            ValueError: a shape does not fit.
+            NotImplementedError: gradients are on.
+        """
+        y, new_state = self._step(x, state, inplace=True)
+        for held, new in zip(state.conv or (), new_state.conv or (), strict=True):
+            held.copy_(new)
+        return y
+
+    def _step(self, x: Tensor, state: MixerState, inplace: bool) -> tuple[Tensor, MixerState]:
         if x.dim() != 2:
             raise ValueError(
                 f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
@@ -362,6 +397,7 @@ class DeltaProductMixer(nn.Module):
             self._beta_logits(x).squeeze(1),
             None if a is None else a.squeeze(1),
             state=state.matrix,
+            inplace=inplace,
             **self._activations(),
         )
         return self._output(o.unsqueeze(1), x).squeeze(1), MixerState(matrix, conv)
