@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from householder.models.causal_lm_config import SLIDING_WINDOW, CausalLMConfig
 from householder.models.generation import generate
-from householder.models.loss import linear_cross_entropy
 from householder.models.stack import BlockStack
 from householder.nn import MIXERS
 from householder.nn.initialization import init_weight
+from householder.ops import linear_cross_entropy
 
 
 class CausalLM(BlockStack):
