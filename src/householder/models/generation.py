@@ -30,7 +30,7 @@ class Decoder:
         max_new_tokens: how many tokens there must be room for behind them.
         mask: bool `[B, T]`, False for what fills rows up in front; None where nothing does.
         graph: capture a CUDA graph. None does where that is possible: on a GPU, outside of
-            autocast, and with PaTH layers of a size that has kernels.
+            autocast, with whole parameters, and with PaTH layers of a size that has kernels.
 
     Attributes:
         logits: `[B, vocab_size]` after the last token. The next step may overwrite them.
@@ -67,8 +67,8 @@ class Decoder:
                 f"Decoder: `tokens` must be [B, T] with a token at least, got shape "
                 f"{list(tokens.shape)}; begin with one"
             )
-        hidden, states = model.hidden(tokens, mask=mask, return_states=True)
         self._model = model
+        hidden, states = model.hidden(tokens, mask=mask, return_states=True)
         self._states = model.reserve(states, tokens.shape[1] + max_new_tokens)
         self.logits: Tensor = model.logits(hidden[:, -1])
         self._room = max_new_tokens
@@ -134,6 +134,8 @@ class Decoder:
     def _why_no_graph(self) -> str | None:
         if not self._tokens.is_cuda:
             return f"it needs a CUDA device, and the model is on {self._tokens.device}"
+        if any(hasattr(parameter, "device_mesh") for parameter in self._model.parameters()):
+            return "the parameters are divided among processes, which exchange them at each step"
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on, whose copies of weights do not outlive it"
         if not all(state.cache.has_kernels for state in self._path_states()):

@@ -91,7 +91,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, *_, ctx.save, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        # One that needs a gradient, so that the gradient depends on it and one more is refused;
+        # the weight rather than x, which nobody else may be holding.
+        ctx.save_for_backward(*output[1:], weight if ctx.save[1] else x)
         ctx.dtypes = x.dtype, weight.dtype
 
     @staticmethod
@@ -111,6 +113,7 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
         dx: Tensor,
         dweight: Tensor,
         count: Tensor,
+        source: Tensor,
         x_dtype: torch.dtype,
         weight_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:

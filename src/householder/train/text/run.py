@@ -215,7 +215,12 @@ class _Run:
     def train(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
-        loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
+        loss_of = self.model.loss
+        if config.compile and self.processes.several:
+            loss_of = torch.compile(loss_of)  # around what gathers the parameters
+        elif config.compile:
+            # Some layers read the bounds of packed documents.
+            self.model.compile_blocks(fullgraph=False)
         self.watch.start()
         while self.step < config.steps:
             loss, grad_norm = self._update(loss_of)
@@ -315,7 +320,7 @@ class _Run:
                 self.observer.sampled(self.step, self._sample())
 
     def _perplexities(self, contexts: tuple[int, ...]) -> list[Perplexity]:
-        with self._autocast():
+        with self._autocast(), _uncompiled():
             return evaluate_text(
                 self.model,
                 self.corpus.validation,
@@ -330,7 +335,7 @@ class _Run:
         training = self.model.training
         self.model.eval()
         try:
-            with self._autocast():
+            with self._autocast(), _uncompiled():
                 tokens = sample_tokens(
                     self.model,
                     prompt,
@@ -412,6 +417,11 @@ class _Run:
         raise Interrupted(
             f"{self.stop.name} at step {self.step}; saved; continue with --resume", signum
         )
+
+
+def _uncompiled() -> Any:
+    """Run compiled blocks as they are written: other lengths would each be compiled for."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def write_model(
