@@ -10,7 +10,7 @@ from torch import Tensor
 from householder.ops._triton import addressable, on_its_device, power_of_two
 
 # Tokens and channels of a tile, and tiles that one program sums the weight's gradient over.
-TOKENS, CHANNELS, TILES, WARPS = 32, 128, 8, 4
+TOKENS, CHANNELS, TILES, WARPS = 16, 128, 16, 4
 
 
 @triton.jit
