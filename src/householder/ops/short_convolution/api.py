@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -152,7 +154,7 @@ def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     return token - cu_seqlens[sequence]
 
 
-def _check(op: str, tensors: dict[str, Tensor | None]) -> None:
+def _check(op: str, tensors: Mapping[str, Tensor | None]) -> None:
     for name, x in tensors.items():
         if x is not None or name != "history":
             _checks.check_tensor(op, name, x)
