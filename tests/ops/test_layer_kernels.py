@@ -1,4 +1,4 @@
-"""`short_convolution` and `gated_rms_norm`: their kernels beside their definitions.
+"""`short_convolution`, `gated_rms_norm` and `swiglu`: kernels beside their definitions.
 
 As a script, in a process where Triton interprets, it runs the kernels on the CPU in float32; on a
 GPU the tests run them in every dtype.
@@ -15,7 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from householder.ops import gated_rms_norm, short_convolution, short_convolution_step_
+from householder.ops import (
+    gated_rms_norm,
+    short_convolution,
+    short_convolution_step_,
+    swiglu,
+)
 from householder.ops._dispatch import INTERPRETING
 from householder.testing import assert_as_accurate
 
@@ -31,6 +36,7 @@ CONVOLUTIONS = {
     "several parts of the weight's gradient": ((1, 270, 4, 4), None, True),
 }
 NORMS = {"narrow": (2, 3, 5), "heads": (20, 128), "one": (3, 1), "wide": (2, 300)}
+GATED = {"few": (2, 3, 5), "more than a block": (3, 1001)}
 
 
 def convolution(name, dtype, device):
@@ -59,6 +65,15 @@ def norm(name, dtype, device):
     )
     weight = torch.rand(shape[-1], generator=generator).to(device) + 0.5
     return gated_rms_norm, [x, gate, weight], {}, dy
+
+
+def gated(name, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    gate, up, dy = (
+        torch.randn(GATED[name], generator=generator, dtype=torch.float64).to(device, dtype)
+        for _ in range(3)
+    )
+    return swiglu, [gate, up], {}, dy
 
 
 def differentiate(function, tensors, options, dy, impl, dtype=None):
@@ -94,6 +109,7 @@ def check_transforms(device):
     for function, tensors, options, _ in (
         convolution("three wide", torch.float32, device),
         norm("heads", torch.float32, device),
+        gated("few", torch.float32, device),
     ):
 
         def loss(*leaves, function=function, options=options, impl="triton"):
@@ -113,10 +129,8 @@ def check_transforms(device):
 
 
 def check_second_order(device):
-    for problem in (
-        convolution("silu", torch.float32, device),
-        norm("heads", torch.float32, device),
-    ):
+    for make, name in ((convolution, "silu"), (norm, "heads"), (gated, "few")):
+        problem = make(name, torch.float32, device)
         function, (x, *rest), options, _ = problem
         x.requires_grad_()
         y = function(x, *rest, impl="triton", **options)
@@ -191,6 +205,7 @@ def compute() -> dict[str, str]:
         name: lambda make=make, n=n: check(make(n, torch.float32, "cpu"))
         for name, (make, n) in checks.items()
     }
+    jobs |= {f"gated, {n}": lambda n=n: check(gated(n, torch.float32, "cpu")) for n in GATED}
     jobs["step"] = lambda: check_step(torch.float32, "cpu")
     jobs["transforms"] = lambda: check_transforms("cpu")
     jobs["second order"] = lambda: check_second_order("cpu")
@@ -215,9 +230,9 @@ def test_interpreted_kernels_are_as_accurate_as_the_definitions():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *NORMS])
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *NORMS, *GATED])
 def test_kernels_are_as_accurate_as_the_definitions(name, dtype):
-    make = convolution if name in CONVOLUTIONS else norm
+    make = convolution if name in CONVOLUTIONS else norm if name in NORMS else gated
     check(make(name, dtype, "cuda"))
 
 

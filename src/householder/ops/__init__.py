@@ -6,6 +6,7 @@ from householder.ops.householder_product import householder_frame, householder_p
 from householder.ops.linear_cross_entropy import linear_cross_entropy
 from householder.ops.path_attention import PathCache, path_attention
 from householder.ops.short_convolution import short_convolution, short_convolution_step_
+from householder.ops.swiglu import swiglu
 
 __all__ = [
     "PathCache",
@@ -18,4 +19,5 @@ __all__ = [
     "path_attention",
     "short_convolution",
     "short_convolution_step_",
+    "swiglu",
 ]
