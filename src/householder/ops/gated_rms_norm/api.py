@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from householder.ops import _checks
@@ -26,7 +27,8 @@ def gated_rms_norm(
         eps: added to the mean square.
         impl: `"triton"` (a GPU kernel, for float32, bfloat16 and float16, D ≤ 2048), `"reference"`
             (PyTorch), or `"auto"`, which is `"triton"` on a CUDA device for what the kernel takes,
-            and `"reference"` otherwise.
+            and `"reference"` otherwise and under `torch.compile`, which fuses it with what is around
+            it.
 
     Returns:
         y `[..., D]` in the dtype of `x`.
@@ -51,6 +53,8 @@ def gated_rms_norm(
     """
     op = "gated_rms_norm"
     check_impl(op, impl, IMPLS)
+    if impl == "auto" and torch.compiler.is_compiling():
+        impl = "reference"
     tensors = {"x": x, "gate": gate, "weight": weight}
     for name, tensor in tensors.items():
         _checks.check_tensor(op, name, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from householder.ops import _checks
@@ -21,7 +22,7 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
         impl: `"triton"` (a GPU kernel that computes in float32 and keeps nothing but its inputs for
             the gradient, for float32, bfloat16 and float16), `"reference"` (PyTorch), or `"auto"`,
             which is `"triton"` on a CUDA device for what the kernel takes, and `"reference"`
-            otherwise.
+            otherwise and under `torch.compile`, which fuses it with what is around it.
 
     Returns:
         y, shaped as they are, in their dtype.
@@ -45,6 +46,8 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     """
     op = "swiglu"
     check_impl(op, impl, IMPLS)
+    if impl == "auto" and torch.compiler.is_compiling():
+        impl = "reference"
     tensors = {"gate": gate, "up": up}
     for name, x in tensors.items():
         _checks.check_tensor(op, name, x)
