@@ -128,6 +128,25 @@ def check_transforms(device):
             torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+def check_registration(device):
+    """Let PyTorch compare the ops with their schemas and fakes, strides included."""
+    ops = torch.ops.householder
+    _, (x, weight, history), _, dy = convolution("three wide", torch.float32, device)
+    _, (y, gate, scale), _, dnormed = norm("narrow", torch.float32, device)
+    _, hidden, _, dgated = gated("few", torch.float32, device)
+    for op, args in (
+        (ops.short_convolution, (x, weight, history, None, True)),
+        (ops.short_convolution_backward, (dy, x, weight, history, None, True)),
+        (ops.short_convolution_backward, (dy, x, weight, None, None, False)),
+        (ops.short_convolution_step_, (x[:, 0], weight, history, True)),
+        (ops.gated_rms_norm, (y, gate, scale, 1e-5)),
+        (ops.gated_rms_norm_backward, (dnormed, y, gate, scale, 1e-5)),
+        (ops.swiglu, hidden),
+        (ops.swiglu_backward, (dgated, *hidden)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def check_second_order(device):
     for make, name in ((convolution, "silu"), (norm, "heads"), (gated, "few")):
         problem = make(name, torch.float32, device)
@@ -208,6 +227,7 @@ def compute() -> dict[str, str]:
     jobs |= {f"gated, {n}": lambda n=n: check(gated(n, torch.float32, "cpu")) for n in GATED}
     jobs["step"] = lambda: check_step(torch.float32, "cpu")
     jobs["transforms"] = lambda: check_transforms("cpu")
+    jobs["registration"] = lambda: check_registration("cpu")
     jobs["second order"] = lambda: check_second_order("cpu")
     broken = {}
     for name, job in jobs.items():
@@ -251,18 +271,16 @@ def test_function_transforms_on_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [convolution, norm])
-def test_registered_ops_on_a_gpu(make):
+def test_kernels_repeat(make):
     name = "silu" if make is convolution else "heads"
     function, tensors, options, dy = make(name, torch.bfloat16, "cuda")
     first, second = (differentiate(function, tensors, options, dy, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    ops = torch.ops.householder
-    if make is convolution:
-        torch.library.opcheck(ops.short_convolution.default, (*tensors, None, None, True))
-        token, state = tensors[0][:, 0], torch.zeros(2, 3, 10, device="cuda").bfloat16()
-        torch.library.opcheck(ops.short_convolution_step_.default, (token, tensors[1], state, True))
-    else:
-        torch.library.opcheck(ops.gated_rms_norm.default, (*tensors, 1e-5))
+
+
+@pytest.mark.gpu
+def test_ops_are_registered_as_pytorch_wants_them_on_a_gpu():
+    check_registration("cuda")
 
 
 if __name__ == "__main__":

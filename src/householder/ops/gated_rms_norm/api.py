@@ -27,8 +27,7 @@ def gated_rms_norm(
         eps: added to the mean square.
         impl: `"triton"` (a GPU kernel, for float32, bfloat16 and float16, D ≤ 2048), `"reference"`
             (PyTorch), or `"auto"`, which is `"triton"` on a CUDA device for what the kernel takes,
-            and `"reference"` otherwise and under `torch.compile`, which fuses it with what is around
-            it.
+            and `"reference"` otherwise and under `torch.compile`, which fuses it with the rest.
 
     Returns:
         y `[..., D]` in the dtype of `x`.

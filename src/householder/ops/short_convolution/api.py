@@ -41,9 +41,9 @@ def short_convolution(
         cu_seqlens: int32 `[S + 1]`, where the packed sequences begin and end; they do not see one
             another.
         silu: y ← y · σ(y).
-        impl: `"triton"` (GPU kernels, for float32, bfloat16 and float16), `"reference"` (shifted
-            multiply-adds in PyTorch), or `"auto"`, which is `"triton"` on a CUDA device for what
-            the kernels take, and `"reference"` otherwise.
+        impl: `"triton"` (GPU kernels, for float32, bfloat16 and float16, W ≤ 4), `"reference"`
+            (shifted multiply-adds in PyTorch), or `"auto"`, which is `"triton"` on a CUDA device
+            for what the kernels take, and `"reference"` otherwise.
 
     Returns:
         y `[B, T, D]` in the dtype of `x`.

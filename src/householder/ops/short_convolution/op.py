@@ -17,10 +17,15 @@ from householder.ops._dispatch import (
     with_signature,
 )
 
+# How many tokens an output sees in the Triton kernels.
+TRITON_MAX_WIDTH = 4
 
-def why_not_triton(**tensors: Tensor | None) -> str | None:
+
+def why_not_triton(weight: Tensor, **others: Tensor | None) -> str | None:
     """Return why the Triton form cannot take these inputs, or None if it can."""
-    return _dispatch.why_not_triton(tensors, {})
+    if weight.shape[-1] > TRITON_MAX_WIDTH:
+        return f"W must be at most {TRITON_MAX_WIDTH}, got {weight.shape[-1]}"
+    return _dispatch.why_not_triton({"weight": weight, **others}, {})
 
 
 def _kernels() -> Any:
