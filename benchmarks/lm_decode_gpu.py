@@ -5,7 +5,7 @@
     python benchmarks/lm_decode_gpu.py --breakdown         # and the kernels of a token
 
 The models of `lm_gpu.py` in bfloat16. A row is a whole call, greedy: a prompt of 128 tokens is read
-and 128 are written. "householder" is `CausalLM.generate`, which captures a CUDA graph on the way;
+and 64 are written. "householder" is `CausalLM.generate`, which captures a CUDA graph on the way;
 "householder-launches" the same without one; "householder-transformers" and "fla" are `generate` of
 transformers. Before it is timed, a graph's logits are compared with those of separate launches.
 """
@@ -33,7 +33,7 @@ COLUMNS = (
     "device", "torch", "commit",
 )  # fmt: skip
 VARIANTS = ("householder", "fla", "householder-launches", "householder-transformers")
-PROMPT, NEW = 128, 128
+PROMPT, NEW = 128, 64
 
 
 def generator(

@@ -229,7 +229,9 @@ def compile_share(index: int, count: int) -> None:
     Autotuner._bench = compile_only
 
 
-def compile_ahead(mixer: str, variant: str, sizes: Sizes, index: int, count: int) -> None:
+def compile_ahead(
+    mixer: str, variant: str, precision: str, sizes: Sizes, index: int, count: int
+) -> None:
     """Run steps of one layer, to fill the caches on disk."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
     os.environ["FLA_CACHE_RESULTS"] = "0"
@@ -238,12 +240,13 @@ def compile_ahead(mixer: str, variant: str, sizes: Sizes, index: int, count: int
         compile_share(index, count)
     one = dataclasses.replace(sizes, layers=1, steps=1, warmup=1)
     try:
-        measure(mixer, variant, "autocast", one, False)
+        measure(mixer, variant, precision, one, False)
         outcome = "done"
     except Exception as error:  # the measured run will say it again
         outcome = f"{type(error).__name__}: {str(error)[:200]}"
     seconds = time.perf_counter() - begun
-    print(f"ahead {mixer} {variant} {index}/{count}: {seconds:.0f} s, {outcome}", flush=True)
+    name = f"{mixer} {variant} {precision} {index}/{count}"
+    print(f"ahead {name}: {seconds:.0f} s, {outcome}", flush=True)
 
 
 def measure_all(
@@ -312,10 +315,10 @@ def main() -> None:
     if options.ahead:
         spawn = multiprocessing.get_context("spawn")
         jobs = [
-            spawn.Process(target=compile_ahead, args=(mixer, variant, sizes, i, count))
+            spawn.Process(target=compile_ahead, args=(mixer, *case, sizes, i, count))
             for mixer in options.mixers
-            for variant, count in (("fla", options.ahead), ("householder-compiled", 1))
-            if variant in variants
+            for case in cases
+            for count in [options.ahead if case[0].startswith("fla") else 1]
             for i in range(count)
         ]
         for job in jobs:
