@@ -11,7 +11,12 @@ from householder.ops import _checks
 from householder.ops._dispatch import apply, check_impl, examined, runs_triton
 from householder.ops.delta_product import reference
 from householder.ops.delta_product.activations import activate, check_activations, definition
-from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
+from householder.ops.delta_product.op import (
+    DeltaProduct,
+    delta_product_step_inplace_op,
+    delta_product_step_op,
+    why_not_triton,
+)
 from householder.ops.wy import compute_dtype
 
 IMPLS = ("triton", "chunk", "reference")
@@ -147,6 +152,7 @@ def delta_product_step(
     g: Tensor | None = None,
     *,
     state: Tensor,
+    inplace: bool = False,
     scale: float | None = None,
     qk_norm: str | None = None,
     qk_norm_eps: float = 1e-6,
@@ -167,7 +173,10 @@ def delta_product_step(
         v: values `[B, N, HV, V]`, HV a multiple of H.
         beta: coefficients `[B, N, HV]`.
         g: forget gate `[B, HV]`, natural logarithm, ≤ 0, or None.
-        state: `[B, HV, K, V]`; it is not changed.
+        state: `[B, HV, K, V]`; it is not changed, unless `inplace` is set.
+        inplace: write the new state where the old one is, in float32 or wider: no second state is
+            in memory, and a CUDA graph that has captured the call can be replayed for token after
+            token. Without gradients: use it under `torch.no_grad`.
         scale: factor on the output; `K ** -0.5` if None.
         qk_norm: as in `delta_product`, and so are the five options that follow.
         qk_norm_eps: added to the squared length.
@@ -180,13 +189,15 @@ def delta_product_step(
             gradients off for what the kernel takes, and `"reference"` otherwise.
 
     Returns:
-        o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
+        o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider; with `inplace` that is
+        `state`.
 
     Raises:
         ValueError: a shape or device does not fit, `impl` or another option is unknown, or options
             contradict one another.
         TypeError: an argument is no tensor, or is not real floating point.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on with it or
+            with `inplace`.
 
     Gradients:
         Of the reference, every order, in reverse and forward mode.
@@ -205,17 +216,18 @@ def delta_product_step(
     tensors = (q, k, v, beta, g, state, A_log, dt_bias)
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
     (qk_eps, beta_scale), use_triton, dtype = examined(
-        _KNOWN_TOKENS, _examine_token, tensors, (*options, torch.is_grad_enabled())
+        _KNOWN_TOKENS, _examine_token, tensors, (*options, inplace, torch.is_grad_enabled())
     )
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     state = state.to(dtype)
     if use_triton:
-        return delta_product_step_op(
-            q, k, v, beta, g, scale, state, A_log, dt_bias, qk_eps, beta_scale
-        )
+        args = (q, k, v, beta, g, scale, state, A_log, dt_bias, qk_eps, beta_scale)
+        if inplace:
+            return delta_product_step_inplace_op(*args), state
+        return delta_product_step_op(*args)
     q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale)
-    o, state = reference.step(q, k, v, beta, g, scale, state)
-    return o.to(v.dtype), state
+    o, new_state = reference.step(q, k, v, beta, g, scale, state)
+    return o.to(v.dtype), state.copy_(new_state) if inplace else new_state
 
 
 # What was found of calls by shapes, dtypes, devices and options: see `examined`.
@@ -265,6 +277,7 @@ def _examine_token(
     beta_activation: str | None,
     gate_activation: str | None,
     impl: str,
+    inplace: bool,
     with_gradients: bool,
 ) -> tuple[Activations, bool, torch.dtype]:
     """Check the arguments of `delta_product_step`.
@@ -292,11 +305,16 @@ def _examine_token(
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
     activations = check_activations(op, *options, g, A_log, dt_bias, HV)
     dtype = compute_dtype(q, k, v, beta, state)
+    if inplace and state.dtype != dtype:
+        raise TypeError(
+            f"{op}: `state` must be {dtype} with inplace=True, got {state.dtype}; convert it once"
+        )
     if with_gradients:
-        if impl == "triton":
+        if impl == "triton" or inplace:
+            option = "inplace=True" if inplace else 'impl="triton"'
             raise NotImplementedError(
-                f'{op}: impl="triton" has no gradients, and gradients are on; '
-                'use torch.no_grad() or impl="reference"'
+                f"{op}: {option} has no gradients, and gradients are on; "
+                'use torch.no_grad() or impl="reference", not in place'
             )
         return activations, False, dtype
     others = {"beta": beta, "g": g, "state": state.new_empty(0, dtype=dtype)}

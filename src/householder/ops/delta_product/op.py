@@ -116,6 +116,10 @@ def _step(*args: Any) -> tuple[Tensor, Tensor]:
     return _kernels("triton").step(*args)
 
 
+def _step_inplace(*args: Any) -> Tensor:
+    return _kernels("triton").step(*args, inplace=True)[0]
+
+
 def _step_fake(
     q: Tensor,
     k: Tensor,
@@ -127,6 +131,10 @@ def _step_fake(
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape[0], *v.shape[2:]), contiguous_like(state)
+
+
+def _step_inplace_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape[0], *v.shape[2:])
 
 
 _INPUTS = (
@@ -162,19 +170,29 @@ BACKWARD_OVER_U = register(
     cpu=_backward_over_u,
     cuda=_backward_over_u,
 )
+_STEP_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale"
+_STEP_OPTIONS = (
+    "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None"
+)
 STEP = register(
     "delta_product_step",
-    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, Tensor state, "
-    "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None) "
-    "-> (Tensor, Tensor)",
+    f"({_STEP_INPUTS}, Tensor state, {_STEP_OPTIONS}) -> (Tensor, Tensor)",
     fake=_step_fake,
     cpu=_step,
     cuda=_step,
+)
+STEP_INPLACE = register(
+    "delta_product_step_",
+    f"({_STEP_INPUTS}, Tensor(a!) state, {_STEP_OPTIONS}) -> Tensor",
+    fake=_step_inplace_fake,
+    cpu=_step_inplace,
+    cuda=_step_inplace,
 )
 delta_product_op = torch.ops.householder.delta_product.default
 delta_product_backward_op = torch.ops.householder.delta_product_backward.default
 delta_product_backward_over_u_op = torch.ops.householder.delta_product_backward_over_u.default
 delta_product_step_op = torch.ops.householder.delta_product_step.default
+delta_product_step_inplace_op = torch.ops.householder.delta_product_step_.default
 
 
 def _may_overwrite_u(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> bool:

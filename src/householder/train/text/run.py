@@ -189,9 +189,7 @@ class _Run:
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
         if config.compile and not processes.several:
-            # Block by block: one of each kind is compiled, and serves all layers of that kind.
-            for block in model.blocks():
-                block.compile()
+            model.compile_blocks(fullgraph=False)  # some read the bounds of packed documents
         processes.shard(model)
         optimizer = make_optimizer(model, config)
         bad_step = torch.zeros((), dtype=torch.int64, device=processes.device)
@@ -222,9 +220,9 @@ class _Run:
     def train(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
-        loss_of: Any = self.model.loss
+        loss_of = self.model.loss
         if config.compile and self.processes.several:
-            loss_of = torch.compile(loss_of)
+            loss_of = torch.compile(loss_of)  # around what gathers the parameters
         self.watch.start()
         while self.step < config.steps:
             loss, grad_norm = self._update(loss_of)
