@@ -89,6 +89,14 @@ class PathCache:
         """How many tokens of each sequence are held."""
         return [old + recent for old, recent in zip(self._old, self._recent, strict=True)]
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether single tokens run on kernels, which a CUDA graph can capture.
+
+        Known from the first append on; before it False.
+        """
+        return self._store is not None and self._store.has_kernels()
+
     def append(
         self,
         q: Tensor,
@@ -341,6 +349,8 @@ class PathCache:
         options = (scale, sinks, window, self._counts, appended, max(self._old))
         o = store.decode(q, k, v, w, beta, g, *options)
         self._count(store, new)
+        if not self._counts_known:
+            self._tell_counts(q.device)  # now, so that the next append can be captured
         return o
 
     def _capture(
