@@ -161,7 +161,7 @@ def decode(
     )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
         parts, tops, sinks, counts, new, o, B, H, N, num_parts,
-        G=G, V=V, BV=BV, PARTS=(1 << 13) // BV, SPAN=SPAN, BLOCK=BLOCK,
+        G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
         WITH_SINKS=sinks is not None, OVERLAP=overlap, num_warps=4, **early,
     )  # fmt: skip
     return o

@@ -9,6 +9,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from householder.ops._triton import cast_operand, dot, dot_add
 from householder.ops.path_attention.cache.triton.fetch import fetch_to_l2
 
+# Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
+NOT_SPECIAL = ["B", "H", "N", "num_queries", "num_parts", "room"]
+
 
 @triton.jit
 def weigh(weights, values, acc, PRECISION: tl.constexpr):
