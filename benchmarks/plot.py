@@ -213,28 +213,37 @@ def a5_attention() -> None:
 
 
 def decoding() -> None:
-    """Time of a decoded token against the cache's length, and the drift of decoded outputs."""
+    """Time of decoded tokens against those before and their number, and the outputs' drift."""
     if not (RESULTS / "decoding-gpu.csv").exists():
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    curves: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    single: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
+    several: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
     for row in read("decoding-gpu.csv"):
-        curves[int(row["B"]), row["variant"]][int(row["T"])] = float(row["us"])
-    for (B, variant), times in sorted(curves.items()):
-        ours = variant == "householder"
-        left.plot(
-            *zip(*sorted(times.items()), strict=True),
-            marker="o",
-            label=f"{'path_attention' if ours else variant}, B = {B}",
-            color="C0" if B == 1 else "C1",
-            linestyle="-" if ours else "--",
-        )
-    left.set_xscale("log", base=2)
-    left.set_yscale("log")
+        curve, us = (int(row["B"]), row["variant"]), float(row["us"])
+        if row["N"] == "1":
+            single[curve][int(row["T"])] = us
+        if row["T"] == "4096":
+            several[curve][int(row["N"])] = us
+    for axes, curves in ((left, single), (middle, several)):
+        for (B, variant), times in sorted(curves.items()):
+            ours = variant == "householder"
+            axes.plot(
+                *zip(*sorted(times.items()), strict=True),
+                marker="o",
+                label=f"{'path_attention' if ours else variant}, B = {B}",
+                color="C0" if B == 1 else "C1",
+                linestyle="-" if ours else "--",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_ylabel("µs")
     left.set_xlabel("tokens in the cache")
-    left.set_ylabel("µs per token")
     left.set_title("One token, H = 16, K = 128, bfloat16, H200", loc="left")
     finish(left)
+    middle.set_xlabel("new tokens")
+    middle.set_title("Several tokens after 4,096", loc="left")
+    finish(middle)
     names = {
         "decoded": "one by one",
         "prefilled": "after a prefill",

@@ -35,6 +35,8 @@ TILE, STAGES, ATTEND_WARPS, ATTEND_REGS = 32, 3, 4, 128
 # Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
 # programs that can wait at a time.
 FETCHED = 25 << 20
+# Programs of `attend` that an H200 holds at a time with all the registers they ask for.
+FILLED = 396
 # Keys of the smallest block, as in the store.
 BLOCK = 64
 LOG2_E = 1.4426950408889634
@@ -115,6 +117,8 @@ def decode(
     # More queries at a time would not fit the registers.
     wide = max(BK, BV) > 128
     BG = power_of_two(N * G, most=16 if wide else 64)
+    # Whether programs wait for one another: more of them then have to fit a multiprocessor.
+    many = B * H * num_parts > FILLED
     chunks, chunks_of_16 = -(-N * G // BG), -(-N * G // 16)
     fetched = FETCHED // (2 * B * H * chunks * num_parts)
 
@@ -144,8 +148,8 @@ def decode(
         columns = PATH_COLUMNS // 2 if wide else PATH_COLUMNS
         paths_kernel[(B * H * chunks_of_16, num_paths * -(-K // columns))](
             paths, counts, new, queries, B, H, N, num_queries,
-            G=G, K=K, BK=BK, KC=columns, BLOCK=BLOCK, PRECISION=precision(paths),
-            OVERLAP=overlap, num_warps=4, **early,
+            G=G, K=K, BK=BK, KC=columns, BLOCK=BLOCK, FEW=N * G <= MAX_SUMMED,
+            PRECISION=precision(paths), OVERLAP=overlap, num_warps=4, **early,
         )  # fmt: skip
     attend_kernel[(num_parts, B * H * chunks)](
         keys, values, store.get("block_decay"), store["ty"], store.get("path_decays"),
@@ -157,7 +161,7 @@ def decode(
         WINDOWED=window is not None, PRECISION=precision(keys), VALUE_PRECISION=precision(values),
         OVERLAP=overlap, STAGES=STAGES if TILE * (BK + BV) * size <= 1 << 15 else 2,
         num_warps=2 * ATTEND_WARPS if wide else ATTEND_WARPS, num_stages=1,
-        maxnreg=ATTEND_REGS if BG == 16 and size == 2 else None, **early,
+        maxnreg=ATTEND_REGS if many and BG == 16 and size == 2 else None, **early,
     )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
         parts, tops, sinks, counts, new, o, B, H, N, num_parts,

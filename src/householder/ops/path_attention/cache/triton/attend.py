@@ -64,7 +64,7 @@ def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
 def paths_kernel(
     p_paths, p_counts, p_new, p_queries, B, H, N, num_queries,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    FEW: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (row and key head and 16 queries, block but the newest, some columns).
 
@@ -94,16 +94,24 @@ def paths_kernel(
         gdc_wait()
     if (n == 0) | (rows == 0):
         return
-    p_query = p_queries + ((head * num_queries + 1) * N * G + o_g)[:, None] * K
-    q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
-    if PRECISION == "fp16":
-        high = cast_query(q, PRECISION)
-        low = (q - high.to(tl.float32)).to(tl.float16)
-        q = tl.dot(low, path, tl.dot(high, path))
+    if FEW:
+        # Sums, where a product would have sixteen rows.
+        for i_g in range(n * G):
+            p_one = p_queries + ((head * num_queries + 1) * N * G + i_g) * K
+            q = tl.load(p_one + o_k, mask=m_k, other=0.0)
+            q = tl.sum(path.to(tl.float32) * q[:, None], 0)
+            tl.store(p_one + (1 + i_path) * N * G * K + o_c, q, mask=m_c)
     else:
-        q = dot(q, path.to(tl.float32), "tf32x3")
-    p_query += (1 + i_path) * N * G * K
-    tl.store(p_query + o_c[None, :], q, mask=m_g[:, None] & m_c[None, :])
+        p_query = p_queries + ((head * num_queries + 1) * N * G + o_g)[:, None] * K
+        q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
+        if PRECISION == "fp16":
+            high = cast_query(q, PRECISION)
+            low = (q - high.to(tl.float32)).to(tl.float16)
+            q = tl.dot(low, path, tl.dot(high, path))
+        else:
+            q = dot(q, path.to(tl.float32), "tf32x3")
+        p_query += (1 + i_path) * N * G * K
+        tl.store(p_query + o_c[None, :], q, mask=m_g[:, None] & m_c[None, :])
 
 
 @triton.jit(

@@ -33,7 +33,7 @@ def load_new(pointer, s_t, o_n, n, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def triangle_of_new(w, beta, o_n, SINGLE: tl.constexpr):
+def triangle_of_new(w, beta, o_n, N, SINGLE: tl.constexpr):
     """Return T of the new tokens alone, `(I + tril(β W Wᵀ, −1))⁻¹ diag(β)`, rows from zero on."""
     same = o_n[:, None] == o_n[None, :]
     if SINGLE:
@@ -43,7 +43,8 @@ def triangle_of_new(w, beta, o_n, SINGLE: tl.constexpr):
         gram = dot(w, tl.trans(w), "tf32x3") * beta[:, None]
         gram = tl.where(o_n[:, None] > o_n[None, :], gram, 0.0)
         inverse = tl.where(same, 1.0, 0.0) - tl.where(beside_diagonal(o_n, 1), gram, 0.0)
-        for level in range(1, 4):
+        levels = tl.where(N > 8, 3, tl.where(N > 4, 2, tl.where(N > 2, 1, 0)))
+        for level in range(1, 1 + levels):
             beside = tl.where(beside_diagonal(o_n, 1 << level), -gram, 0.0)
             inverse += dot(dot(inverse, beside, "tf32x3"), inverse, "tf32x3")
         ut = inverse * beta[None, :]
@@ -229,7 +230,7 @@ def enter_kernel(
     p_beta += i_b * s_bb + i_h * s_bh
     beta = tl.load(p_beta + o_n * s_bt, mask=m_n, other=0.0).to(tl.float32)
     num_chunks = tl.num_programs(1) - 2
-    ut = triangle_of_new(w, beta, o_n, SINGLE)
+    ut = triangle_of_new(w, beta, o_n, N, SINGLE)
 
     if i_part <= num_chunks:
         o_g = i_part * 16 + tl.arange(0, 16)
