@@ -191,7 +191,6 @@ def test_public_functions_run_them(answers):
     assert answers["public"] == {}
 
 
-@pytest.mark.xfail(reason="float64 tiles are switched off", strict=True)
 def test_frames_are_orthogonal_however_close_the_reflectors_are(answers):
     assert answers["orthogonality"] == {}
 

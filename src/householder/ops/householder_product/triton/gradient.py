@@ -20,9 +20,8 @@ from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import dot_add
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
-from householder.ops.householder_product.triton.prepare import (
-    Triangles,
-    cross,
+from householder.ops.householder_product.triton.prepare import Triangles, cross
+from householder.ops.householder_product.triton.tiles import (
     load_rows,
     on_diagonal,
     store_rows,
