@@ -31,32 +31,38 @@ AHEAD = tl.constexpr(8)
 
 
 @triton.jit
+def load_row(k, n, o_d, N, D, stride):
+    """Load columns of one row, zero where there is none."""
+    rows = tl.zeros_like(o_d) + n
+    return tl.load(k + rows * stride + o_d, mask=(rows < N) & (o_d < D), other=0.0).to(tl.float64)
+
+
+@triton.jit
 def wide_cross_kernel(
-    k, out, N, D, k_g, k_n,
-    BLOCKS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    kt, out, N, D,
+    BLOCKS: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum over some columns of one lower tile of K Kᵀ."""
-    tiles: tl.constexpr = R // TILE * (R // TILE + 1) // 2
+    """Write the sum over some columns of one lower tile of K Kᵀ, from Kᵀ [G, D, N]."""
+    tiles: tl.constexpr = R // SIDE * (R // SIDE + 1) // 2
     i_tile = tl.program_id(0) % tiles
     i_block = (tl.program_id(0) // tiles).to(tl.int64)
     i_split = tl.program_id(1)
-    # Tiles are numbered by rows: (0, 0), (1, 0), (1, 1).
-    i_row = (i_tile + 1) // 2
-    i_column = i_tile // 2
+    # Tiles are numbered by rows: (0, 0), (1, 0), (1, 1), (2, 0) … (3, 3).
+    i_row = (i_tile >= 1).to(tl.int32) + (i_tile >= 3).to(tl.int32) + (i_tile >= 6).to(tl.int32)
+    i_column = i_tile - i_row * (i_row + 1) // 2
     first = (i_block % BLOCKS) * R
-    o_t = tl.arange(0, TILE)
-    o_i = first + i_row * TILE + o_t
-    o_j = first + i_column * TILE + o_t
-    k += i_block // BLOCKS * k_g
-    total = tl.zeros((TILE, TILE), dtype=tl.float64)
+    o_t = tl.arange(0, SIDE)
+    o_i = first + i_row * SIDE + o_t
+    o_j = first + i_column * SIDE + o_t
+    kt += i_block // BLOCKS * D * N
+    total = tl.zeros((SIDE, SIDE), dtype=tl.float64)
     for start in range(i_split * COLUMNS, tl.minimum(D, (i_split + 1) * COLUMNS), AHEAD):
         for i in tl.static_range(AHEAD):
-            d = tl.zeros_like(o_t) + start + i
-            b_i = tl.load(k + o_i * k_n + d, mask=(o_i < N) & (d < D), other=0.0)
-            b_j = tl.load(k + o_j * k_n + d, mask=(o_j < N) & (d < D), other=0.0)
-            total += b_i.to(tl.float64)[:, None] * b_j.to(tl.float64)[None, :]
+            b_i = load_row(kt, start + i, o_i, D, N, N)
+            b_j = load_row(kt, start + i, o_j, D, N, N)
+            total += b_i[:, None] * b_j[None, :]
     p_out = out + (i_block * tl.num_programs(1) + i_split) * R * R
-    tl.store(p_out + tile_at(i_row, i_column, R, TILE), total)
+    tl.store(p_out + tile_at(i_row, i_column, R, SIDE), total)
 
 
 @triton.jit
@@ -150,13 +156,6 @@ def wide_triangle_kernel(
 
 
 @triton.jit
-def load_row(k, n, o_d, N, D, stride):
-    """Load columns of one row, zero where there is none."""
-    rows = tl.zeros_like(o_d) + n
-    return tl.load(k + rows * stride + o_d, mask=(rows < N) & (o_d < D), other=0.0).to(tl.float64)
-
-
-@triton.jit
 def wide_expand_kernel(
     k, exact, exact_beta, left, right, N, D, k_g, k_n,
     BLOCKS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, BD: tl.constexpr,
@@ -197,9 +196,11 @@ def wide_triangles(k: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
     tile, columns = config.tile_size(R), config.wide_columns(N, D)
     splits = cdiv(D, columns)
     parts = torch.empty(G, blocks, splits, R, R, dtype=torch.float64, device=k.device)
-    wide_cross_kernel[(G * blocks * config.lower_tiles(R), splits)](
-        k, parts, N, D, *k.stride()[:2],
-        BLOCKS=blocks, R=R, TILE=tile, COLUMNS=columns, num_warps=4, num_stages=1,
+    # So that a column is read at once: reading it across rows takes the cache five times as long.
+    side = SIDE.value
+    wide_cross_kernel[(G * blocks * (R // side * (R // side + 1) // 2), splits)](
+        k.mT.contiguous(), parts, N, D,
+        BLOCKS=blocks, R=R, COLUMNS=columns, num_warps=4, num_stages=1,
     )  # fmt: skip
     exact_gram, exact = torch.empty(2, G, blocks, R, R, dtype=torch.float64, device=k.device)
     exact_beta = torch.empty(G, blocks, R, dtype=torch.float64, device=k.device)
