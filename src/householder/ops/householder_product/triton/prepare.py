@@ -20,6 +20,7 @@ from torch import Tensor
 from householder.ops._triton import dot, dot_add, inverse_unit_lower
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
+from householder.ops.householder_product.triton.launch import launch
 from householder.ops.householder_product.triton.tiles import (
     load_rows,
     on_diagonal,
@@ -208,8 +209,10 @@ def cross(a: Tensor, k: Tensor) -> Tensor:
     G, N, D = k.shape
     R, blocks, splits = config.block_size(N), config.num_blocks(N), config.cross_splits(D)
     out = torch.empty(G, blocks, splits, R, R, dtype=torch.float32, device=k.device)
-    cross_kernel[(G * blocks * config.lower_tiles(R), splits)](
-        a, k, out, N, D, *a.stride()[:3], *k.stride()[:2],
+    a_s, a_g, a_n, _ = a.stride()
+    launch(
+        cross_kernel, (G * blocks * config.lower_tiles(R), splits), a, k, out, N=N, D=D,
+        a_s=a_s, a_g=a_g, a_n=a_n, k_g=k.stride(0), k_n=k.stride(1),
         BLOCKS=blocks, R=R, TILE=config.tile_size(R), SUMS=a.shape[0],
         COLUMNS=config.CROSS_COLUMNS, BD=64, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -234,21 +237,25 @@ def prepare(
     used = torch.empty(G, blocks, R, dtype=torch.float32, device=k.device)
     beta_g = 0 if beta is None else beta.stride(0)
     sizes = {"BLOCKS": blocks, "R": R, "SPLITS": parts.shape[2], "GIVEN": beta is not None}
-    launch = config.square_launch()
-    columns = cdiv(D, launch.tiles["BD"])
+    tiling = config.square_launch()
+    columns = cdiv(D, tiling.tiles["BD"])
+    strides = {"k_g": k.stride(0), "k_n": k.stride(1)}
     tile = config.triangle_tile(R)
     if tile == R:
-        narrow_kernel[(G * blocks, columns)](
-            parts, beta, k, inverse, gram, used, left, right, N, D, beta_g, *k.stride()[:2],
-            **sizes, **launch.options,
+        launch(
+            narrow_kernel, (G * blocks, columns),
+            parts, beta, k, inverse, gram, used, left, right, N=N, D=D, beta_g=beta_g,
+            **strides, **sizes, **tiling.options,
         )  # fmt: skip
         return Triangles(left, right, inverse, gram, used)
-    triangle_kernel[(G * blocks,)](
-        parts, beta, inverse, gram, used, N, beta_g, **sizes, TILE=tile, num_warps=4, num_stages=1
-    )
+    launch(
+        triangle_kernel, (G * blocks,), parts, beta, inverse, gram, used, N=N, beta_g=beta_g,
+        **sizes, TILE=tile, num_warps=4, num_stages=1,
+    )  # fmt: skip
     tile = config.tile_size(R)
-    expand_kernel[(G * blocks * (R // tile), columns)](
-        k, inverse, used, left, right, N, D, *k.stride()[:2],
-        BLOCKS=blocks, R=R, TILE=tile, **launch.options,
+    launch(
+        expand_kernel, (G * blocks * (R // tile), columns),
+        k, inverse, used, left, right, N=N, D=D, **strides,
+        BLOCKS=blocks, R=R, TILE=tile, **tiling.options,
     )  # fmt: skip
     return Triangles(left, right, inverse, gram, used)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
+from householder.ops.householder_product.triton.launch import launch
 from householder.ops.householder_product.triton.tiles import (
     on_diagonal,
     store_rows,
@@ -196,24 +197,29 @@ def wide_triangles(k: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
     tile, columns = config.tile_size(R), config.wide_columns(N, D)
     splits = cdiv(D, columns)
     parts = torch.empty(G, blocks, splits, R, R, dtype=torch.float64, device=k.device)
+    side, sizes = SIDE.value, {"N": N, "D": D, "BLOCKS": blocks, "R": R}
+    small = {"num_warps": 4, "num_stages": 1}
     # So that a column is read at once: reading it across rows takes the cache five times as long.
-    side = SIDE.value
-    wide_cross_kernel[(G * blocks * (R // side * (R // side + 1) // 2), splits)](
-        k.mT.contiguous(), parts, N, D,
-        BLOCKS=blocks, R=R, COLUMNS=columns, num_warps=4, num_stages=1,
+    kt = k.mT.contiguous()
+    lower = R // side * (R // side + 1) // 2
+    launch(
+        wide_cross_kernel, (G * blocks * lower, splits), kt, parts,
+        **sizes, COLUMNS=columns, **small,
     )  # fmt: skip
     exact_gram, exact = torch.empty(2, G, blocks, R, R, dtype=torch.float64, device=k.device)
     exact_beta = torch.empty(G, blocks, R, dtype=torch.float64, device=k.device)
     inverse, gram = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
     used = torch.empty(G, blocks, R, dtype=torch.float32, device=k.device)
-    wide_triangle_kernel[(G * blocks,)](
+    launch(
+        wide_triangle_kernel, (G * blocks,),
         parts, beta, exact_gram, exact, exact_beta, inverse, gram, used,
-        N, 0 if beta is None else beta.stride(0),
-        BLOCKS=blocks, R=R, SPLITS=splits, GIVEN=beta is not None, num_warps=4, num_stages=1,
+        N=N, beta_g=0 if beta is None else beta.stride(0),
+        BLOCKS=blocks, R=R, SPLITS=splits, GIVEN=beta is not None, **small,
     )  # fmt: skip
     left, right = torch.empty(2, G, N, D, dtype=torch.float32, device=k.device)
-    wide_expand_kernel[(G * blocks * (R // tile), cdiv(D, 64))](
-        k, exact, exact_beta, left, right, N, D, *k.stride()[:2],
-        BLOCKS=blocks, R=R, TILE=tile, BD=64, num_warps=4, num_stages=1,
+    launch(
+        wide_expand_kernel, (G * blocks * (R // tile), cdiv(D, 64)),
+        k, exact, exact_beta, left, right,
+        k_g=k.stride(0), k_n=k.stride(1), **sizes, TILE=tile, BD=64, **small,
     )  # fmt: skip
     return left, right, inverse, gram, used
