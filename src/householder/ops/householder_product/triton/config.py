@@ -82,12 +82,12 @@ def cross_splits(D: int) -> int:
     return cdiv(D, CROSS_COLUMNS)
 
 
-def wide_columns(N: int, D: int) -> int:
+def wide_columns(D: int) -> int:
     """Return how many columns one program of the float64 sums over D takes.
 
-    Few reflectors want many programs, many want few parts: those pass through memory.
+    They come in at most eight parts, which one program of each block adds up.
     """
-    return 128 if num_blocks(N) == 1 else max(128, cdiv(D, 8 * 8) * 8)
+    return max(128, cdiv(D, 64) * 8)
 
 
 def outer_splits(M: int) -> int:

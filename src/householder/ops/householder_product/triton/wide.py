@@ -194,7 +194,7 @@ def wide_triangles(k: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
     """Return Tᵀ K, T K, (I + L)⁻¹, K Kᵀ and β, in float32, as `prepare` does."""
     G, N, D = k.shape
     R, blocks = config.block_size(N), config.num_blocks(N)
-    tile, columns = config.tile_size(R), config.wide_columns(N, D)
+    tile, columns = config.tile_size(R), config.wide_columns(D)
     splits = cdiv(D, columns)
     parts = torch.empty(G, blocks, splits, R, R, dtype=torch.float64, device=k.device)
     side, sizes = SIDE.value, {"N": N, "D": D, "BLOCKS": blocks, "R": R}
