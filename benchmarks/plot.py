@@ -255,6 +255,41 @@ def decoding() -> None:
     figure.savefig(IMAGES / "decoding-h200.png", dpi=150)
 
 
+SOURCES = {"householder-compiled": "householder", "householder": "householder", "fla": "fla"}
+
+
+def language_models() -> None:
+    """Training steps and writing of 340M models beside the peer's."""
+    panels = (
+        ("language-model-gpu.csv", "train-340m-", "tokens per second, training, 8 × 4,096"),
+        ("language-model-decoding-gpu.csv", "decode-340m-", "tokens per second, writing"),
+    )
+    if not all((RESULTS / name).exists() for name, *_ in panels):
+        return
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, (name, prefix, label) in zip(both, panels, strict=True):
+        speeds: dict[str, dict[str, float]] = defaultdict(dict)
+        for row in read(name):  # the newest row of a case counts
+            if row["variant"] in ("householder-compiled", "fla") or "decode" in row["case"]:
+                source = SOURCES.get(row["variant"])
+                if source and row["tokens_per_second"]:
+                    case = row["case"].removeprefix(prefix).replace("-8x4096-", ",\n")
+                    case = case.replace("gated_delta_net-", "").replace("-", " ")
+                    speeds[case][source] = float(row["tokens_per_second"])
+        for i, source in enumerate(("householder", "fla")):
+            heights = [speeds[case].get(source, 0.0) for case in speeds]
+            places = [x + 0.4 * i for x in range(len(speeds))]
+            bars = axes.bar(places, heights, width=0.38, label=source, color=f"C{i}")
+            axes.bar_label(bars, [f"{h:,.0f}" if h else "" for h in heights], fontsize=8)
+        axes.set_xticks([x + 0.2 for x in range(len(speeds))], list(speeds), fontsize=8)
+        axes.set_ylabel(label)
+        finish(axes)
+    both[1].set_yscale("log")
+    both[0].set_title("340M parameters, H200", loc="left")
+    both[1].set_title("Gated DeltaNet, bfloat16", loc="left")
+    figure.savefig(IMAGES / "language-models-h200.png", dpi=150)
+
+
 def finish(axes: Axes) -> None:
     """Give the axes what all pictures share."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -270,3 +305,4 @@ if __name__ == "__main__":
     path_attention_gpu()
     a5_attention()
     decoding()
+    language_models()

@@ -14,29 +14,27 @@ import dataclasses
 import io
 import itertools
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from householder.nn import MIXERS
 from householder.storage import write_atomically
 from householder.train.config import TrainConfig, takes_several
-from householder.train.errors import CheckpointError, ConfigError, OutputError
+from householder.train.errors import ConfigError
 from householder.train.interrupt import StopRequest
 from householder.train.loop import TrainResult, train
 from householder.train.observer import Observer
+from householder.train.output_folder import OutputFolder
 from householder.train.settings import (
     check_names,
-    describe_differences,
     differences,
     field_default,
     field_types,
     read_toml,
-    to_toml,
 )
 
-CONFIG_FILE = "config.toml"
 # What `run_comparison` and the recipes write beside it.
 RESULT_FILES = (
     *("results.json", "accuracy.csv", "accuracy.png"),
@@ -45,6 +43,8 @@ RESULT_FILES = (
 )
 # What the runs of a comparison may differ in.
 COMPARED = ("mixer", "num_layers", "num_householder")
+# What attentions do not take. Beside recurrent mixers it is theirs alone.
+RECURRENT_ONLY = ("allow_neg_eigval", "use_short_conv")
 HEADER = "# Written by householder: the settings of the runs in this folder.\n"
 
 
@@ -75,7 +75,9 @@ class Comparison:
         Args:
             settings: fields of `TrainConfig`, of which `mixer`, `num_layers` and `num_householder`
                 may be lists. Without `num_householder` it is 1 and 2, or 1 where a mixer takes no
-                more.
+                more. Where some of the mixers take several reflections per token, it is theirs
+                alone, and the others have one; where some are recurrent, `allow_neg_eigval` and
+                `use_short_conv` are theirs alone, and attentions keep the defaults.
 
         Returns:
             The comparison: a run for each combination, the first list the slowest.
@@ -90,23 +92,35 @@ class Comparison:
         if "num_householder" not in lists:
             lists["num_householder"] = [1, 2] if all(map(takes_several, lists["mixer"])) else [1]
         names = [name for name in COMPARED if name in lists]
-        combinations = itertools.product(*(lists[name] for name in names))
-        return cls(
-            tuple(
-                TrainConfig(**shared, **dict(zip(names, values, strict=True)))
-                for values in combinations
-            )
-        )
+        some_take_several = any(map(takes_several, lists["mixer"]))
+        some_recurrent = any(mixer in MIXERS for mixer in lists["mixer"])
+        of_attention = {k: v for k, v in shared.items() if k not in RECURRENT_ONLY}
+        configs = []
+        for values in itertools.product(*(lists[name] for name in names)):
+            chosen = dict(zip(names, values, strict=True))
+            if some_take_several and not takes_several(chosen["mixer"]):
+                chosen["num_householder"] = 1
+            apart = some_recurrent and chosen["mixer"] not in MIXERS
+            configs.append(TrainConfig(**(of_attention if apart else shared), **chosen))
+        return cls(tuple(dict.fromkeys(configs)))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `from_settings` makes the same comparison."""
-        return {**self.configs[0].to_dict(), **self.compared()}
+        return {**self.shared.to_dict(), **self.compared()}
+
+    @property
+    def shared(self) -> TrainConfig:
+        """The run that has every setting that was asked for: a recurrent one if there is one."""
+        recurrent = [config for config in self.configs if config.mixer in MIXERS]
+        return (recurrent or self.configs)[0]
 
     def compared(self) -> dict[str, Any]:
         """Return what the runs may differ in: the value, or the list of values where they do."""
         found = {}
+        taking = [config for config in self.configs if takes_several(config.mixer)]
         for name in COMPARED:
-            values = list(dict.fromkeys(getattr(config, name) for config in self.configs))
+            configs = taking if name == "num_householder" and taking else self.configs
+            values = list(dict.fromkeys(getattr(config, name) for config in configs))
             # N is what most comparisons are about, and a list even when alone.
             alone = len(values) == 1 and name != "num_householder"
             found[name] = values[0] if alone else values
@@ -130,12 +144,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
         OutputError: the folder holds none.
         ConfigError: its config file is damaged.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise OutputError(
-            f"{folder}: nothing to resume, there is no {CONFIG_FILE}; start without --resume"
-        )
-    return read_toml(path, field_types(TrainConfig))
+    return read_toml(_output(folder).require_config(), field_types(TrainConfig))
 
 
 def run_comparison(
@@ -190,50 +199,17 @@ def open_folder(
         OutputError: it is occupied, cannot be written, or holds nothing to resume.
         CheckpointError: the runs it holds are others.
     """
-    if resume and overwrite:
-        raise ConfigError("`resume` continues and `overwrite` deletes the same folder; give one")
-    try:
-        # Names with a leading dot are what a kill leaves of a file being written.
-        occupied = folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir())
-        if resume:
-            _check_same_runs(comparison, folder)
-        elif occupied and not overwrite:
-            raise OutputError(
-                f"{folder}: the output folder is occupied; continue with --resume, replace it with "
-                "--overwrite, or choose another with --out"
-            )
-        elif occupied:
-            _delete_comparison(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG_FILE, HEADER + to_toml(comparison.settings()))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot write the output folder: {error.strerror}; choose another with --out"
-        ) from error
+    output = _output(folder)
+    output.open(
+        comparison.settings(),
+        resume=resume,
+        overwrite=overwrite,
+        check_same=lambda: _check_same_runs(comparison, output),
+    )
 
 
-def _delete_comparison(folder: Path) -> None:
-    """Delete what `run_comparison` wrote; touch nothing when there is anything else."""
-    config = folder / CONFIG_FILE
-    if not config.is_file() or not config.read_bytes().startswith(HEADER.encode()):
-        raise OutputError(
-            f"{folder}: nothing is deleted, because no {CONFIG_FILE} says that householder wrote "
-            "this folder; choose another with --out"
-        )
-    ours = [path for path in folder.iterdir() if path.name in RESULT_FILES or _is_run(path)]
-    foreign = sorted({p.name for p in folder.iterdir()} - {p.name for p in ours} - {CONFIG_FILE})
-    if foreign:
-        raise OutputError(
-            f"{folder}: nothing is deleted, because {', '.join(foreign)} is not householder's; "
-            "move it away or choose another folder with --out"
-        )
-    for path in ours:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    # Last: what a kill leaves half deleted can be overwritten again.
-    config.unlink()
+def _output(folder: Path) -> OutputFolder:
+    return OutputFolder(folder, HEADER, lambda p: p.name in RESULT_FILES or _is_run(p))
 
 
 def _is_run(path: Path) -> bool:
@@ -243,21 +219,16 @@ def _is_run(path: Path) -> bool:
     return names <= {"metrics.jsonl", "checkpoints"}
 
 
-def _check_same_runs(comparison: Comparison, folder: Path) -> None:
-    stored = Comparison.from_settings(stored_settings(folder))
+def _check_same_runs(comparison: Comparison, output: OutputFolder) -> None:
+    stored = Comparison.from_settings(stored_settings(output.path))
     there, requested = stored.compared(), comparison.compared()
     different: dict[str, tuple[Any, Any]] = {
         name: (there[name], requested[name]) for name in COMPARED if there[name] != requested[name]
     }
     # But for what is compared, one run speaks for all.
-    one, other = stored.configs[0], comparison.configs[0]
+    one, other = stored.shared, comparison.shared
     alike = dataclasses.replace(one, **{name: getattr(other, name) for name in COMPARED})
-    different.update(differences(alike, other))
-    if different:
-        raise CheckpointError(
-            f"{folder}: what it holds does not fit the requested settings: "
-            f"{describe_differences(different)}; drop these settings or use another folder"
-        )
+    output.require_same(different | differences(alike, other))
 
 
 def write_results(results: Sequence[TrainResult], folder: Path) -> None:

@@ -149,6 +149,26 @@ class Problem(NamedTuple):
         )
 
     @property
+    def suits_roles(self) -> bool:
+        """Whether the kernels whose warps have roles take the inputs too.
+
+        They copy whole squares of 64 columns, by 32-bit numbers of rows and columns.
+        """
+        most = max(2 * self.chunks * self.k.shape[-1], self.num_levels * self.rows)
+        columns = self.v.shape[2] * max(self.v.stride(2), self.v.stride(1))
+        return (
+            self.suits_hopper
+            and self.num_levels > 0
+            and {self.k.shape[-1], self.v.shape[-1]} <= {64, 128}
+            and max(most * self.heads, columns) < 2**31
+        )
+
+    @property
+    def fuses_chunks(self) -> bool:
+        """Whether one kernel makes all gradients inside the chunks."""
+        return self.suits_hopper and self.precision == "bf16" and self.heads == self.k.shape[2]
+
+    @property
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments that all kernels share."""
         K = self.k.shape[-1]
