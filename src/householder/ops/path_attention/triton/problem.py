@@ -164,9 +164,17 @@ class Problem(NamedTuple):
         )
 
     @property
+    def suits_squares(self) -> bool:
+        """Whether the forms for Hopper that copy all of a chunk into shared memory take the inputs.
+
+        They multiply reflectors and keys as they are, and so want them in one dtype.
+        """
+        return self.suits_hopper and self.heads == self.k.shape[2] and self.w.dtype == self.k.dtype
+
+    @property
     def fuses_chunks(self) -> bool:
         """Whether one kernel makes all gradients inside the chunks."""
-        return self.suits_hopper and self.precision == "bf16" and self.heads == self.k.shape[2]
+        return self.suits_squares and self.precision == "bf16"
 
     @property
     def constants(self) -> dict[str, Any]:
