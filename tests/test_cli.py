@@ -187,7 +187,9 @@ def test_help_says_what_there_is(run):
     assert "Default: 0.9" in out
 
 
-@pytest.mark.parametrize("experiment", ["state-tracking", "flip-flop", "a5-attention"])
+@pytest.mark.parametrize(
+    "experiment", ["state-tracking", "flip-flop", "a5-attention", "recall", "length-extrapolation"]
+)
 def test_experiments_that_train_take_the_settings(run, experiment):
     code, _, error = run("reproduce", experiment, "--mixer", "mamba", "--steps", "1")
     assert code == 2

@@ -17,6 +17,7 @@ from rich.text import Text
 
 import householder
 from householder.adapters import AdapterError
+from householder.recipes.length_extrapolation import EvaluationConfig
 from householder.storage import write_atomically
 from householder.train.adapt import AdaptConfig
 from householder.train.comparison import COMPARED, Comparison, run_comparison, stored_settings
@@ -98,7 +99,10 @@ def _fail(message: str, code: int, *, label: str = "error") -> NoReturn:
 
 
 def _with_settings(
-    config: type[Settings], *more: type[Settings], show_defaults: bool
+    config: type[Settings],
+    *more: type[Settings],
+    show_defaults: bool,
+    without: Sequence[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option per field of the settings, in place of its `**settings`.
 
@@ -109,12 +113,16 @@ def _with_settings(
         config: the class.
         more: others, whose fields are added.
         show_defaults: name the defaults in the help.
+        without: fields that are no options of this command.
     """
-    return functools.partial(_add_settings, (config, *more), show_defaults)
+    return functools.partial(_add_settings, (config, *more), show_defaults, without)
 
 
 def _add_settings(
-    configs: Sequence[type[Settings]], show_defaults: bool, command: Callable[..., None]
+    configs: Sequence[type[Settings]],
+    show_defaults: bool,
+    without: Sequence[str],
+    command: Callable[..., None],
 ) -> Callable[..., None]:
     own = [
         p
@@ -126,7 +134,8 @@ def _add_settings(
     for config in configs:
         types = {**field_types(config), **types}
         for field in dataclasses.fields(config):
-            fields.setdefault(field.name, []).append(field)
+            if field.name not in without:
+                fields.setdefault(field.name, []).append(field)
     settings = [
         _setting_parameter(same, types[name], show_defaults) for name, same in fields.items()
     ]
@@ -273,11 +282,7 @@ def _train_on_text(
     from householder.train.text.observer import TextDisplay
 
     for name in COMPARED:
-        values = settings.get(name)
-        if isinstance(values, list):
-            if len(values) != 1:
-                raise ConfigError(f"`{name}` must be one value with --text, got {values}")
-            settings[name] = values[0]
+        _take_single(settings, name)
     if resume and holds_text_run(folder):
         settings = {**stored_text_settings(folder), **settings}
     console = Console()
@@ -297,6 +302,15 @@ def _train_on_text(
         )
     if processes.first:
         console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+
+
+def _take_single(settings: dict[str, Any], name: str) -> None:
+    """Replace a list of one value by the value."""
+    values = settings.get(name)
+    if isinstance(values, list):
+        if len(values) != 1:
+            raise ConfigError(f"`{name}` must be one value with language models, got {values}")
+        settings[name] = values[0]
 
 
 @app.command("generate")
@@ -516,6 +530,108 @@ def _a5_attention(
     results = _run(comparison, folder, resume=resume, overwrite=overwrite)
     a5_attention.write_layers(results, folder)
     Console().print(a5_attention.layers_table(results))
+
+
+@reproduce_app.command("recall")
+@_with_settings(TrainConfig, show_defaults=False)
+def _recall(
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size", help="cpu: 8 pairs, minutes on two cores; gpu: 64 pairs, as published."
+        ),
+    ] = "cpu",
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> None:
+    """Recall values by their keys, at several widths, and print published beside measured.
+
+    Settings given here override those of the chosen size; --d-model chooses one width, which is
+    added to those that the folder holds. The folder is by default householder-recall-<size>.
+    """
+    from householder.recipes import recall
+
+    folder = out or Path(f"householder-recall-{size}")
+    chosen = recall.settings(size)
+    given = _given(settings)
+    for width in [given.pop("d_model")] if "d_model" in given else recall.WIDTHS[size]:
+        part = folder / f"d{width}"
+        # A run that was stopped may not have come to this width.
+        resuming = resume and part.exists()
+        base = _stored(part, resuming, overwrite) or chosen
+        comparison = Comparison.from_settings({**base, **given, "d_model": width})
+        _run(comparison, part, resume=resuming, overwrite=overwrite)
+        found = recall.read_results(folder)
+        recall.write_recall(found, folder)
+    Console().print(recall.published_beside_measured(found))
+
+
+@reproduce_app.command("length-extrapolation")
+@_with_settings(
+    TextConfig,
+    EvaluationConfig,
+    show_defaults=False,
+    # The runs differ in it.
+    without=("pattern",),
+)
+def _length_extrapolation(
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size", help="cpu: tiny models, minutes on two cores; gpu: 30 million parameters."
+        ),
+    ] = "cpu",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="A file or a folder of text. May be repeated. Default: the sources of Python's "
+            "standard library.",
+            rich_help_panel="Text",
+        ),
+    ] = None,
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mixer", help="Mixers to compare, with commas.", rich_help_panel="Language model"
+        ),
+    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> None:
+    """Train small language models and measure their loss far beyond the training length.
+
+    Published is printed beside measured. Settings given here override those of the chosen size;
+    --num-householder is that of delta_product. The folder is by default
+    householder-length-extrapolation-<size>.
+    """
+    from householder.recipes import length_extrapolation
+    from householder.train.text.observer import TextDisplay
+
+    folder = out or Path(f"householder-length-extrapolation-{size}")
+    base = length_extrapolation.settings(size)
+    if resume:
+        base = length_extrapolation.stored_settings(folder)
+    given = _given({**settings, "mixer": mixer, "text": text})
+    _take_single(given, "num_layers")
+    extrapolation = length_extrapolation.Extrapolation.from_settings({**base, **given})
+    console = Console()
+    with join_processes(extrapolation.configs[0].device) as processes, stop_on_signals() as stop:
+        found = length_extrapolation.run(
+            extrapolation,
+            folder,
+            processes,
+            resume=resume,
+            overwrite=overwrite,
+            observe=lambda config: TextDisplay(console),
+            stop=stop,
+        )
+    console.print(length_extrapolation.published_beside_measured(found))
+    console.print(f"curves: {folder / 'losses.png'}", highlight=False, soft_wrap=True)
 
 
 @reproduce_app.command("constructions")

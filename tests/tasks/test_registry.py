@@ -5,7 +5,16 @@ import torch
 
 from householder.train.tasks import Task, make_task, task_names
 
-CONCRETE = [name.replace("<m>", "7") for name in task_names()]
+NUMBERS = {"<m>": "7", "<pairs>": "5", "<vocab>": "60"}
+
+
+def concrete(name):
+    for place, number in NUMBERS.items():
+        name = name.replace(place, number)
+    return name
+
+
+CONCRETE = [concrete(name) for name in task_names()]
 
 
 def test_names():
@@ -26,6 +35,8 @@ def test_names():
         "flip-flop",
         "flip-flop-sparse",
         "flip-flop-dense",
+        "mqar-<pairs>",
+        "mqar-<pairs>-<vocab>",
     ]
 
 
@@ -35,7 +46,7 @@ def test_every_name_makes_its_task(name):
     assert isinstance(task, Task)
     assert task.name == name
     tokens, labels = task.sample(
-        3, 34 if "flip" in name or name == "mqar" else 33, torch.Generator().manual_seed(0)
+        3, 34 if "flip" in name or "mqar" in name else 33, torch.Generator().manual_seed(0)
     )
     assert tokens.shape == labels.shape
     assert tokens.max() < task.vocab_size
@@ -47,6 +58,17 @@ def test_every_name_makes_its_task(name):
 def test_refuses_unknown_names(name):
     with pytest.raises(ValueError, match=r"make_task: `name` must be one of z<m>, d<m>, s3"):
         make_task(name)
+
+
+def test_numbers_in_the_name_are_the_options_of_recall():
+    published = make_task("mqar-64")
+    assert (published.num_pairs, published.vocab_size) == (64, 8192)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    named = make_task("mqar-5-60", power=1.0).sample(3, 40, generators[0])
+    plain = make_task("mqar", num_pairs=5, vocab_size=60, power=1.0).sample(3, 40, generators[1])
+    assert torch.equal(named.tokens, plain.tokens)
+    with pytest.raises(ValueError, match="`num_pairs` must be from 1 to 29"):
+        make_task("mqar-64-60")
 
 
 def test_refuses_unknown_options():

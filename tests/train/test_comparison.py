@@ -7,6 +7,7 @@ import pytest
 
 from householder.train import CheckpointError, Comparison, ConfigError, OutputError, run_comparison
 from householder.train.comparison import open_folder, stored_settings
+from householder.train.config import run_titles
 
 from .conftest import assert_same_run, results
 from .test_loop import interrupt
@@ -139,3 +140,36 @@ def test_the_config_file_is_complete_or_absent(pair, tmp_path, monkeypatch):
     monkeypatch.undo()
     open_folder(pair, tmp_path / "out")  # what the death left behind does not occupy the folder
     assert json.loads(json.dumps(stored_settings(tmp_path / "out")))["steps"] == 12
+
+
+def test_beside_others_a_mixer_has_only_what_it_takes(tmp_path):
+    settings = {
+        "mixer": ["rotary_attention", "delta_net", "delta_product"],
+        "num_householder": [2, 3],
+        "allow_neg_eigval": False,
+        "use_short_conv": True,
+    }
+    comparison = Comparison.from_settings(settings)
+    assert [(c.mixer, c.num_householder) for c in comparison.configs] == [
+        ("rotary_attention", 1),
+        ("delta_net", 1),
+        ("delta_product", 2),
+        ("delta_product", 3),
+    ]
+    assert [c.allow_neg_eigval for c in comparison.configs] == [True, False, False, False]
+    assert [c.use_short_conv for c in comparison.configs] == [False, True, True, True]
+    assert run_titles(comparison.configs) == [
+        "RoPE",
+        "DeltaNet",
+        "DeltaProduct, N = 2",
+        "DeltaProduct, N = 3",
+    ]
+    assert Comparison.from_settings(comparison.settings()) == comparison
+    open_folder(comparison, tmp_path / "out")
+    open_folder(comparison, tmp_path / "out", resume=True)
+    other = Comparison.from_settings({**settings, "use_short_conv": False})
+    with pytest.raises(CheckpointError, match="use_short_conv=True there, False requested"):
+        open_folder(other, tmp_path / "out", resume=True)
+    # Alone it is told that it takes no more.
+    with pytest.raises(ConfigError, match="`num_householder` must be 1 with mixer=delta_net"):
+        Comparison.from_settings({"mixer": ["delta_net"], "num_householder": [2]})

@@ -200,3 +200,24 @@ def test_training_reduces_the_loss(tiny, tmp_path):
     train(tiny(task="z2", steps=150, lr=1e-2, batch_size=16, d_model=16), tmp_path)
     losses = [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses[-1] < losses[0] / 10
+
+
+def test_few_supervised_tokens_give_the_loss_of_all_logits(tiny, tmp_path, monkeypatch):
+    config = tiny(task="mqar-2-12", length=16, eval_length=16, steps=3, log_interval=1)
+    train(config, tmp_path / "few")
+    whole = []
+    predict = loop._Run._predict
+
+    def on_all(run, batch):
+        run.task.num_supervised = None
+        logits, labels = predict(run, batch)
+        whole.append(labels.shape)
+        return logits, labels
+
+    monkeypatch.setattr(loop._Run, "_predict", on_all)
+    train(config, tmp_path / "all")
+    assert whole == [(4, 16)] * 3
+    few, everything = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("few", "all"))
+    for one, other in zip(few, everything, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["accuracy"] == other["accuracy"]

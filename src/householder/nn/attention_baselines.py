@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
+from householder.nn.key_value_buffer import KeyValueBuffer
 from householder.nn.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ class KeyValueAttention(SoftmaxAttention):
         weight = self.k_proj.weight
         empty = weight.new_empty(batch_size, 0, self.num_key_heads, self.head_dim)
         return KeyValueState(empty, empty, self._no_gates(batch_size))
+
+    def reserve(self, state: KeyValueState, num_tokens: int) -> KeyValueBuffer:
+        """Return the state in a `KeyValueBuffer` with room for `num_tokens` in all, for `step_`."""
+        return KeyValueBuffer(
+            state.k, state.v, state.g, state.mask, num_tokens=num_tokens, window=self.window
+        )
 
     def _no_gates(self, batch_size: int) -> Tensor | None:
         return None
@@ -142,6 +149,12 @@ class RotaryAttention(KeyValueAttention):
 
         return for_each_sequence(attend, cu_seqlens, q, k, v)
 
+    def _attend_one(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: KeyValueBuffer
+    ) -> Tensor:
+        q, k = (rotate(y, state.length, self.base) for y in (q, k))
+        return state.append(q, k, v)
+
 
 class ForgettingAttention(KeyValueAttention):
     """Attend without positions, with forget gates: g_{j+1} + … + g_i is added to the logit.
@@ -195,8 +208,7 @@ class ForgettingAttention(KeyValueAttention):
         mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
-        logits = self.f_proj(x)
-        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        g = self._log_gates(x)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, KeyValueState]:
             seen = KeyValueState(k, v, g, mask)
@@ -210,6 +222,15 @@ class ForgettingAttention(KeyValueAttention):
             return causal_attention(q, seen.k, seen.v, bias, self.window, seen.mask), seen
 
         return for_each_sequence(attend, cu_seqlens, q, k, v, g)
+
+    def _attend_one(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: KeyValueBuffer
+    ) -> Tensor:
+        return state.append(q, k, v, self._log_gates(x))
+
+    def _log_gates(self, x: Tensor) -> Tensor:
+        logits = self.f_proj(x)
+        return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def _check_state(self, state: KeyValueState, batch_size: int) -> None:
         super()._check_state(state, batch_size)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from householder.ops.gated_rms_norm import gated_rms_norm
+
 
 def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Scale the last dimension of non-negative numbers to sum one: x / max(Σ x, eps).
@@ -88,10 +90,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Return the gated norm of `x [..., D]` under `gate [..., D]`, in the dtype of `x`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        wide, weight = x.to(dtype), self.weight.to(dtype)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight
-        return (normed * F.silu(gate.to(dtype))).to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Return the options that `print` shows."""

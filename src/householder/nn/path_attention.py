@@ -164,6 +164,14 @@ class PaTHAttention(SoftmaxAttention):
         conv = None if self.w_conv1d is None else self.w_conv1d.init_state(batch_size)
         return PaTHState(PathCache(batch_size, max_rollback=self.max_rollback), conv)
 
+    def reserve(self, state: PaTHState, num_tokens: int) -> PaTHState:
+        """Return the state with room for `num_tokens` in all, for `step_`; this one is used up."""
+        state.cache.reserve(num_tokens)
+        if self.w_conv1d is None or state.conv is None:
+            return state
+        missing = self.w_conv1d.kernel_size - 1 + self.max_rollback - state.conv.shape[1]
+        return PaTHState(state.cache, F.pad(state.conv, (0, 0, missing, 0)).contiguous())
+
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
         return (
@@ -226,6 +234,12 @@ class PaTHAttention(SoftmaxAttention):
             return path_attention(q, k, v, w, beta, g, **options), None
         cache = self.init_state(x.shape[0]).cache if state is None else state.cache
         return cache.append(q, k, v, w, beta, g, **options), PaTHState(cache, conv)
+
+    def _attend_one(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: PaTHState) -> Tensor:
+        o, new_state = self._attend(x, q, k, v, state, None, None, return_state=True)
+        if state.conv is not None and new_state is not None and new_state.conv is not None:
+            state.conv.copy_(new_state.conv)
+        return o
 
     def _attend_rows(
         self,

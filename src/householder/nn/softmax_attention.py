@@ -205,13 +205,50 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
+        self._check_token(x)
+        y, state = self(x.unsqueeze(1), state=state, return_state=True)
+        return y.squeeze(1), state
+
+    def reserve(self, state: Any, num_tokens: int) -> Any:
+        """Return a state that `step_` can change, using this one up.
+
+        Args:
+            state: after the tokens so far, from `init_state`, `forward` or `step`.
+            num_tokens: in all, that there must be room for; at least as many as there are.
+
+        Raises:
+            ValueError: there are more tokens already.
+        """
+        raise NotImplementedError
+
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """Attend with one more token of each sequence and change the state in place.
+
+        Its memory stays where it is, so that a CUDA graph of the call can be replayed; see
+        `householder.models.Decoder`, which counts the tokens that there is room for. Without
+        gradients.
+
+        Args:
+            x: `[B, d_model]`.
+            state: from `reserve`.
+
+        Returns:
+            y: `[B, d_model]`.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        self._check_token(x)
+        x = x.unsqueeze(1)
+        q, k, v = self.project(x)
+        return self.o_proj(self._attend_one(x, q, k, v, state).flatten(-2)).squeeze(1)
+
+    def _check_token(self, x: Tensor) -> None:
         if x.dim() != 2:
             raise ValueError(
                 f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
                 f"{list(x.shape)}; use forward for more than one token"
             )
-        y, state = self(x.unsqueeze(1), state=state, return_state=True)
-        return y.squeeze(1), state
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
@@ -233,6 +270,10 @@ class SoftmaxAttention(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Any]:
         """Return `o [B, T, HQ, K]` and the new state, which may be None if not asked for."""
+        raise NotImplementedError
+
+    def _attend_one(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any) -> Tensor:
+        """Return `o [B, 1, HQ, K]` of one token and change the state of `reserve`."""
         raise NotImplementedError
 
     def _check_state(self, state: Any, batch_size: int) -> None:

@@ -61,6 +61,27 @@ EXPERIMENTS = (
         command="householder reproduce a5-attention",
     ),
     Experiment(
+        name="recall",
+        what="Train two layers at several widths to recall 64 values by their keys (MQAR).",
+        published="DeltaNet without convolutions answers about 100% of the queries from d = 64 to "
+        "256 (a figure).",
+        where="Parallelizing Linear Transformers with the Delta Rule over Sequence Length (Yang, "
+        "Wang, Zhang, Shen, Kim, 2024), https://arxiv.org/abs/2406.06484",
+        cost="--size cpu: minutes on two cores; --size gpu: one GPU",
+        command="householder reproduce recall",
+    ),
+    Experiment(
+        name="length-extrapolation",
+        what="Train small language models on source code and measure their loss at every position "
+        "to eight times the length they were trained at.",
+        published="From 4,096 to about 30,000 tokens of code (figures): DeltaNet 3.03 to 3.37, "
+        "DeltaProduct N = 2 2.95 to 3.05, N = 3 2.95 to 2.97; RoPE explodes, PaTH-FoX does not.",
+        where="DeltaProduct (2025), https://arxiv.org/abs/2502.10297; PaTH Attention (Yang et al., "
+        "2025), https://arxiv.org/abs/2505.16381",
+        cost="--size cpu: minutes on two cores; --size gpu: one GPU",
+        command="householder reproduce length-extrapolation",
+    ),
+    Experiment(
         name="constructions",
         what="Build the exact solutions known from theory and run them, without training.",
         published="S_n by n − 1 reflections in one layer, S4 and A5 as rotations by 2, "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from householder.models import SequenceTagger
 from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError
 from householder.train.tasks import Task
@@ -50,7 +50,7 @@ def cpu_threads(config: TrainConfig) -> int:
     return 1 if small else torch.get_num_threads()
 
 
-def build_model(config: TrainConfig, task: Task) -> nn.Module:
+def build_model(config: TrainConfig, task: Task) -> SequenceTagger:
     """Make the model that the settings describe, its weights drawn from PyTorch's global generator.
 
     Args:
@@ -63,7 +63,6 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
     Raises:
         ConfigError: the settings do not fit together.
     """
-    from householder.models import SequenceTagger
     from householder.nn import DeltaProductMixer, PaTHAttention
 
     try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from householder.nn import MIXERS
 from householder.storage import write_atomically
 from householder.train.config import TrainConfig, takes_several
 from householder.train.errors import ConfigError
@@ -42,6 +43,8 @@ RESULT_FILES = (
 )
 # What the runs of a comparison may differ in.
 COMPARED = ("mixer", "num_layers", "num_householder")
+# What attentions do not take. Beside recurrent mixers it is theirs alone.
+RECURRENT_ONLY = ("allow_neg_eigval", "use_short_conv")
 HEADER = "# Written by householder: the settings of the runs in this folder.\n"
 
 
@@ -72,7 +75,9 @@ class Comparison:
         Args:
             settings: fields of `TrainConfig`, of which `mixer`, `num_layers` and `num_householder`
                 may be lists. Without `num_householder` it is 1 and 2, or 1 where a mixer takes no
-                more.
+                more. Where some of the mixers take several reflections per token, it is theirs
+                alone, and the others have one; where some are recurrent, `allow_neg_eigval` and
+                `use_short_conv` are theirs alone, and attentions keep the defaults.
 
         Returns:
             The comparison: a run for each combination, the first list the slowest.
@@ -87,23 +92,35 @@ class Comparison:
         if "num_householder" not in lists:
             lists["num_householder"] = [1, 2] if all(map(takes_several, lists["mixer"])) else [1]
         names = [name for name in COMPARED if name in lists]
-        combinations = itertools.product(*(lists[name] for name in names))
-        return cls(
-            tuple(
-                TrainConfig(**shared, **dict(zip(names, values, strict=True)))
-                for values in combinations
-            )
-        )
+        some_take_several = any(map(takes_several, lists["mixer"]))
+        some_recurrent = any(mixer in MIXERS for mixer in lists["mixer"])
+        of_attention = {k: v for k, v in shared.items() if k not in RECURRENT_ONLY}
+        configs = []
+        for values in itertools.product(*(lists[name] for name in names)):
+            chosen = dict(zip(names, values, strict=True))
+            if some_take_several and not takes_several(chosen["mixer"]):
+                chosen["num_householder"] = 1
+            apart = some_recurrent and chosen["mixer"] not in MIXERS
+            configs.append(TrainConfig(**(of_attention if apart else shared), **chosen))
+        return cls(tuple(dict.fromkeys(configs)))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `from_settings` makes the same comparison."""
-        return {**self.configs[0].to_dict(), **self.compared()}
+        return {**self.shared.to_dict(), **self.compared()}
+
+    @property
+    def shared(self) -> TrainConfig:
+        """The run that has every setting that was asked for: a recurrent one if there is one."""
+        recurrent = [config for config in self.configs if config.mixer in MIXERS]
+        return (recurrent or self.configs)[0]
 
     def compared(self) -> dict[str, Any]:
         """Return what the runs may differ in: the value, or the list of values where they do."""
         found = {}
+        taking = [config for config in self.configs if takes_several(config.mixer)]
         for name in COMPARED:
-            values = list(dict.fromkeys(getattr(config, name) for config in self.configs))
+            configs = taking if name == "num_householder" and taking else self.configs
+            values = list(dict.fromkeys(getattr(config, name) for config in configs))
             # N is what most comparisons are about, and a list even when alone.
             alone = len(values) == 1 and name != "num_householder"
             found[name] = values[0] if alone else values
@@ -209,7 +226,7 @@ def _check_same_runs(comparison: Comparison, output: OutputFolder) -> None:
         name: (there[name], requested[name]) for name in COMPARED if there[name] != requested[name]
     }
     # But for what is compared, one run speaks for all.
-    one, other = stored.configs[0], comparison.configs[0]
+    one, other = stored.shared, comparison.shared
     alike = dataclasses.replace(one, **{name: getattr(other, name) for name in COMPARED})
     output.require_same(different | differences(alike, other))
 

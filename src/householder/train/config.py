@@ -299,7 +299,9 @@ def run_titles(configs: Sequence[TrainConfig]) -> list[str]:
         layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
         parts = [MIXER_TITLES[config.mixer]] if differ["mixer"] else []
         parts += [layers] if differ["num_layers"] else []
-        parts += [f"N = {config.num_householder}"] if differ["num_householder"] else []
+        # Mixers that take one reflection are not told apart by having one.
+        number = differ["num_householder"] and (not differ["mixer"] or takes_several(config.mixer))
+        parts += [f"N = {config.num_householder}"] if number else []
         # A run alone is named by what its publication varies.
         alone = f"N = {config.num_householder}"
         alone = alone if config.mixer in MIXERS else MIXER_TITLES[config.mixer]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from householder.models import SequenceTagger
 from householder.train import checkpoint as ckpt
 from householder.train.build import build_model, cpu_threads, resolve_device
 from householder.train.config import TrainConfig
@@ -169,7 +170,7 @@ class _Run:
     observer: Observer
     stop: StopRequest
     task: Task
-    model: nn.Module
+    model: SequenceTagger
     optimizer: torch.optim.Optimizer
     data: FreshData | FixedData | GrowingPrefixes
     # The first step whose loss or gradient was not finite, 0 while there is none. It lives on the
@@ -215,7 +216,7 @@ class _Run:
         self.watch.start()
         while not self.finished:
             batch = self.data.batch(self.step)
-            loss, grad_norm, logits = self._update(batch)
+            loss, grad_norm, logits, labels = self._update(batch)
             self.step += 1
             self.watch.tokens += batch.tokens.numel()
             self.observer.stepped(config, self.step)
@@ -229,21 +230,24 @@ class _Run:
             if stopping or any(due.values()) or self.device.type == "cpu":
                 self._raise_if_not_finite()
             if due["log"]:
-                self._log(metrics, batch, loss, grad_norm, logits)
+                self._log(metrics, labels, loss, grad_norm, logits)
             if due["evaluate"]:
                 self._evaluate(metrics)
             if due["save"] or stopping or self.finished:
                 self._save(metrics)
             self.raise_if_stopped()
 
-    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Take one optimizer step; return loss, gradient norm and logits, still on the device."""
+    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take one optimizer step; return loss, gradient norm, and logits with their labels.
+
+        All are still on the device.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         with autocast(self.config, self.device):
-            logits = self.model(batch.tokens)
+            logits, labels = self._predict(batch)
         loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE_INDEX
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
         )
         self.optimizer.zero_grad()
         loss.backward()
@@ -254,10 +258,27 @@ class _Run:
 
         first = (self.bad_step == 0) & ~(loss.isfinite() & grad_norm.isfinite())
         self.bad_step = torch.where(first, self.step + 1, self.bad_step)
-        return loss.detach(), grad_norm, logits.detach()
+        return loss.detach(), grad_norm, logits.detach(), labels
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logits and labels, of the supervised tokens alone where they are few."""
+        count = self.task.num_supervised
+        if count is None:
+            return self.model(batch.tokens), batch.labels
+        # As many in each row, so that nothing waits for the device to count them; a row with fewer
+        # has some without a label among them.
+        supervised = (batch.labels != IGNORE_INDEX).byte()
+        places = supervised.topk(count, dim=1, sorted=False).indices
+        hidden = self.model.hidden(batch.tokens).take_along_dim(places[..., None], dim=1)
+        return self.model.head(hidden), batch.labels.gather(1, places)
 
     def _log(
-        self, metrics: MetricsWriter, batch: Batch, loss: Tensor, grad_norm: Tensor, logits: Tensor
+        self,
+        metrics: MetricsWriter,
+        labels: Tensor,
+        loss: Tensor,
+        grad_norm: Tensor,
+        logits: Tensor,
     ) -> None:
         seconds, tokens = self.watch.lap()
         self.seconds += seconds
@@ -266,8 +287,8 @@ class _Run:
             "step": self.step,
             "length": training_length(self.config, self.step - 1),
             "loss": loss.item(),
-            "accuracy": accuracy(self.task, predictions, batch.labels),
-            "token_accuracy": token_accuracy(predictions, batch.labels),
+            "accuracy": accuracy(self.task, predictions, labels),
+            "token_accuracy": token_accuracy(predictions, labels),
             "grad_norm": grad_norm.item(),
             "lr": learning_rate(self.config, self.step - 1),
             "tokens_per_second": tokens / seconds,

@@ -20,10 +20,12 @@ LEARNT = 0.99
 
 def describe(comparison: Comparison) -> str:
     """Return a line that says what will be trained, on what, where."""
-    config = comparison.configs[0]
+    config = comparison.shared
     layers = "1 layer" if config.num_layers == 1 else f"{config.num_layers} layers"
     beta = "β in (0, 2)" if config.allow_neg_eigval else "β in (0, 1)"
-    model = f"{layers} of {config.mixer}, {beta}" if config.mixer in MIXERS else layers
+    mixers = {c.mixer for c in comparison.configs}
+    model = f"{layers} of {config.mixer}" if len(mixers) == 1 else layers
+    model += f", {beta}" if mixers & set(MIXERS) else ""
     device = resolve_device(config.device)
     threads = cpu_threads(config)
     where = f"CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from householder.models import load_causal_lm
+from householder.models import CausalLM, load_causal_lm
 from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, OutputError
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import read_metrics
@@ -133,6 +133,26 @@ def test_checkpointed_and_half_precision_runs_go_on(texts, tmp_path):
     )
     half = train(texts, tmp_path / "half", steps=3, dtype="bfloat16", schedule="wsd")
     assert all(math.isfinite(r.loss) for r in half.perplexities)
+
+
+# Dynamo looks at the gradients of its inputs, which are no leaves here, behind a filter of its own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_run_has_the_losses_of_a_plain_one(texts, tmp_path, monkeypatch):
+    compile_blocks, compiled = CausalLM.compile_blocks, []
+
+    def without_code_generation(self, **options):
+        compiled.append(self)
+        compile_blocks(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(CausalLM, "compile_blocks", without_code_generation)
+    for name, settings in (("plain", {}), ("compiled", {"compile": True})):
+        train(texts, tmp_path / name, steps=4, pattern="gated_delta_net", **settings)
+    assert len(compiled) == 1
+    losses = [
+        [r["loss"] for r in timeless(tmp_path / name) if "loss" in r]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_perplexity_is_that_of_the_logits(texts, tmp_path):
@@ -269,3 +289,21 @@ def test_two_processes_train_as_one_and_one_resumes_them(texts, tmp_path):
     (tmp_path / "begun" / "checkpoints" / steps[1]).rmdir()
     train(texts, tmp_path / "begun", resume=True, checkpoint_interval=4)
     assert losses(tmp_path / "begun") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+# Dynamo looks at every tensor's gradient, also where there is none to look at.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_learn_the_same(texts, tmp_path, monkeypatch):
+    compile_, compiled = torch.nn.Module.compile, []
+
+    def by_dynamo_alone(module):
+        compiled.append(type(module).__name__)
+        compile_(module, backend="eager", fullgraph=True)
+
+    # The compiler behind it takes a minute, and is PyTorch's affair.
+    monkeypatch.setattr(torch.nn.Module, "compile", by_dynamo_alone)
+    plain = train(texts, tmp_path / "plain", steps=3, separate_documents=False)
+    found = train(texts, tmp_path / "compiled", steps=3, separate_documents=False, compile=True)
+    assert compiled == ["Block", "Block"]
+    assert_same_run(tmp_path / "plain", tmp_path / "compiled")
+    assert found.perplexities == plain.perplexities

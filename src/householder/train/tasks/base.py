@@ -43,6 +43,8 @@ class Task(ABC):
         chance: accuracy of guessing uniformly among the possible answers, the r of
             `householder.train.tasks.metrics.scaled_accuracy`.
         min_length: the smallest `length` that `sample` takes.
+        num_supervised: how many positions of a sequence are supervised at most, where that is a
+            small part of them; training then makes the logits of so many alone. `None` elsewhere.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Task(ABC):
     metric: Metric
     chance: float
     min_length: int = 1
+    num_supervised: int | None = None
 
     def sample(self, num: int, length: int, generator: torch.Generator) -> Batch:
         """Draw sequences, on the generator's device.

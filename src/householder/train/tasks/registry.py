@@ -32,6 +32,9 @@ _TASKS: dict[str, Callable[..., Task]] = {
     "flip-flop-dense": lambda: FlipFlop(p_ignore=0.1, name="flip-flop-dense"),
 }
 
+# "mqar-64" has 64 pairs, "mqar-8-256" 8 pairs of a vocabulary of 256 tokens.
+_MQAR = re.compile(r"mqar-(?P<num_pairs>\d+)(-(?P<vocab_size>\d+))?")
+
 # Families with a number in their name: "z60" is Z_60.
 _FAMILIES: dict[str, Callable[[int], groups.Group]] = {
     "z": groups.cyclic_group,
@@ -42,18 +45,21 @@ _FAMILIES: dict[str, Callable[[int], groups.Group]] = {
 def task_names() -> list[str]:
     """List the names that `make_task` takes; "z<m>" and "d<m>" stand for "z60", "d5" and so on.
 
+    "mqar-<pairs>" and "mqar-<pairs>-<vocab>" are the task "mqar" with these options.
+
     Examples:
         >>> task_names()[:4]
         ['z<m>', 'd<m>', 's3', 's4']
     """
-    return [*(f"{letter}<m>" for letter in _FAMILIES), *_TASKS]
+    mqar = ("mqar-<pairs>", "mqar-<pairs>-<vocab>")
+    return [*(f"{letter}<m>" for letter in _FAMILIES), *_TASKS, *mqar]
 
 
 def make_task(name: str, **options: Any) -> Task:
     """Make a task by name.
 
     Args:
-        name: one of `task_names()`, with a number for `<m>`: "z2", "z60", "d5".
+        name: one of `task_names()`, with numbers in place of `<…>`: "z2", "d5", "mqar-64".
         options: keyword arguments of the task; a word problem has none.
 
     Raises:
@@ -71,10 +77,12 @@ def make_task(name: str, **options: Any) -> Task:
         make = _TASKS[name]
     elif family and family[1] in _FAMILIES:
         make = partial(_word_problem, _FAMILIES[family[1]], int(family[2]))
+    elif recall := _MQAR.fullmatch(name):
+        make = partial(_recall, name, **{k: int(v) for k, v in recall.groupdict().items() if v})
     else:
         raise ValueError(
             f"make_task: `name` must be one of {', '.join(task_names())}, got {name!r}; choose one "
-            "of them, with a number for <m> (z60, d5)"
+            "of them, with numbers for <…> (z60, d5, mqar-64)"
         )
     accepted = [
         parameter.name
@@ -88,6 +96,26 @@ def make_task(name: str, **options: Any) -> Task:
             f"{', '.join(unknown)}; drop or rename them"
         )
     return make(**options)
+
+
+def _recall(
+    name: str,
+    *,
+    num_pairs: int,
+    vocab_size: int = 8192,
+    power: float = 0.01,
+    random_filler: bool = False,
+    min_length: int | None = None,
+) -> Task:
+    task = MultiQueryAssociativeRecall(
+        num_pairs=num_pairs,
+        vocab_size=vocab_size,
+        power=power,
+        random_filler=random_filler,
+        min_length=min_length,
+    )
+    task.name = name
+    return task
 
 
 def _word_problem(make_group: Callable[[int], groups.Group], m: int) -> WordProblem:

@@ -78,6 +78,39 @@ def token_losses(
     return losses
 
 
+def circular_windows(tokens: Any, context: int, count: int) -> np.ndarray[Any, Any]:
+    """Return windows that begin at equal distances around the circle of some tokens.
+
+    The text goes on at its beginning where it ends. So every token is read at about
+    count · context / n positions that lie evenly, n being the number of tokens, and the mean loss
+    over positions a to b is one over the same text wherever b − a is a multiple of n / count: what
+    differs between such means is what came before.
+
+    Args:
+        tokens: of the corpus; at least context + 1.
+        context: T.
+        count: how many windows.
+
+    Returns:
+        The tokens, `[count, context + 1]`.
+
+    Examples:
+        >>> circular_windows(np.arange(8), context=3, count=4)
+        array([[0, 1, 2, 3],
+               [2, 3, 4, 5],
+               [4, 5, 6, 7],
+               [6, 7, 0, 1]])
+    """
+    total = len(tokens)
+    rows = []
+    for i in range(count):
+        begin = i * total // count
+        end = begin + context + 1
+        parts = [tokens[begin : min(end, total)], tokens[0 : max(0, end - total)]]
+        rows.append(np.concatenate(parts))
+    return np.stack(rows)
+
+
 def evaluate_text(
     model: CausalLM,
     tokens: Any,

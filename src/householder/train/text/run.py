@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ def train_text(
     resume: bool = False,
     observer: TextObserver | None = None,
     stop: StopRequest | None = None,
+    corpus: Path | None = None,
 ) -> TextResult:
-    """Train a model on the corpus in `folder/corpus`, evaluate it and write it out.
+    """Train a model on a corpus, evaluate it and write it out.
 
     Args:
         config: all settings of the run.
@@ -85,6 +87,7 @@ def train_text(
         observer: told of every step; used in the first process alone.
         stop: looked at after every step; when a signal has come to any process, the run is saved
             and stopped.
+        corpus: folder of the tokens; `None` for `folder/corpus`.
 
     Returns:
         The trained model and its evaluation.
@@ -99,7 +102,8 @@ def train_text(
     observer = observer if observer is not None and processes.first else TextObserver()
     threads = config.threads or torch.get_num_threads()
     with global_state(config.seed, processes.device, threads):
-        run = _Run.prepare(config, folder, processes, observer, stop or StopRequest())
+        tokens = corpus or folder / "corpus"
+        run = _Run.prepare(config, folder, tokens, processes, observer, stop or StopRequest())
         if resume:
             run.restore()
         observer.started(config, run.step, run.num_parameters, len(run.corpus.train))
@@ -161,6 +165,7 @@ class _Run:
         cls,
         config: TextConfig,
         folder: Path,
+        tokens: Path,
         processes: Processes,
         observer: TextObserver,
         stop: StopRequest,
@@ -171,10 +176,10 @@ class _Run:
                 f"{processes.world_size} processes, got {config.batch_size}"
             )
         tokenizer = make_tokenizer(config.tokenizer)
-        corpus = open_corpus(folder / "corpus")
+        corpus = open_corpus(tokens)
         if corpus.summary["tokenizer"] != tokenizer.identity:
             raise ConfigError(
-                f"`tokenizer` must be the one that {folder / 'corpus'} was made with, "
+                f"`tokenizer` must be the one that {tokens} was made with, "
                 f"{config.tokenizer} is another; delete that folder to have it made again"
             )
         separator = corpus.separator if config.separate_documents else None
@@ -183,6 +188,8 @@ class _Run:
         model.to(processes.device).train()
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
+        if config.compile and not processes.several:
+            model.compile_blocks(fullgraph=False)  # some read the bounds of packed documents
         processes.shard(model)
         optimizer = make_optimizer(model, config)
         bad_step = torch.zeros((), dtype=torch.int64, device=processes.device)
@@ -213,7 +220,9 @@ class _Run:
     def train(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
-        loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
+        loss_of = self.model.loss
+        if config.compile and self.processes.several:
+            loss_of = torch.compile(loss_of)  # around what gathers the parameters
         self.watch.start()
         while self.step < config.steps:
             loss, grad_norm = self._update(loss_of)
@@ -313,7 +322,7 @@ class _Run:
                 self.observer.sampled(self.step, self._sample())
 
     def _perplexities(self, contexts: tuple[int, ...]) -> list[Perplexity]:
-        with self._autocast():
+        with self._autocast(), not_compiled():
             return evaluate_text(
                 self.model,
                 self.corpus.validation,
@@ -328,7 +337,7 @@ class _Run:
         training = self.model.training
         self.model.eval()
         try:
-            with self._autocast():
+            with self._autocast(), not_compiled():
                 tokens = sample_tokens(
                     self.model,
                     prompt,
@@ -374,8 +383,8 @@ class _Run:
         ckpt.check_settings(path, state["config"], self.config)
         if state["corpus"] != self.corpus.summary:
             raise CheckpointError(
-                f"{path}: the checkpoint was trained on another corpus than {self.folder}/corpus "
-                "holds; train in another folder"
+                f"{path}: the checkpoint was trained on another corpus than is there now; train in "
+                "another folder"
             )
         text_ckpt.restore(path, self.model, self.optimizer, self.processes)
         ckpt.restore_random_state(state["random"], self.processes.device)
@@ -410,6 +419,14 @@ class _Run:
         raise Interrupted(
             f"{self.stop.name} at step {self.step}; saved; continue with --resume", signum
         )
+
+
+def not_compiled() -> AbstractContextManager[object]:
+    """Return the context in which compiled blocks run as they are written.
+
+    Other lengths than those of training would be compiled anew, for longer than they run.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def write_model(

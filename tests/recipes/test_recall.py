@@ -1,0 +1,82 @@
+"""Recall at several widths: settings, files, table; the command with its flags."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from rich.console import Console
+
+from householder.recipes import recall
+from householder.train import Comparison, ConfigError, run_comparison
+
+TINY = {
+    "task": "mqar-2-12",
+    "length": 8,
+    "eval_length": 16,
+    "num_samples": None,
+    "num_layers": 1,
+    "num_heads": 2,
+    "steps": 2,
+    "batch_size": 2,
+    "eval_samples": 4,
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+}
+
+
+def test_settings_are_the_published_task():
+    configs = Comparison.from_settings({**recall.settings("gpu"), "d_model": 64}).configs
+    assert [c.mixer for c in configs] == recall.settings("gpu")["mixer"]
+    assert {c.mixer: c.num_householder for c in configs}["delta_product"] == 2
+    for config in configs:
+        assert (config.task, config.length, config.num_samples) == ("mqar-64", 512, 100_000)
+        assert (config.num_layers, config.num_heads, config.batch_size) == (2, 2, 128)
+    # β in (0, 1), and no convolutions; attentions know of neither.
+    assert [c.allow_neg_eigval for c in configs] == [False, False, False, True, True]
+    with pytest.raises(ConfigError, match=r"`size` must be one of cpu, gpu, got 'tpu'"):
+        recall.settings("tpu")
+
+
+def test_files_and_table_hold_every_width(tmp_path):
+    mixers = ["delta_net", "delta_product", "rotary_attention"]
+    for width in (16, 8):
+        comparison = Comparison.from_settings({**TINY, "mixer": mixers, "d_model": width})
+        results = run_comparison(comparison, tmp_path / f"d{width}")
+        if width == 8:
+            narrow = results
+    found = recall.read_results(tmp_path)
+    assert [run.config.d_model for run in found] == [8, 8, 8, 16, 16, 16]
+    assert [run.at_training_length for run in found[:3]] == [r.evaluation.at(8) for r in narrow]
+    recall.write_recall(found, tmp_path)
+    with open(tmp_path / "recall.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    first = [row for row in rows if row["d_model"] == "8" and row["mixer"] == "delta_net"]
+    assert [int(row["length"]) for row in first] == list(narrow[0].evaluation.lengths)
+    assert [float(row["accuracy"]) for row in first] == list(narrow[0].evaluation.accuracy)
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    console = Console(width=160, file=io.StringIO())
+    console.print(recall.published_beside_measured(found))
+    text = console.file.getvalue()
+    for part in ("d = 8", "d = 16", "DeltaNet", "N = 1", "RoPE", "2 pairs"):
+        assert part in text, part
+    assert f"≈100 / {100 * found[0].at_training_length:.1f}" in text
+
+
+def test_the_command_takes_its_flags_and_resumes(tmp_path, capsys):
+    from householder.cli import main
+
+    words = ["reproduce", "recall", "--out", str(tmp_path / "out"), "--mixer", "delta_net"]
+    words += ["--task", "mqar-2-12", "--length", "8", "--eval-length", "8", "--num-heads", "2"]
+    words += ["--num-householder", "1", "--num-layers", "1", "--steps", "2", "--batch-size", "2"]
+    words += ["--eval-samples", "4", "--device", "cpu", "--threads", "1"]
+    for width, more in (("8", []), ("16", []), ("16", ["--resume"])):
+        with pytest.raises(SystemExit) as exit_:
+            main([*words, "--d-model", width, *more])
+        assert (exit_.value.code, capsys.readouterr().err) == (0, "")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["d16", "d8", "recall.csv", "recall.png"]
+    with open(tmp_path / "out" / "recall.csv", newline="") as file:
+        assert [row["d_model"] for row in csv.DictReader(file)] == ["8", "16"]
