@@ -53,7 +53,7 @@ KINDS = {
     "optimizer": "multi_tensor",
     "softmax of the head": "softmax_gradient|SoftMax|cross_entropy|nll_loss",
     "convolutions": "conv",
-    "recurrence": "hopper_|walk_|prepare_|activate_|gate_kernel|table_|segment|chunk_|wy_|w_u_|l2norm",
+    "recurrence": "hopper_|walk_|prepare_|activate_|gate_k|table_|segment|chunk_|wy_|w_u_|l2norm",
     "norms": "norm",
     "gates": "swiglu|silu",
 }
