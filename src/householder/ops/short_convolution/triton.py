@@ -13,7 +13,7 @@ from householder.ops._triton import addressable, on_its_device, power_of_two
 # as with other tiles of 16 to 32 tokens.
 TOKENS, CHANNELS, WARPS = 16, 128, 4
 # The same of one warp that goes through a sequence, and for how many tiles.
-LONG_TOKENS, LONG_CHANNELS, TILES = 4, 256, 16
+LONG_TOKENS, LONG_CHANNELS, TILES = 8, 128, 16
 
 
 @triton.jit
