@@ -228,6 +228,22 @@ def test_too_little_text_and_several_processes_are_refused(make, tmp_path):
         recipe.run(make(), tmp_path / "two", two, observe=lambda config: nullcontext())
 
 
+def test_files_that_are_no_text_are_named(make, text, tmp_path):
+    files = []
+
+    class Skipping(TextObserver):
+        def skipped(self, file):
+            files.append(file)
+
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    run(
+        make(text=[text, str(tmp_path / "picture.png")], mixer=["rope"], steps=1),
+        tmp_path / "out",
+        observer=Skipping(),
+    )
+    assert files == [str(tmp_path / "picture.png")]
+
+
 def test_the_standard_library_is_without_installed_packages():
     files = recipe.standard_library()
     names = {path.name for path in files}

@@ -33,7 +33,7 @@ import io
 import json
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle
@@ -334,7 +334,10 @@ def run(
         raise ConfigError("length-extrapolation: runs in one process; start it without torchrun")
     stop = stop or StopRequest()
     _open_folder(extrapolation, folder, resume=resume, overwrite=overwrite)
-    held_out = _held_out(extrapolation, folder)
+    if not (folder / "corpus").exists():
+        with observe(extrapolation.configs[0]) as observer:
+            _make_corpus(extrapolation, folder / "corpus", observer)
+    held_out = _held_out(extrapolation, folder / "corpus")
     found = []
     for config in extrapolation.configs:
         run_folder = folder / run_name(config)
@@ -436,24 +439,27 @@ def standard_library() -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if not others & set(path.parts))
 
 
-def _texts(text: Sequence[str]) -> Iterator[str]:
+def _make_corpus(extrapolation: Extrapolation, folder: Path, observer: TextObserver) -> None:
+    text, config = extrapolation.text, extrapolation.configs[0]
     files = text_files([Path(name) for name in text]) if text else standard_library()
-    return documents(files, skipped=lambda file: None)
+    write_corpus(
+        documents(files, lambda file: observer.skipped(str(file))),
+        folder,
+        make_tokenizer(config.tokenizer),
+        validation=config.validation,
+        source={"text": list(text)},
+        progress=observer.tokenizing,
+        max_tokens=config.max_tokens,
+    )
 
 
-def _held_out(extrapolation: Extrapolation, folder: Path) -> Any:
-    """Return the held-out tokens of the corpus, which is made if it is not there."""
-    config, path = extrapolation.configs[0], folder / "corpus"
-    if not path.exists():
-        write_corpus(
-            _texts(extrapolation.text),
-            path,
-            make_tokenizer(config.tokenizer),
-            validation=config.validation,
-            source={"text": list(extrapolation.text)},
-            max_tokens=config.max_tokens,
-        )
-    tokens = open_corpus(path).validation
+def _held_out(extrapolation: Extrapolation, corpus: Path) -> Any:
+    """Return the held-out tokens.
+
+    Raises:
+        ConfigError: they are fewer than a sequence needs.
+    """
+    tokens = open_corpus(corpus).validation
     needed = extrapolation.evaluation.eval_length + 1
     if len(tokens) < needed:
         raise ConfigError(
