@@ -1,15 +1,15 @@
-"""Time one decoded token of `path_attention`, and measure how decoding drifts.
+"""Time decoded tokens of `path_attention`, and measure how decoding drifts.
 
     python benchmarks/decoding.py                      # both, on a GPU if there is one
     python benchmarks/decoding.py latency              # or one of them: latency, drift
     python benchmarks/decoding.py --results /tmp/out   # where the CSV files are appended to
 
-Latency: `PathCache.append` of one token beside one query of PyTorch's
+Latency: `PathCache.append` of N tokens beside N queries of PyTorch's
 `scaled_dot_product_attention` over as many keys, which has no positions to keep. The cache holds
 about T tokens, few short of a power of two: there is a block of every size and, on a GPU, the most
 recent tokens there can be, which is when a token costs most. There the calls are replayed from a
 CUDA graph with the L2 cache cleared in between (`us`), and called as they are (`called_us`); on a
-CPU they take turns. `error` is that of 70 tokens decoded after 300, against float64.
+CPU they take turns. `error` is that of tokens decoded after 300, against float64.
 
 Drift: reflections (β = 2), bfloat16, one head of 64. The outputs of the 128 tokens before T against
 those of float64, decoded one by one, after a prefill in one go, and by the full forward pass.
@@ -35,16 +35,19 @@ from householder.testing import relative_error
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# B, T, H, K = V
+# N, B, T, H, K = V
 LATENCY = {
-    "cuda": [(B, T, 16, 128) for B in (1, 16) for T in (4096, 16384, 65536)],
-    "cpu": [(1, T, 8, 64) for T in (4096, 16384)],
+    "cuda": [
+        *((1, B, T, 16, 128) for B in (1, 16) for T in (4096, 16384, 65536)),
+        *((N, B, T, 16, 128) for N in (2, 4, 8, 16) for B in (1, 16) for T in (4096, 16384)),
+    ],
+    "cpu": [(1, 1, T, 8, 64) for T in (4096, 16384)],
 }
-REPEATS = 41  # on a CPU; so few that no block is made among them
+REPEATS = 41  # so few that on a CPU no block is made among them
 DRIFT_TOKENS = (1024, 2048, 4096, 8192, 16384)
 COLUMNS = {
     "latency": (
-        *("date", "dtype", "B", "T", "H", "K", "variant", "us", "called_us", "error"),
+        *("date", "dtype", "N", "B", "T", "H", "K", "variant", "us", "called_us", "error"),
         *("device", "torch", "commit"),
     ),
     "drift": (
@@ -70,11 +73,11 @@ def part(tokens: list[Tensor], lo: int, hi: int) -> list[Tensor]:
     return [x[:, lo:hi] for x in tokens]
 
 
-def decode(tokens: list[Tensor], prompt: int) -> Tensor:
-    """Append a prompt and then one token after the other; return the outputs of all."""
+def decode(tokens: list[Tensor], prompt: int, N: int = 1) -> Tensor:
+    """Append a prompt and then N tokens at a time; return the outputs of all."""
     cache, T = PathCache(tokens[0].shape[0]), tokens[0].shape[1]
     outputs = [cache.append(*part(tokens, 0, prompt))] if prompt else []
-    outputs += [cache.append(*part(tokens, t, t + 1)) for t in range(prompt, T)]
+    outputs += [cache.append(*part(tokens, t, t + N)) for t in range(prompt, T, N)]
     return torch.cat(outputs, dim=1)
 
 
@@ -88,18 +91,60 @@ def full_cache(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> PathCache:
     for name in ("keys", "values", "paths", "w"):
         getattr(store, name).normal_()
     store.paths *= K**-0.5
-    cache._old, cache._recent = [T // 64 * 64] * B, [T % 64] * B
-    cache._counts_known = False
+    hold(cache, T)
     return cache
+
+
+def hold(cache: PathCache, T: int) -> None:
+    """Make a cache hold T of the tokens there is room for."""
+    cache._old, cache._recent = [T // 64 * 64] * cache.batch_size, [T % 64] * cache.batch_size
+    cache._counts_known = False
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """Return what replays a call from a CUDA graph."""
+    run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def replayed_us(replay: Callable[[], object], before: Callable[[], object]) -> float:
+    """Return the median time of a replay, the L2 cache cleared in between."""
+    flushed = torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)
+    times = []
+    for _ in range(REPEATS):
+        before()
+        flushed.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(1e3 * start.elapsed_time(end) for start, end in times[5:])
+
+
+def append_us(cache: PathCache, token: list[Tensor], T: int) -> float:
+    """Return the time of appending tokens to a cache of T, again and again."""
+
+    def run() -> None:
+        hold(cache, T)
+        cache._tell_counts(token[0].device)
+        cache.append(*token)
+
+    run()
+    hold(cache, T)
+    cache._tell_counts(token[0].device)
+    counts = cache._counts
+    assert counts is not None
+    fixed = counts.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.append(*token)
+    return replayed_us(graph.replay, lambda: counts.copy_(fixed))
 
 
 def alternating_us(*runs: Callable[[], object]) -> list[float]:
@@ -113,14 +158,16 @@ def alternating_us(*runs: Callable[[], object]) -> list[float]:
     return [statistics.median(of_run) for of_run in times]
 
 
-def measure_latency(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> list[dict[str, object]]:
-    """Time one token for B sequences of T tokens, ours and PyTorch's."""
-    checked = make_tokens(B, 370, H, K, dtype, 1.9)
+def measure_latency(
+    N: int, B: int, T: int, H: int, K: int, dtype: torch.dtype
+) -> list[dict[str, object]]:
+    """Time N tokens for B sequences of T tokens, ours and PyTorch's."""
+    checked = make_tokens(B, 300 + 80, H, K, dtype, 1.9)
     exact = path_attention(*(x.double() for x in checked))
-    error = relative_error(decode(checked, 300)[:, 300:], exact[:, 300:])
+    error = relative_error(decode(checked, 300, N)[:, 300:], exact[:, 300:])
 
-    held = T - 2 if DEVICE == "cuda" else T - 2 - REPEATS
-    cache, token = full_cache(B, held, H, K, dtype), make_tokens(B, 1, H, K, dtype, 2.0)
+    held = T - 1 - N if DEVICE == "cuda" else T - 2 - REPEATS
+    cache, token = full_cache(B, held, H, K, dtype), make_tokens(B, N, H, K, dtype, 2.0)
     query = token[0].transpose(1, 2)
     # Memory of its own, compact, as a cache of plain attention would have.
     keys, values = torch.randn(2, B, H, T, K, device=DEVICE).to(dtype)
@@ -131,7 +178,7 @@ def measure_latency(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> list[
     def ours() -> Tensor:
         return cache.append(*token)
 
-    rows = [
+    rows: list[dict[str, object]] = [
         {"variant": "householder", "error": f"{error:.1e}"},
         {"variant": "torch SDPA", "error": ""},
     ]
@@ -140,20 +187,17 @@ def measure_latency(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> list[
         for row, us in zip(rows, times, strict=True):
             row["us"] = row["called_us"] = f"{us:.1f}"
     else:
-        import triton
-
-        ours()
-        plain()
+        rows[0]["us"] = f"{append_us(cache, token, held):.2f}"
+        rows[1]["us"] = f"{replayed_us(captured(plain), lambda: None):.2f}"
         for row, run in zip(rows, (ours, plain), strict=True):
-            row["us"] = f"{1e3 * triton.testing.do_bench(captured(run), return_mode='median'):.2f}"
-        for row, run in zip(rows, (ours, plain), strict=True):
+            hold(cache, held - 100 * N)
             torch.cuda.synchronize()
             begun = time.perf_counter()
             for _ in range(100):
                 run()
             torch.cuda.synchronize()
             row["called_us"] = f"{1e4 * (time.perf_counter() - begun):.1f}"
-    size = {"dtype": str(dtype).removeprefix("torch."), "B": B, "T": T, "H": H, "K": K}
+    size = {"dtype": str(dtype).removeprefix("torch."), "N": N, "B": B, "T": T, "H": H, "K": K}
     return [{**size, **row} for row in rows]
 
 
@@ -204,11 +248,14 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["latency", "drift"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
+    parser.add_argument("--tokens", nargs="*", type=int, help="only so many tokens at once")
     arguments = parser.parse_args()
     kind = "gpu" if DEVICE == "cuda" else "cpu"
     if "latency" in arguments.what:
         for dtype in arguments.dtype:
             for size in LATENCY[DEVICE]:
+                if arguments.tokens and size[0] not in arguments.tokens:
+                    continue
                 path = arguments.results / f"decoding-{kind}.csv"
                 append(path, COLUMNS["latency"], measure_latency(*size, getattr(torch, dtype)))
     if "drift" in arguments.what:

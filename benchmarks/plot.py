@@ -81,6 +81,42 @@ def delta_product_gpu() -> None:
     figure.savefig(IMAGES / "delta-product-gpu.png", dpi=150)
 
 
+def path_attention_gpu() -> None:
+    """Time and memory of forward + backward against T, with attention without positions and fla."""
+    newest = {(row["case"], row["variant"]): row for row in read("path-attention-gpu.csv")}
+    names = {"householder": "path_attention", "fla": "fla", "sdpa": "SDPA, no positions"}
+    colors = {"householder": "C0", "fla": "C1", "sdpa": "C2", "floor": "0.5"}
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axes, D, column in zip(
+        panels, (64, 128, 128), ("both_ms", "both_ms", "both_peak_mib"), strict=True
+    ):
+        curves: dict[str, dict[int, float]] = defaultdict(dict)
+        for (case, variant), row in newest.items():
+            sizes = [int(x) for x in case.split("-")[1].split("x")]
+            if sizes[0] == 1 and sizes[3] == D:
+                if column == "both_ms" and row["floor_both_ms"]:
+                    curves["floor"][sizes[1]] = float(row["floor_both_ms"])
+                if row[column]:
+                    curves[variant][sizes[1]] = float(row[column])
+        for variant in ("fla", "householder", "sdpa", "floor"):
+            if variant in curves:
+                axes.plot(
+                    *zip(*sorted(curves[variant].items()), strict=True),
+                    marker="" if variant == "floor" else "o",
+                    markersize=4,
+                    color=colors[variant],
+                    label=names.get(variant, "floor"),
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens T")
+        axes.set_ylabel("ms" if column == "both_ms" else "MiB")
+        what = "Forward + backward" if column == "both_ms" else "Peak memory"
+        axes.set_title(f"{what}, 16 heads of {D}", loc="left")
+        finish(axes)
+    figure.savefig(IMAGES / "path-attention-gpu.png", dpi=150)
+
+
 GROUPS = {"s3": "S₃", "s4": "S₄", "a5": "A₅", "s5": "S₅"}
 
 
@@ -118,6 +154,62 @@ def state_tracking() -> None:
     right.set_title("Dashed: one reflection too few", loc="left")
     right.legend(frameon=False, ncols=2, loc="center right")
     figure.savefig(IMAGES / "state-tracking-h200.png", dpi=150)
+
+
+ATTENTIONS = {
+    "path_attention": ("PaTH", "C0"),
+    "rotary_attention": ("RoPE", "C1"),
+    "forgetting_attention": ("FoX", "C2"),
+}
+
+
+def a5_attention() -> None:
+    """Whole words right by length for every depth, and the fewest layers above 90%."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    # Of several learning rates the one with which longer words are right.
+    runs: dict[tuple[str, int, str], dict[int, float]] = defaultdict(dict)
+    for row in read("a5-attention-h200.csv"):
+        if row["seed"] == "0":
+            run = row["mixer"], int(row["num_layers"]), row["lr"]
+            runs[run][int(row["length"])] = float(row["word_accuracy"])
+    curves: dict[tuple[str, int], dict[int, float]] = {}
+    for (mixer, layers, _), accuracy in sorted(runs.items(), key=lambda x: sum(x[1].values())):
+        curves[mixer, layers] = accuracy
+    styles = {1: ":", 2: "-.", 3: "--", 4: "-"}
+    for mixer, (name, color) in ATTENTIONS.items():
+        fewest: dict[int, int] = {}
+        for (other, layers), accuracy in sorted(curves.items()):
+            if other == mixer:
+                label = f"{name}, {layers} layer{'s' if layers > 1 else ''}"
+                left.plot(
+                    *zip(*sorted(accuracy.items()), strict=True),
+                    color=color,
+                    linestyle=styles[layers],
+                    label=label,
+                )
+                for length in sorted(accuracy):
+                    if accuracy[length] <= 0.9:
+                        break
+                    fewest.setdefault(length, layers)
+        if fewest:
+            # Side by side where they coincide.
+            shift = 0.05 * list(ATTENTIONS).index(mixer)
+            heights = [n + shift for n in fewest.values()]
+            right.plot(list(fewest), heights, color=color, drawstyle="steps-mid", label=name)
+            right.plot(list(fewest)[-1:], heights[-1:], color=color, marker="|", markersize=10)
+    left.axhline(0.9, color="0.6", linewidth=0.8)
+    for axes in (left, right):
+        axes.axvline(16, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlabel("length of the word (trained up to 16)")
+        finish(axes)
+    left.set_ylabel("whole words right")
+    left.set_title("Words over A₅, d = 128, 4 heads, H200", loc="left")
+    left.legend(frameon=False, fontsize=8)
+    right.set_yticks([1, 2, 3, 4])
+    right.set_ylim(0.5, 4.5)
+    right.set_ylabel("fewest layers above 90%")
+    right.set_title("A line ends where no depth is enough", loc="left")
+    figure.savefig(IMAGES / "a5-attention-h200.png", dpi=150)
 
 
 def decoding() -> None:
@@ -163,6 +255,41 @@ def decoding() -> None:
     figure.savefig(IMAGES / "decoding-h200.png", dpi=150)
 
 
+SOURCES = {"householder-compiled": "householder", "householder": "householder", "fla": "fla"}
+
+
+def language_models() -> None:
+    """Training steps and writing of 340M models beside the peer's."""
+    panels = (
+        ("language-model-gpu.csv", "train-340m-", "tokens per second, training, 8 × 4,096"),
+        ("language-model-decoding-gpu.csv", "decode-340m-", "tokens per second, writing"),
+    )
+    if not all((RESULTS / name).exists() for name, *_ in panels):
+        return
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, (name, prefix, label) in zip(both, panels, strict=True):
+        speeds: dict[str, dict[str, float]] = defaultdict(dict)
+        for row in read(name):  # the newest row of a case counts
+            if row["variant"] in ("householder-compiled", "fla") or "decode" in row["case"]:
+                source = SOURCES.get(row["variant"])
+                if source and row["tokens_per_second"]:
+                    case = row["case"].removeprefix(prefix).replace("-8x4096-", ",\n")
+                    case = case.replace("gated_delta_net-", "").replace("-", " ")
+                    speeds[case][source] = float(row["tokens_per_second"])
+        for i, source in enumerate(("householder", "fla")):
+            heights = [speeds[case].get(source, 0.0) for case in speeds]
+            places = [x + 0.4 * i for x in range(len(speeds))]
+            bars = axes.bar(places, heights, width=0.38, label=source, color=f"C{i}")
+            axes.bar_label(bars, [f"{h:,.0f}" if h else "" for h in heights], fontsize=8)
+        axes.set_xticks([x + 0.2 for x in range(len(speeds))], list(speeds), fontsize=8)
+        axes.set_ylabel(label)
+        finish(axes)
+    both[1].set_yscale("log")
+    both[0].set_title("340M parameters, H200", loc="left")
+    both[1].set_title("Gated DeltaNet, bfloat16", loc="left")
+    figure.savefig(IMAGES / "language-models-h200.png", dpi=150)
+
+
 def finish(axes: Axes) -> None:
     """Give the axes what all pictures share."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -175,4 +302,7 @@ if __name__ == "__main__":
     cost_against_length()
     state_tracking()
     delta_product_gpu()
+    path_attention_gpu()
+    a5_attention()
     decoding()
+    language_models()

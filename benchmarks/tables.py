@@ -123,7 +123,47 @@ def first_call_table() -> str:
     return markdown("dtype | K = V | N | gate | in segments | forward / backward, s", lines)
 
 
+def path_attention_table() -> str:
+    """Forward and forward + backward at the sizes of the table, and of the longest sequence."""
+    rows = read("path-attention-gpu.csv")
+    longest = max(of_group(rows, "length"), key=path_sizes)
+    lines = []
+    for case in [*sorted(of_group(rows, "table"), key=path_sizes), longest]:
+        ours = rows[case, "householder"]
+        peers = [rows.get((case, name)) for name in ("sdpa", "fla")]
+        B, T, H, D = path_sizes(case)[1]
+        lines.append(
+            [
+                f"{B}, {T}, {H}, {D}",
+                f"**{path_figures(ours, 'ms')}**",
+                path_figures(ours, "called"),
+                *(path_figures(row, "ms") for row in peers),
+                figures(ours, "floor_forward_ms", "floor_both_ms"),
+                ", ".join(row["both_peak_mib"] or "–" for row in (ours, *peers) if row),
+            ]
+        )
+    return markdown(
+        "B, T, H, K = V | householder | as called | SDPA | fla | floor | peak MiB", lines
+    )
+
+
+def path_sizes(case: str) -> tuple[int, list[int]]:
+    """Return T and then B, T, H and D of a case."""
+    sizes = [int(x) for x in case.split("-")[1].split("x")]
+    return sizes[1], sizes
+
+
+def path_figures(row: dict[str, str] | None, kind: str) -> str:
+    """Return forward / both of a row, with the reason for what it lacks."""
+    if row is None:
+        return "–"
+    columns = ("forward_ms", "both_ms") if kind == "ms" else ("called_forward_ms", "called_both_ms")
+    why = {"out of memory": "out of memory", "": "–"}.get(row["note"], "–")
+    return " / ".join(three_digits(row[x]) if row[x] else why for x in columns)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "path-attention-gpu": path_attention_table,
     "delta-product-gpu": delta_product_table,
     "delta-product-gpu-step": step_table,
     "delta-product-gpu-first-call": first_call_table,

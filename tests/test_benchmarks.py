@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("gpu", "gpu_cases", "tables"):
+    for name in ("gpu", "gpu_cases", "lm_decode_gpu", "lm_gpu", "path_gpu", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -42,3 +42,40 @@ def test_a_case_is_checked_in_its_own_configuration():
         short = case.shortened()
         assert short.configuration == case.configuration
         assert short.B * short.T <= 8400
+
+
+def test_a_peer_is_not_asked_for_calls_that_take_too_long():
+    pytest.importorskip("triton")
+    path_gpu = importlib.import_module("path_gpu")
+    cases = {case.name: case for case in path_gpu.CASES}
+    assert len(cases) == len(path_gpu.CASES)
+    guard = path_gpu.Guard(slowest_ms=1000.0)
+    short, long = cases["table-1x16384x16x64"], cases["length-1x131072x16x64"]
+    guard.check(long, "fla", "both")  # nothing is known yet
+    guard.learn(short, "fla", "both", 20.0)
+    guard.check(short, "fla", "both")
+    guard.check(long, "fla", "forward")
+    guard.check(cases["length-1x131072x16x128"], "fla", "both")
+    with pytest.raises(path_gpu.TooSlow, match="about 1 s") as raised:  # 64 times the pairs
+        guard.check(long, "fla", "both")
+    assert path_gpu.refusal(raised.value) == "left out: a call would take about 1 s"
+    guard.learn(short, path_gpu.OURS, "both", 20.0)
+    guard.check(long, path_gpu.OURS, "both")
+
+
+@pytest.mark.parametrize("variant", ["householder", "householder-transformers"])
+def test_decoding_of_a_small_model_is_measured(variant):
+    pytest.importorskip("transformers")
+    lm_gpu, decode = (importlib.import_module(name) for name in ("lm_gpu", "lm_decode_gpu"))
+    sizes = lm_gpu.Sizes(vocabulary=50, width=16, layers=1, heads=2, mlp_width=16)
+    row = decode.measure("gated_delta_net", variant, 2, sizes, device="cpu")
+    assert row["tokens_per_second"] > 0
+
+
+def test_training_of_a_small_model_is_measured():
+    lm_gpu = importlib.import_module("lm_gpu")
+    sizes = lm_gpu.Sizes(2, 16, 50, 16, 1, 2, 16, steps=1, warmup=1)
+    for precision in lm_gpu.PRECISIONS:
+        row = lm_gpu.measure("gated_delta_product", "householder", precision, sizes, False, "cpu")
+        assert row["tokens_per_second"] > 0
+        assert row["loss"] == pytest.approx(3.9, abs=0.2)

@@ -13,8 +13,10 @@ from torch import Tensor
 from householder.maps import LinearMap
 
 __all__ = [
+    "CORRELATIONS",
     "assert_as_accurate",
     "check_linear_map_laws",
+    "correlated_reflectors",
     "delta_product_inputs",
     "orthogonality_error",
     "path_attention_inputs",
@@ -104,10 +106,14 @@ def _largest_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def orthogonality_error(Q: Tensor) -> float:
-    """Return the largest entry of |QᴴQ − I| (of |QQᴴ − I| if Q is wide), computed in float64.
+    """Return ‖QᴴQ − I‖₂ (‖QQᴴ − I‖₂ if Q is wide), computed in float64.
+
+    It is the largest |σ² − 1| of Q's singular values σ: by so much, at most, Q changes the square
+    of a vector's length. No entry of QᴴQ − I is larger, and neither is its Frobenius norm over √M.
+    (The Frobenius norm itself grows with M for any computation that rounds each column.)
 
     Args:
-        Q: `[*, D, M]`, real or complex. NaN counts as infinite.
+        Q: `[*, D, M]`, real or complex; of a batch the worst counts. NaN counts as infinite.
 
     Examples:
         >>> orthogonality_error(torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.5]]))
@@ -115,9 +121,68 @@ def orthogonality_error(Q: Tensor) -> float:
     """
     Q = Q.detach().to(torch.complex128 if Q.is_complex() else torch.float64)
     Q = Q if Q.shape[-2] >= Q.shape[-1] else Q.mH
+    if not bool(Q.isfinite().all()):
+        return float("inf")
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    error = float((Q.mH @ Q - eye).abs().max())
-    return error if error == error else float("inf")
+    return float(torch.linalg.eigvalsh(Q.mH @ Q - eye).abs().max())
+
+
+# How the reflectors of `correlated_reflectors` are related.
+CORRELATIONS = (
+    "independent", "equal", "close", "alternating", "signs", "geometric", "drifting", "pairs",
+    "subspace", "lengths",
+)  # fmt: skip
+
+
+def correlated_reflectors(
+    kind: str,
+    N: int,
+    D: int,
+    *,
+    noise: float = 1e-3,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Draw reflectors `[N, D]` that are independent, or hard cases for a compact WY form.
+
+    Args:
+        kind: one of `CORRELATIONS`: "independent"; "equal", all the same; "close", the same up to
+            noise; "alternating", two in turn up to noise; "signs", the same with either sign in
+            turn, up to noise; "geometric", approaching one of them by a tenth each; "drifting", a
+            random walk in small steps; "pairs" of equal ones; "subspace", all in four dimensions
+            up to noise; "lengths", close ones of lengths from 1e-3 to 1e3.
+        N: reflectors.
+        D: dimensions.
+        noise: relative to the entries.
+        dtype: real.
+        device: of the result; the numbers are drawn on the CPU, and are the same on all.
+        seed: of the draw.
+
+    Examples:
+        >>> k = correlated_reflectors("pairs", 4, 8)
+        >>> torch.equal(k[0], k[1]), torch.equal(k[1], k[2])
+        (True, False)
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int, size: int = D) -> Tensor:
+        return torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+    row = torch.arange(N, dtype=torch.float64).unsqueeze(-1)
+    make = {
+        "independent": lambda: draw(N),
+        "equal": lambda: draw(1).expand(N, D),
+        "close": lambda: draw(1) + noise * draw(N),
+        "alternating": lambda: draw(2).repeat(N // 2 + 1, 1)[:N] + noise * draw(N),
+        "signs": lambda: draw(1) * (-1) ** row + noise * draw(N),
+        "geometric": lambda: draw(1) + 0.9**row * draw(1),
+        "drifting": lambda: draw(1) + 0.02 * draw(N).cumsum(0),
+        "pairs": lambda: draw(N // 2 + 1).repeat_interleave(2, dim=0)[:N],
+        "subspace": lambda: draw(N, 4) @ draw(4) + noise * draw(N),
+        "lengths": lambda: 10 ** (6 * row / N - 3) * (draw(1) + noise * draw(N)),
+    }
+    return make[kind]().to(device, dtype)
 
 
 def delta_product_inputs(

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -250,6 +251,22 @@ class TestPeft:
         )
         Q = theirs.base_model.model[0].get_delta_weight("default").detach()
         assert (Q.T @ Q - torch.eye(768)).norm() > 1
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("dilation", 2), ("stride", (2, 1)), ("padding", (1, 0)), ("padding_mode", "circular")],
+    )
+    def test_pefts_hra_is_wrong_on_convolutions_that_it_takes(self, option, value):
+        # At its start it should change nothing. Named in our documentation, like the last one.
+        options = {"padding": 1, option: value}
+        x = torch.randn(2, 4, 12, 12)
+        base = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, **options))
+        y = base(x)
+        ours = adapters.attach(copy.deepcopy(base), HRAConfig(targets="0", num_householder=2))
+        assert close(ours(x), y, 1e-5)
+        theirs = peft.get_peft_model(base, peft.HRAConfig(r=2, target_modules=["0"]))
+        z = theirs(x)
+        assert z.shape != y.shape or not close(z, y, 1e-2)
 
     def test_what_cannot_be_exchanged_says_why(self, tmp_path):
         base, _ = self.base()

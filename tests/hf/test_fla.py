@@ -5,14 +5,16 @@ Whether the converted model gives the same logits as theirs is tested on a GPU, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from householder.hf.fla import convert, from_fla
+from householder.hf.fla import convert, from_fla, to_fla
 from householder.hf.fla_config import ConversionError, config_from_fla, config_to_fla
 from householder.models import CausalLM, CausalLMConfig, load_causal_lm, save_causal_lm
 
@@ -154,6 +156,20 @@ def test_theirs_becomes_ours_and_back(tmp_path, kind):
     assert config_from_fla(back) == ours.config
 
 
+def test_the_tokenizer_and_the_end_of_text_go_along(tmp_path):
+    folder = their_folder(tmp_path, "delta_net", eos_token_id=7, pad_token_id=None)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    convert(folder, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    for made in ("ours", "back"):
+        config = json.loads((tmp_path / made / "config.json").read_text())
+        # The first was not said, and is 1 in their models then.
+        assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 7, None]
+        assert (tmp_path / made / "tokenizer.json").read_text() == "{}"
+        assert not (tmp_path / made / "notes.txt").exists()
+
+
 def test_their_gates_are_scaled_and_the_papers_are_not(tmp_path):
     model = from_fla(their_folder(tmp_path, "path_attn"))
     assert model.layers[0].mixer.gate_scale == pytest.approx(8**-0.5)
@@ -169,6 +185,25 @@ def test_a_whole_projection_to_w_is_kept(tmp_path):
     w = load_file(folder / "model.safetensors")["model.layers.0.attn.w_proj.weight"]
     x = torch.randn(3, 32)
     torch.testing.assert_close(mixer.w_up_proj(mixer.w_down_proj(x)), x @ w.T)
+    to_fla(model, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert torch.equal(back["model.layers.0.attn.w_proj.weight"], w)
+    assert not any("w_up" in name or "w_down" in name for name in back)
+
+
+def test_without_the_convolution_w_has_no_activation(tmp_path):
+    theirs = {**BASE, **THEIRS["path_attn"][0], "use_w_shortconv": False}
+    ours = config_from_fla(theirs)
+    layer = CausalLM(ours).layers[0].mixer
+    assert layer.w_conv1d is None
+    x = torch.randn(1, 4, 32)
+    w = layer.w_up_proj(layer.w_down_proj(x)).unflatten(-1, (-1, 8))
+    length = (w.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(layer.transitions(x)[0], w / length)
+    back = config_to_fla(ours)
+    assert {name: back[name] for name in theirs} == theirs
+    with pytest.raises(ConversionError, match=r"`path_w_activation` must be identity, got silu"):
+        config_to_fla(dataclasses.replace(ours, path_w_activation="silu"))
 
 
 def test_hybrids_keep_their_layers():
@@ -191,7 +226,6 @@ def test_hybrids_keep_their_layers():
         ("delta_net", {"model_type": "gla"}, "`model_type` must be one of delta_net,.*'gla'"),
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "'swish', got 'sigmoid'"),
         ("gated_deltanet", {"attnres_block_size": 2}, "`attnres_block_size` must be None, got 2"),
-        ("path_attn", {"use_w_shortconv": False}, "`use_w_shortconv` must be true"),
         ("delta_net", {"attn": {"layers": [0], "num_heads": 4, "qkv_bias": True}}, "biases"),
     ],
 )
@@ -204,7 +238,7 @@ def test_what_ours_cannot_be_is_refused(kind, changed, message):
     ("options", "message"),
     [
         ({"pattern": "delta,path"}, "`pattern` must be one recurrent mixer"),
-        ({"pattern": "path", "path_w_rank": 8}, "`path_w_rank` must be 32, got 8"),
+        ({"pattern": "path", "path_w_rank": 8}, r"`path_w_rank` must be 32 or H \* K, got 8"),
         ({"pattern": "path", "attention_qk_norm": True}, "`attention_qk_norm` must be False"),
         ({"pattern": "gated_delta", "qk_activation": "relu"}, "`qk_activation` must be 'silu'"),
         ({"pattern": "delta_product", "num_value_heads": 6, "num_heads": 3}, "no such field"),
@@ -237,11 +271,21 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path):
         from_fla(folder)
 
 
+def test_the_documentation_has_the_rows_of_the_comparison(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import fla_checkpoints as script
+
+    rows = script.table(script.RESULTS / script.FILE)
+    assert rows in (root / "docs" / "transformers.md").read_text(), "python … --table"
+
+
 def test_ours_with_tied_embeddings_is_theirs(tmp_path):
     torch.manual_seed(0)
     model = CausalLM(CausalLMConfig(19, d_model=32, num_layers=2, head_dim=8, pattern="delta"))
-    save_causal_lm(model, tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "theirs")
+    save_causal_lm(model, tmp_path / "run" / "model")
+    convert(tmp_path / "run", tmp_path / "theirs")
     again = from_fla(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] is None
     tokens = torch.randint(19, (1, 6))
     assert torch.equal(again(tokens), model(tokens))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
 import householder
 from householder.hf import gated_delta
+from householder.hf.gated_delta import CHUNK, RECURRENT
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,18 +115,51 @@ def test_packed_sequences_stay_apart():
 
 
 def test_undo_puts_everything_back_and_twice_is_once():
-    modules = gated_delta._modules()
-    assert len(modules) >= 1
-    names = (gated_delta.CHUNK, gated_delta.RECURRENT)
-    before = [getattr(m, n) for m in modules for n in names]
+    places = [p for m in gated_delta._modules() for p in gated_delta._places(m, {CHUNK: print})]
+    assert places
+
+    def now():
+        return [vars(place.owner).get(place.name) for place in places]
+
+    before = now()
     first = householder.use_in_transformers()
     second = householder.use_in_transformers()
-    assert all(hasattr(getattr(m, n), "_householder") for m in modules for n in names)
+    assert all(hasattr(x, "_householder") for x in now())
     assert second.modules == ()
     second.undo()
-    assert hasattr(getattr(modules[0], names[0]), "_householder")
+    assert all(hasattr(x, "_householder") for x in now())
     first.undo()
-    assert [getattr(m, n) for m in modules for n in names] == before
+    assert now() == before
+
+
+def test_layers_that_keep_the_functions_are_switched_too(monkeypatch):
+    """As in transformers 5.0 to 5.13, whose layers took the functions when they were made."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chunk_gated_delta_rule = "theirs, whole"
+            self.recurrent_gated_delta_rule = "theirs, one"
+
+        def forward(self):
+            return self.chunk_gated_delta_rule, self.recurrent_gated_delta_rule
+
+    module = types.ModuleType("modeling_old")
+    vars(module).update({CHUNK: print, RECURRENT: print, "Layer": Layer})
+    monkeypatch.setattr(gated_delta, "_modules", lambda: [module])
+    old = Layer()
+    with householder.use_in_transformers() as patch:
+        new = Layer()
+        for layer in (old, new):
+            assert [f.__name__ for f in layer()] == [
+                "chunk_gated_delta_rule",
+                "recurrent_gated_delta_rule",
+            ]
+        assert getattr(module, CHUNK) is print
+        assert patch.modules == (__name__,)
+        assert householder.use_in_transformers().modules == ()
+    for layer in (old, new):
+        assert layer() == ("theirs, whole", "theirs, one")
 
 
 def test_an_unknown_transformers_is_refused(monkeypatch):

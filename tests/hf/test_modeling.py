@@ -157,6 +157,45 @@ def test_loss_is_that_of_shifted_labels_and_trains(model):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_parts_of_a_step_add_up_to_its_loss():
+    """As `Trainer` accumulates gradients: it gives every part the number of labels of the whole."""
+    model = make("delta,path")
+    batch, labels = tokens(3, 9), tokens(3, 9)
+    labels[0, :6] = -100
+    whole = model(batch, labels=labels).loss
+    asked = (labels[:, 1:] != -100).sum()
+    parts = [
+        model(batch[rows], labels=labels[rows], num_items_in_batch=asked).loss
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.slow
+def test_trainer_takes_the_same_step_in_parts(tmp_path):
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 9)]
+    trained = []
+    for size, parts in ((4, 1), (1, 4)):
+        model = make("delta,path").train()
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+        )
+        transformers.Trainer(model, arguments, train_dataset=rows).train()
+        trained.append(model.state_dict())
+    for name, x in trained[0].items():
+        torch.testing.assert_close(trained[1][name], x, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_logits_to_keep(model):
     batch = tokens(2, 9)
     whole = model(batch).logits

@@ -67,6 +67,67 @@ def test_a_training_step_is_captured_without_waiting_for_the_host():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("decay", [None, 0.1], ids=["no gate", "gate"])
+@pytest.mark.parametrize("N", [1, 3])
+def test_a_second_pass_through_a_kept_graph_gives_the_same(N, decay):
+    """The last pass may leave its gradient where the forward saved something; others may not."""
+    inputs = arrange(2, 200, N, 2, 64, 128, HV=4, decay=decay)
+    outputs = call(inputs)
+    given = [x for x in inputs.values() if x is not None and x.requires_grad]
+    ones = [torch.ones_like(x) for x in outputs]
+    first, second, last = (
+        torch.autograd.grad(outputs, given, ones, retain_graph=keep) for keep in (True, True, False)
+    )
+    for a, b, c in zip(first, second, last, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("decay", [None, 0.1], ids=["no gate", "gate"])
+def test_gradients_take_the_place_of_what_was_saved(decay):
+    """Of what is as large as v, only o and the gradients of q, k and v are there at the end."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel that does this is for Hopper")
+    B, T, H, D = 4, 2048, 16, 128
+    inputs = arrange(B, T, 1, H, D, D, decay=decay, with_initial_state=False)
+    do = torch.ones(B, T, H, D, device="cuda", dtype=torch.bfloat16)
+
+    def peak(keep):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        o, _ = delta_product(*(inputs[n] for n in ORDER))
+        given = [inputs[n] for n in ORDER if inputs[n] is not None]
+        gradients = torch.autograd.grad(o, given, do, retain_graph=keep)
+        del o, gradients
+        return (torch.cuda.max_memory_allocated() - before) / (2 * B * T * H * D)
+
+    peak(False)
+    # States count twice v, triangles half of it, coefficients of gates a tenth.
+    assert peak(False) < 6.65
+    assert peak(True) > 7.4
+
+
+@pytest.mark.parametrize("decay", [None, 0.1], ids=["no gate", "gate"])
+def test_the_op_that_writes_over_what_was_saved_says_so(decay):
+    """Its schema names all it changes, and its fake kernel gives shapes and dtypes of its own."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel that does this is for Hopper")
+    ops = torch.ops.householder
+    inputs = {n: x if x is None else x.detach() for n, x in arrange(2, 70, 2, 2, 64, 64).items()}
+    given = [*(inputs[n] for n in ORDER), 0.3, inputs["initial_state"], None]
+    if decay is None:
+        given[4] = None
+    with torch.no_grad():
+        o, state, *saved = ops.delta_product.default(*given, True, "triton")
+    arguments = (torch.ones_like(o), torch.ones_like(state), *given, *saved, "triton")
+    torch.library.opcheck(
+        ops.delta_product_backward_over_u.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 def test_packed_sequences_are_those_alone():
     inputs = arrange(1, 900, 2, 2, 64, 64, num_sequences=7)
     together, bounds = call(inputs), inputs["cu_seqlens"].tolist()

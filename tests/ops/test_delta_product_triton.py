@@ -112,7 +112,7 @@ def compute(case: dict) -> dict[str, str]:
         except AssertionError as error:
             broken[name] = str(error)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    declared = triton.saved_shapes(*arguments[:4], sequences)
+    declared = triton.saved_shapes(*arguments[:5], sequences)
     if [(tuple(x.shape), x.dtype) for x in saved] != list(declared):
         broken["saved"] = f"{[x.shape for x in saved]} is not what is declared, {declared}"
     unsaved = triton.forward(*arguments, save=False)
@@ -171,7 +171,7 @@ def compute_gate_parts(N: int, packed: bool) -> float:
     import torch
 
     from householder.ops.delta_product.triton import hopper_gates as parts
-    from householder.ops.delta_product.triton.chunks import make_problem
+    from householder.ops.delta_product.triton.chunks import FROM_START, TO_END, make_problem
     from householder.testing import relative_error
 
     torch.manual_seed(0)
@@ -181,8 +181,9 @@ def compute_gate_parts(N: int, packed: bool) -> float:
     bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
     g = torch.zeros(1, T, HV)
     p = make_problem(q, k, v, torch.zeros(1, T, N, HV), g, bounds)
-    size = parts.KEPT.value * 64 + parts.KEPT_PARTS.value
+    size = parts.PARTS_SIZE
     x = torch.randn(p.num_chunks, HV, size)
+    table = torch.rand(p.num_chunks, HV, 6, 64)
     # Behind a chunk's last token there is nothing.
     for place in (parts.TAKEN.value, parts.TAKEN.value + 1):
         x[:, :, 64 * place + C * N : 64 * (place + 1)] = 0.0
@@ -192,7 +193,7 @@ def compute_gate_parts(N: int, packed: bool) -> float:
         ] = 0
     dg = torch.full_like(g, torch.nan)
     parts.gate_kernel[(p.num_chunks * HV,)](
-        x, dg, *p.packing, 0.3, T, HV, N=N, C=C, R=64, BC=BC, PACKED=packed, SIZE=size,
+        x, table, dg, *p.packing, size, 0.3, T, HV, N=N, C=C, R=64, BC=BC, PACKED=packed,
         GROUPS=groups,
     )  # fmt: skip
 
@@ -204,6 +205,8 @@ def compute_gate_parts(N: int, packed: bool) -> float:
     written, taken, crossing = (
         lines(place.value, groups) for place in (parts.WRITTEN, parts.TAKEN, parts.CROSSING)
     )
+    written = written * table[:, :, TO_END.value].double()
+    taken = taken * table[:, :, FROM_START.value].double()
     asked = lines(parts.ASKED.value, groups if N == 1 else 4 * groups, BC)
     kept = x[:, :, 64 * parts.KEPT.value :][..., : 4 * groups].double().sum(2)
     chunks = [(length, at) for length in lengths for at in range(0, length, C)]

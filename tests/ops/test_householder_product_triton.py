@@ -157,6 +157,21 @@ def compute_public() -> dict[str, str]:
     return broken
 
 
+def compute_orthogonality() -> dict[str, str]:
+    """Form Q of reflectors close to one another; return which errors are above 4 ε √D."""
+    from householder import householder_frame
+    from householder.testing import correlated_reflectors, orthogonality_error
+
+    broken = {}
+    for kind in ("equal", "close", "signs", "lengths"):
+        for N in (20, 64):  # a tile, and a block of several
+            k = correlated_reflectors(kind, N, 64)
+            error = orthogonality_error(householder_frame(k, impl="triton")) / 2**-23 / 64**0.5
+            if not error <= 4:
+                broken[f"{kind}, N = {N}"] = f"{error:.1f} ε √D"
+    return broken
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict[str, str]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -176,6 +191,12 @@ def test_public_functions_run_them(answers):
     assert answers["public"] == {}
 
 
+@pytest.mark.xfail(reason="float64 tiles are switched off", strict=True)
+def test_frames_are_orthogonal_however_close_the_reflectors_are(answers):
+    assert answers["orthogonality"] == {}
+
+
 if __name__ == "__main__":
     answers = {name: compute(case) for name, case in CASES.items()}
-    print(json.dumps(answers | {"public": compute_public()}))
+    others = {"public": compute_public(), "orthogonality": compute_orthogonality()}
+    print(json.dumps(answers | others))

@@ -25,6 +25,12 @@ REFLECTION_LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1
 SHAPES = {
     "narrow": {"B": 2, "T": 700, "K": 64, "V": 64, "decay": None},
     "wide": {"B": 2, "T": 700, "K": 128, "V": 128, "decay": None},
+    "wide, deep": {"B": 1, "T": 2500, "K": 128, "V": 128, "decay": None},
+    "wide, grouped heads, sinks": {"B": 2, "T": 700, "K": 128, "V": 128, "HQ": 10, "decay": None,
+                                   "with_sinks": True},
+    "wide keys": {"B": 2, "T": 700, "K": 128, "V": 64, "decay": None},
+    "wide values": {"B": 2, "T": 700, "K": 64, "V": 128, "decay": None},
+    "packed, wide": {"B": 1, "T": 3000, "K": 128, "V": 128, "num_sequences": 7, "decay": None},
     "narrow, gated, sinks": {"B": 2, "T": 700, "K": 64, "V": 64, "with_sinks": True},
     "wide, gated, grouped heads": {"B": 1, "T": 700, "K": 128, "V": 128, "HQ": 6},
     "strong gate": {"B": 2, "T": 700, "K": 64, "V": 64, "decay": 20.0},
@@ -129,9 +135,27 @@ def test_inputs_of_several_dtypes(kernels):
     assert relative_error(o, exact(arguments, others)[0]) < 4e-3
 
 
-def test_a_sequence_depends_neither_on_its_batch_nor_on_packing(kernels):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks", "reflections", "widest"])
+def test_reflectors_in_float32_leave_the_products_of_pairs_in_half_precision(name, dtype, kernels):
+    from householder.ops.path_attention.triton.problem import make_problem
+
+    arguments, others = arrange(SHAPES[name], torch.float32)
+    arguments[:3] = [x.to(dtype) for x in arguments[:3]]
+    assert make_problem(*arguments, *others).operand == dtype
+    o, lse = kernels.forward(*arguments, *others)
+    expected, expected_lse = exact(arguments, others)
+    limit = (REFLECTION_LIMITS if name == "reflections" else LIMITS)[dtype]
+    assert o.dtype == dtype
+    assert relative_error(o, expected) < limit
+    assert relative_error(lse, expected_lse) < limit
+
+
+@pytest.mark.parametrize("decay", [0.5, None])
+@pytest.mark.parametrize("K", [64, 128])
+def test_a_sequence_depends_neither_on_its_batch_nor_on_packing(K, decay, kernels):
     arguments, (scale, window, _) = arrange(
-        {"B": 3, "T": 700, "K": 64, "V": 64}, torch.bfloat16
+        {"B": 3, "T": 700, "K": K, "V": K, "decay": decay}, torch.bfloat16
     )  # fmt: skip
     alone, packed = (
         [None if x is None else change(x) for x in arguments]
@@ -146,8 +170,9 @@ def test_a_sequence_depends_neither_on_its_batch_nor_on_packing(kernels):
         assert torch.equal(a.flatten(0, 1), c[0])
 
 
-def test_packed_sequences_are_those_alone(kernels):
-    arguments, (scale, window, bounds) = arrange(SHAPES["packed"], torch.bfloat16)
+@pytest.mark.parametrize("name", ["packed", "packed, wide"])
+def test_packed_sequences_are_those_alone(name, kernels):
+    arguments, (scale, window, bounds) = arrange(SHAPES[name], torch.bfloat16)
     together, _ = kernels.forward(*arguments, scale, window, bounds)
     for start, end in itertools.pairwise(bounds.tolist()):
         alone = [None if x is None else x[:, start:end] for x in arguments]

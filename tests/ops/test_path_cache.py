@@ -189,6 +189,26 @@ def test_decoding_does_not_drift(dtype):
     assert drifted < 8 * torch.finfo(dtype).eps
 
 
+def test_bfloat16_keys_have_the_digits_of_float16():
+    """After 1,000 single tokens nothing but the rounding of the outputs is seen of the keys."""
+    T = 1100
+    inputs = path_attention_inputs(
+        B=1, T=T, H=1, K=32, V=32, dtype=torch.bfloat16, strength=2.0, decay=None
+    )
+    exact = path_attention(**{n: None if x is None else x.double() for n, x in inputs.items()})
+    decoded = append_in_parts(PathCache(1), inputs, [100, *[1] * (T - 100)])[:, -100:]
+    rounded = exact[:, -100:].bfloat16()
+    least = relative_error(rounded, exact[:, -100:])
+    assert relative_error(decoded, exact[:, -100:]) < 1.1 * least
+
+
+def test_keys_beyond_float16_are_cut_off():
+    inputs = path_attention_inputs(T=200, dtype=torch.bfloat16, decay=None)
+    inputs["k"][:, 10] = inputs["k"][:, 150] = 1e6
+    inputs["q"] /= 1e6
+    assert append_in_parts(PathCache(2), inputs, [130, *[1] * 70]).isfinite().all()
+
+
 def test_keys_are_turned_once_per_doubling(monkeypatch):
     """Turning 1,024 keys takes log₂(1024 / 64) passes over them, and none per token."""
     turned = []

@@ -14,15 +14,23 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Arguments of `path_attention_inputs`, and of the cache. The tokens before the last four are a
-# prompt; among the four a block is made and joined with another.
+# Arguments of `path_attention_inputs` and of the cache; `steps` are how many tokens come at a time
+# after a prompt, and among the first of them a block is made and joined with another.
 CASES = {
     "grouped heads, gates, sinks": {"B": 1, "HQ": 2, "H": 1, "K": 16, "V": 24, "with_sinks": True,
-                                    "max_rollback": 3},
-    "not powers of two": {"B": 1, "HQ": 2, "H": 2, "K": 40, "V": 12, "decay": None},
-    "a window over blocks": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "window": 90},
-    "a window of recent tokens": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "window": 3},
-    "two rows, one left out at times": {"B": 2, "HQ": 1, "H": 1, "K": 16, "V": 16, "skip": True},
+                                    "max_rollback": 3, "steps": [1, 1, 1, 1]},
+    "not powers of two": {"B": 1, "HQ": 2, "H": 2, "K": 40, "V": 12, "decay": None,
+                          "steps": [1, 1, 1]},
+    "a window over blocks": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "window": 90,
+                             "steps": [1, 1, 5, 1]},
+    "a window of recent tokens": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "window": 3,
+                                  "steps": [1, 4, 1]},
+    "several tokens": {"B": 1, "HQ": 2, "H": 1, "K": 24, "V": 16, "steps": [2, 16, 3, 1],
+                       "max_rollback": 20, "with_sinks": True},
+    "many queries a key head": {"B": 1, "HQ": 5, "H": 1, "K": 16, "V": 16, "steps": [14, 2],
+                                "decay": None},
+    "two rows of their own lengths": {"B": 2, "HQ": 1, "H": 1, "K": 16, "V": 16,
+                                      "steps": [1, 4, 6, 1], "apart": True},
 }  # fmt: skip
 PROMPT = 64 * 5 + 62
 
@@ -34,17 +42,17 @@ def compute(case: dict) -> str:
     import torch
 
     from householder import PathCache, path_attention
-    from householder.ops.path_attention.cache import triton
     from householder.ops.path_attention.cache.store import Store
     from householder.testing import assert_as_accurate, path_attention_inputs
 
     case = dict(case)
-    window, skip = case.pop("window", None), case.pop("skip", False)
+    window, apart, steps = case.pop("window", None), case.pop("apart", False), case.pop("steps")
     max_rollback = case.pop("max_rollback", 0)
-    T = PROMPT + 4
+    T = PROMPT + sum(steps)
     inputs = path_attention_inputs(**case, T=T, dtype=torch.float32)
     if inputs["g"] is not None:
         inputs["g"][:, 70] = -math.inf  # hides what is before, and must not become NaN
+        inputs["g"][:, PROMPT - 3] = inputs["g"][:, PROMPT + 2] = -math.inf
     wide = {n: None if x is None else x.double() for n, x in inputs.items()}
     expected = path_attention(**wide, window=window)
     plain = path_attention(**inputs, window=window)
@@ -52,7 +60,6 @@ def compute(case: dict) -> str:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)  # so that memory comes filled with NaN
     Store.has_kernels = lambda self: True  # on the CPU too
-    triton.ENTER_PROGRAMS = 2  # few, and each with more than one block
     cache = PathCache(case["B"], max_rollback=max_rollback)
     options = {"sinks": inputs["sinks"], "window": window}
     tokens = [inputs[n] for n in ("q", "k", "v", "w", "beta", "g")]
@@ -61,20 +68,29 @@ def compute(case: dict) -> str:
         return [None if x is None else x[:, lo:hi] for x in tokens]
 
     cache.append(*part(0, PROMPT), **options)
-    outputs = []
-    for t in range(PROMPT, T):
-        if skip:
-            # The second row gets nothing, and then its token alone.
-            o = cache.append(*part(t, t + 1), **options, lengths=[1, 0])
-            if o[1].any():
-                return "a row left out has an output"
-            o = o + cache.append(*part(t, t + 1), **options, lengths=[0, 1])
+    outputs, lo = [], PROMPT
+    for n in steps:
+        here = part(lo, lo + n)
+        if apart:
+            # The second row gets a part of its tokens, and then the others alone.
+            few = n // 2
+            o = cache.append(*here, **options, lengths=[n, few])
+            if o[1, few:].any():
+                return "a token left out has an output"
+            rest = part(lo + few, lo + n)
+            o[1, few:] = cache.append(*rest, **options, lengths=[0, n - few])[1]
         else:
-            o = cache.append(*part(t, t + 1), **options)
+            o = cache.append(*here, **options)
+            if max_rollback:
+                cache.rollback(n)
+                # Others in between must leave no trace; of a block's making only its roundings.
+                cache.append(*part(0, n), **options)
+                cache.rollback(n)
+                again = cache.append(*here, **options)
+                if not (o - again).norm() <= 1e-6 * o.norm():
+                    return "a roll-back left something behind"
         outputs.append(o)
-        if t == T - 2 and max_rollback:
-            cache.rollback(1)
-            outputs[-1] = cache.append(*part(t, t + 1), **options)
+        lo += n
     if cache.lengths != [T] * case["B"]:
         return f"lengths {cache.lengths}"
     try:
@@ -85,7 +101,7 @@ def compute(case: dict) -> str:
     return ""
 
 
-def test_single_tokens_are_as_accurate_as_the_whole():
+def test_new_tokens_are_as_accurate_as_the_whole():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve())],

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from householder.train import TrainConfig, data
 from householder.train.data import derive_seed, make_data, make_training_task
 from householder.train.errors import ConfigError
 from householder.train.optim import learning_rate, make_optimizer
@@ -24,6 +25,26 @@ def test_a_batch_depends_on_seed_and_step_alone(tiny, settings):
         assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
     (other_seed,) = batches(tiny(**settings, seed=1), [0])
     assert not torch.equal(other_seed.tokens, in_order[0].tokens)
+
+
+@pytest.mark.parametrize("settings", [{}, {"start_length": 2}], ids=["whole", "growing"])
+def test_batches_drawn_ahead_are_those_drawn_one_by_one(tiny, settings, monkeypatch):
+    config = tiny(**settings)
+    one_by_one = batches(config, range(8))
+    monkeypatch.setattr(data, "steps_ahead", lambda *_: 3)
+    source = make_data(make_training_task(config), config, torch.device("cpu"))
+    for step in (0, 1, 2, 3, 7, 4, 0):
+        for x, y in zip(source.batch(step), one_by_one[step], strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "steps"), [(4, 8, 64), (512, 128, 16), (512, 1 << 20, 1)]
+)
+def test_a_gpu_gets_about_a_million_tokens_at_once(batch_size, length, steps):
+    config = TrainConfig(batch_size=batch_size, length=length)
+    assert data.steps_ahead(config, torch.device("cuda")) == steps
+    assert data.steps_ahead(config, torch.device("cpu")) == 1
 
 
 def test_an_epoch_sees_every_sample_once_in_a_new_order(tiny):

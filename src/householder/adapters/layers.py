@@ -26,7 +26,7 @@ from householder.adapters.errors import AdapterError
 from householder.adapters.targets import LayerShape, matches
 from householder.maps import HouseholderProduct
 from householder.ops import householder_product
-from householder.ops.wy import compute_dtype
+from householder.ops.wy import compute_dtype, triangle_dtype
 
 Call = Callable[[Tensor], Tensor]
 
@@ -125,7 +125,9 @@ class HRALayer(AdapterLayer):
 
     def change(self, W: Tensor) -> tuple[Tensor, Tensor]:
         K, T = _compact_wy(self.product())
-        return -(W.to(T.dtype) @ K.mT) @ T, K
+        B = -(W.to(T.dtype) @ K.mT) @ T
+        dtype = compute_dtype(W, self.reflectors)
+        return B.to(dtype), K.to(dtype)
 
     def penalty(self) -> Tensor:
         """Return ‖K Kᵀ − I‖² of the reflectors at unit length: 0 where they are orthogonal."""
@@ -359,9 +361,10 @@ def _orthonormal(k: Tensor) -> Tensor:
 
 
 def _compact_wy(product: HouseholderProduct) -> tuple[Tensor, Tensor]:
-    """Return K and T of Q = I − Kᵀ T K."""
-    K = product.reflectors.to(compute_dtype(product.reflectors))
-    beta = product.beta.to(K.dtype)
+    """Return K and T of Q = I − Kᵀ T K, as wide as triangles are computed."""
+    K = product.reflectors
+    K = K.to(triangle_dtype(compute_dtype(K), K.device))
+    beta = HouseholderProduct(K).beta
     eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
     L = eye + (beta.unsqueeze(-1) * (K @ K.mT)).tril(-1)
     return K, torch.linalg.solve_triangular(L, torch.diag(beta), upper=False, unitriangular=True)

@@ -7,15 +7,17 @@ projections. A model of theirs that ours cannot be exactly is refused with the r
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from householder.hf.fla_config import READERS, ConversionError, config_from_fla, config_to_fla
 from householder.models import CausalLM, load_causal_lm
-from householder.models.pretrained import read_weights, write_causal_lm, write_model
+from householder.models.pretrained import MODEL_TYPE, read_weights, write_model
 
 # Ours beside theirs, for parts of a parameter's name. PaTH has names of its own.
 _NAMES = (
@@ -28,6 +30,15 @@ _PATH_NAMES = (
     ("attn.b_proj.", "attn.bt_proj."),
     ("attn.f_proj.", "attn.g_proj."),
 )
+
+# What stands beside the weights and is the same for both: the tokenizer, and when to stop.
+_COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+    "generation_config.json",
+)
+# What their config means where it does not say; ours has none then.
+_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
 def from_fla(folder: Path | str) -> CausalLM:
@@ -82,17 +93,27 @@ def to_fla(model: CausalLM, folder: Path | str) -> None:
         ConversionError: theirs cannot be the same function.
         OSError: the folder cannot be written.
     """
+    _write_theirs(model, dict.fromkeys(_TOKEN_IDS), Path(folder))
+
+
+def _write_theirs(model: CausalLM, ids: Mapping[str, Any], folder: Path) -> str:
     theirs = config_to_fla(model.config)
-    state = {_their_name(name, theirs["model_type"]): x for name, x in model.state_dict().items()}
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    if not theirs.get("use_low_rank_w", True):
+        tensors = dict(_multiplied(tensors))
+    state = {_their_name(name, theirs["model_type"]): x for name, x in tensors.items()}
     state.setdefault("lm_head.weight", state["model.embeddings.weight"])
-    write_model(theirs, state, Path(folder))
+    write_model({**theirs, **ids}, state, folder)
+    return str(theirs["model_type"])
 
 
 def convert(source: Path, target: Path) -> str:
     """Turn a folder of theirs into one of ours, or one of ours into one of theirs.
 
+    The tokenizer's files and `generation_config.json` are copied.
+
     Args:
-        source: a model of either kind; its config says which.
+        source: a model of either kind, or the folder of a text run; its config says which.
         target: a folder that does not exist, or is empty.
 
     Returns:
@@ -103,23 +124,33 @@ def convert(source: Path, target: Path) -> str:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"convert: {target} is occupied; choose another folder")
+    if (source / "model" / "config.json").is_file():
+        source = source / "model"
     try:
-        kind = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+        fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        kind = fields.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ConversionError(f"convert: {source} holds no model: {error}") from error
+    unsaid = _TOKEN_IDS if kind in READERS else dict.fromkeys(_TOKEN_IDS)
+    ids = {name: fields.get(name, default) for name, default in unsaid.items()}
     if kind in READERS:
         model = from_fla(source)
-        write_causal_lm(model.config, model.state_dict(), target)
-        return f"{source}: {kind} of flash-linear-attention -> {target}"
-    try:
-        model = load_causal_lm(source)
-    except ValueError as error:
-        raise ConversionError(
-            f"convert: {source} must hold a model of householder, or of flash-linear-attention "
-            f"({', '.join(READERS)}), got model_type {kind!r}"
-        ) from error
-    to_fla(model, target)
-    return f"{source} -> {target}: {config_to_fla(model.config)['model_type']}"
+        ours = {"model_type": MODEL_TYPE, **model.config.to_dict(), **ids}
+        write_model(ours, model.state_dict(), target)
+        done = f"{source}: {kind} of flash-linear-attention -> {target}"
+    else:
+        try:
+            model = load_causal_lm(source)
+        except ValueError as error:
+            raise ConversionError(
+                f"convert: {source} must hold a model of householder, or of flash-linear-attention "
+                f"({', '.join(READERS)}), got model_type {kind!r}"
+            ) from error
+        done = f"{source} -> {target}: {_write_theirs(model, ids, target)}"
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    return done
 
 
 def _our_name(name: str, kind: str) -> str:
@@ -150,3 +181,13 @@ def _factored(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             continue
         yield f"{head}mixer.w_down_proj.weight", x
         yield f"{head}mixer.w_up_proj.weight", torch.eye(x.shape[0], dtype=x.dtype)
+
+
+def _multiplied(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors with one `w_proj` in place of our two; of `_factored` the same W again."""
+    for name, x in tensors.items():
+        head, found, _ = name.partition("mixer.w_down_proj.")
+        if found:
+            yield f"{head}mixer.w_proj.weight", tensors[f"{head}mixer.w_up_proj.weight"] @ x
+        elif "mixer.w_up_proj." not in name:
+            yield name, x

@@ -10,6 +10,7 @@ from householder.models import CausalLM, CausalLMConfig
 from householder.nn import MIXERS
 
 _PATH = ("path_attention", "forgetting_path_attention")
+_PATH_RANK = 32
 _ATTENTIONS = ("rotary_attention", "sliding_window_attention")
 
 
@@ -115,21 +116,20 @@ def _read_shared(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_path_attn(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    if not theirs.get("use_w_shortconv", True):
-        raise ConversionError(
-            "from_fla: `use_w_shortconv` must be true, got false; without the convolution theirs "
-            "drops the activation of w too, which ours has"
-        )
     heads = theirs["num_heads"]
     head_dim = theirs["hidden_size"] // heads
     key_heads = theirs.get("num_kv_heads") or heads
     low_rank = theirs.get("use_low_rank_w", True)
+    convolved = theirs.get("use_w_shortconv", True)
     return {
         "pattern": _PATH[1] if theirs.get("use_forget_gate", False) else _PATH[0],
         "attention_heads": heads,
         "attention_key_heads": key_heads,
         "head_dim": head_dim,
-        "path_w_rank": 32 if low_rank else key_heads * head_dim,
+        "path_w_rank": _PATH_RANK if low_rank else key_heads * head_dim,
+        "use_short_conv": convolved,
+        # Without the convolution theirs drops the activation too, which is a part of it.
+        "path_w_activation": "silu" if convolved else "identity",
         # Theirs scales the gates like the inner products; the paper does not.
         "path_gate_scale": head_dim**-0.5,
     }
@@ -203,6 +203,7 @@ def _write_path_attn(
     ours: CausalLMConfig, kind: str, names: tuple[str, ...], mixer: Any
 ) -> dict[str, Any]:
     gated = kind == _PATH[1]
+    activation = "silu" if ours.use_short_conv else "identity"
     required = {
         "pattern": (set(names) == {kind}, "PaTH alone", ours.pattern),
         "head_dim": (
@@ -210,10 +211,18 @@ def _write_path_attn(
             "d_model / heads",
             mixer.head_dim,
         ),
-        "use_short_conv": (ours.use_short_conv, True, ours.use_short_conv),
+        "path_w_activation": (
+            ours.path_w_activation == activation,
+            activation,
+            ours.path_w_activation,
+        ),
         "attention_qk_norm": (not ours.attention_qk_norm, False, ours.attention_qk_norm),
+        "path_w_rank": (
+            ours.path_w_rank in (_PATH_RANK, mixer.num_key_heads * mixer.head_dim),
+            f"{_PATH_RANK} or H * K",
+            ours.path_w_rank,
+        ),
         "attention_norm_eps": (ours.attention_norm_eps == 1e-6, 1e-6, ours.attention_norm_eps),
-        "path_w_rank": (ours.path_w_rank == 32, 32, ours.path_w_rank),
         "path_gate_scale": (
             not gated or math.isclose(ours.path_gate_scale, mixer.head_dim**-0.5),
             "K^(-1/2)",
@@ -231,8 +240,9 @@ def _write_path_attn(
         "num_heads": mixer.num_heads,
         "num_kv_heads": mixer.num_key_heads,
         "use_forget_gate": gated,
-        "use_w_shortconv": True,
-        "use_low_rank_w": True,
+        "use_w_shortconv": ours.use_short_conv,
+        # Theirs has rank 32, or one projection, into which our two are multiplied.
+        "use_low_rank_w": ours.path_w_rank == _PATH_RANK,
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +19,45 @@ MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
 
 CHUNK, RECURRENT = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 
+# Up to version 5.13 a layer keeps the two functions, or flash-linear-attention's, itself.
+_IN_LAYERS = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
+
 # What transformers adds to the squared length of a query or key before it takes the root.
 _NORM_EPS = 1e-6
+
+_ABSENT = object()
+
+
+class _Place(NamedTuple):
+    """Where models look a function up: in a module, or in a class of layers.
+
+    Attributes:
+        owner: the module or the class.
+        name: of the attribute.
+        original: what it was, or `_ABSENT`.
+        ours: what it is now.
+    """
+
+    owner: ModuleType | type
+    name: str
+    original: Any
+    ours: Any
+
+    @property
+    def module(self) -> str:
+        return str(getattr(self.owner, "__module__", self.owner.__name__))
+
+    def fill(self) -> None:
+        setattr(self.owner, self.name, self.ours)
+
+    def restore(self) -> None:
+        """Put back what was there, unless somebody else replaced ours since."""
+        if vars(self.owner).get(self.name) is not self.ours:
+            return
+        if self.original is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.original)
 
 
 class TransformersPatch:
@@ -31,15 +69,14 @@ class TransformersPatch:
         modules: names of the modules whose models now run on `delta_product`.
     """
 
-    def __init__(self, replaced: list[tuple[ModuleType, str, Any, Any]]) -> None:
+    def __init__(self, replaced: list[_Place]) -> None:
         self._replaced = replaced
-        self.modules = tuple(dict.fromkeys(module.__name__ for module, *_ in replaced))
+        self.modules = tuple(dict.fromkeys(place.module for place in replaced))
 
     def undo(self) -> None:
         """Put back what was there. What somebody else replaced since then stays."""
-        for module, name, original, ours in self._replaced:
-            if getattr(module, name) is ours:
-                setattr(module, name, original)
+        for place in self._replaced:
+            place.restore()
         self._replaced = []
 
     def __enter__(self) -> TransformersPatch:
@@ -63,8 +100,8 @@ def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
     The models' two functions, over a whole sequence and for one token, are replaced in their
     modules: models that exist already and those made later, in training and in decoding, on CPU and
     GPU, without the fallback that transformers warns of. Packed sequences
-    (`cu_seq_lens_q`), which the fallback mixes up, stay apart. Called twice it replaces nothing
-    more.
+    (`cu_seq_lens_q`), which the fallback mixes up or refuses, stay apart. Called twice it replaces
+    nothing more.
 
     Args:
         impl: the form of `delta_product` over whole sequences; see there.
@@ -94,23 +131,18 @@ def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
             "pip install transformers"
         )
     ours = {CHUNK: _over_sequences(impl), RECURRENT: _over_tokens(impl)}
-    replaced = []
-    found = False
-    for module in _modules():
-        for name, function in ours.items():
-            original = getattr(module, name)
-            found = True
-            if not hasattr(original, "_householder"):
-                setattr(module, name, function)
-                replaced.append((module, name, original, function))
-    if not found:
+    places = [place for module in _modules() for place in _places(module, ours)]
+    if not places:
         import transformers
 
         raise NotImplementedError(
             f"use_in_transformers: transformers must have one of {', '.join(MODELS)} with the "
             f"functions {CHUNK} and {RECURRENT}, and {transformers.__version__} has none; use "
-            "version 5.20 to 5.23"
+            "version 5.0 to 5.23"
         )
+    replaced = [place for place in places if not hasattr(place.original, "_householder")]
+    for place in replaced:
+        place.fill()
     return TransformersPatch(replaced)
 
 
@@ -127,6 +159,38 @@ def _modules() -> list[ModuleType]:
     ]
     # Looked up in `vars`: transformers' lazy packages would import whatever they are asked for.
     return [m for m in loaded if {CHUNK, RECURRENT} <= vars(m).keys()]
+
+
+def _places(module: ModuleType, ours: dict[str, Callable[..., Any]]) -> Iterator[_Place]:
+    """Yield where the models of a module look the two functions up."""
+    layers = [c for c in vars(module).values() if isinstance(c, type) and _keeps_functions(c)]
+    for name, function in ours.items():
+        for layer in layers:
+            kept = _IN_LAYERS[name]
+            yield _Place(layer, kept, vars(layer).get(kept, _ABSENT), _Kept(kept, function))
+        if not layers:
+            yield _Place(module, name, getattr(module, name), function)
+
+
+def _keeps_functions(layer: type) -> bool:
+    code = getattr(inspect.unwrap(vars(layer).get("forward", print)), "__code__", None)
+    return code is not None and _IN_LAYERS[CHUNK] in code.co_names
+
+
+class _Kept:
+    """Our function in a class, in front of what its layers keep under that name themselves."""
+
+    _householder = True
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self.function = function
+
+    def __get__(self, layer: Any, kind: type) -> Callable[..., Any]:
+        return self.function
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)[self.name] = value
 
 
 def _over_sequences(impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -17,6 +17,9 @@ from householder.models import CausalLM, linear_cross_entropy
 from householder.models.pretrained import MODEL_TYPE
 from householder.nn import PaTHAttention
 
+IGNORE_INDEX = -100
+"""The label of a position that has no part in the loss."""
+
 
 class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
     """A `CausalLM` that transformers can train, save, load and generate from.
@@ -95,6 +98,7 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits, the loss if there are labels, and the cache if it is used.
@@ -111,6 +115,8 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
                 if 0.
             return_dict: must not be False.
             cu_seq_lens_q: bounds of packed sequences, int32 `[S + 1]`.
+            num_items_in_batch: what the summed loss is divided by, which `Trainer` gives where
+                several calls make one step; `None` for how many labels are asked.
             **options: others that transformers passes; position numbers mean nothing here.
 
         Raises:
@@ -143,6 +149,8 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = linear_cross_entropy(hidden[:, :-1], self.model.head_weight, labels[:, 1:])
+            if num_items_in_batch is not None:
+                loss = loss * ((labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             kept = slice(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ class HouseholderProduct(LinearMap):
 
     Args:
         reflectors: `[*, N, D]`, real or complex floating point.
-        beta: `[*, N]`; its batch dimensions broadcast with those of `reflectors`.
+        beta: `[*, N]`; its batch dimensions broadcast with those of `reflectors`. None for an
+            orthogonal (unitary) product, β = 2 / ‖k‖², computed with more digits than `reflectors`
+            have; `HouseholderProduct.orthogonal` also takes reflectors of extreme lengths.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -37,11 +41,13 @@ class HouseholderProduct(LinearMap):
         torch.Size([5, 2])
     """
 
-    def __init__(self, reflectors: Tensor, beta: Tensor) -> None:
+    def __init__(self, reflectors: Tensor, beta: Tensor | None = None) -> None:
         op = "HouseholderProduct"
         _checks.check_tensor(op, "reflectors", reflectors)
-        _checks.check_tensor(op, "beta", beta)
-        tensors = {"reflectors": reflectors, "beta": beta}
+        tensors = {"reflectors": reflectors}
+        if beta is not None:
+            _checks.check_tensor(op, "beta", beta)
+            tensors["beta"] = beta
         _checks.check_floating(op, tensors, allow_complex=True)
         _checks.check_same_device(op, tensors)
         if reflectors.dim() < 2:
@@ -49,13 +55,13 @@ class HouseholderProduct(LinearMap):
                 f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
                 "reflector is reflectors.unsqueeze(-2)"
             )
-        if beta.dim() < 1 or beta.shape[-1] != reflectors.shape[-2]:
+        if beta is not None and (beta.dim() < 1 or beta.shape[-1] != reflectors.shape[-2]):
             raise ValueError(
                 f"{op}: `beta` must be [*, N] with N = {reflectors.shape[-2]} as in `reflectors`, "
                 f"got shape {list(beta.shape)}; give one coefficient a reflector"
             )
         self.reflectors = reflectors
-        self.beta = beta
+        self._beta = beta
 
     @classmethod
     def orthogonal(cls, reflectors: Tensor) -> HouseholderProduct:
@@ -79,15 +85,24 @@ class HouseholderProduct(LinearMap):
         op = "HouseholderProduct.orthogonal"
         _checks.check_tensor(op, "reflectors", reflectors)
         _checks.check_floating(op, {"reflectors": reflectors}, allow_complex=True)
-        # A constant, since the product does not depend on the lengths.
-        largest = reflectors.detach().abs().amax(-1, keepdim=True) if reflectors.numel() else 1.0
-        if isinstance(largest, Tensor):
-            largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+        if reflectors.numel():
+            # A constant, since the product does not depend on the lengths. (Of an empty tensor
+            # there is no largest entry.)
+            least = torch.finfo(reflectors.dtype).smallest_normal
+            largest = torch.linalg.vector_norm(
+                reflectors.detach(), ord=math.inf, dim=-1, keepdim=True
+            ).clamp(min=least)
             reflectors = reflectors / (largest / (2 * torch.frexp(largest).mantissa))
-        squares = _squared_norm(reflectors)
+        return cls(reflectors)
+
+    @property
+    def beta(self) -> Tensor:
+        """The coefficients `[*, N]`: as given, or 2 / ‖k‖² and 0 for a zero reflector."""
+        if self._beta is not None:
+            return self._beta
+        squares = _squared_norm(self.reflectors)
         zero = squares == 0
-        beta = torch.where(zero, torch.zeros_like(squares), 2 / torch.where(zero, 1, squares))
-        return cls(reflectors, beta)
+        return torch.where(zero, torch.zeros_like(squares), 2 / torch.where(zero, 1, squares))
 
     @property
     def num_householder(self) -> int:
@@ -96,13 +111,16 @@ class HouseholderProduct(LinearMap):
 
     @property
     def shape(self) -> torch.Size:
-        D = self.reflectors.shape[-1]
-        batch = torch.broadcast_shapes(self.reflectors.shape[:-2], self.beta.shape[:-1])
+        batch, D = self.reflectors.shape[:-2], self.reflectors.shape[-1]
+        if self._beta is not None:
+            batch = torch.broadcast_shapes(batch, self._beta.shape[:-1])
         return torch.Size((*batch, D, D))
 
     @property
     def dtype(self) -> torch.dtype:
-        return result_dtype(self.reflectors, self.beta)
+        if self._beta is None:
+            return self.reflectors.dtype
+        return result_dtype(self.reflectors, self._beta)
 
     @property
     def device(self) -> torch.device:
@@ -110,17 +128,19 @@ class HouseholderProduct(LinearMap):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the product to `x [..., D]`."""
-        return householder_product(x, self.reflectors, self.beta)
+        return householder_product(x, self.reflectors, self._beta)
 
     @property
     def mH(self) -> HouseholderProduct:
         """The conjugate transpose: the order reversed, β conjugated."""
-        return HouseholderProduct(self.reflectors.flip(-2), self.beta.flip(-1).conj())
+        beta = None if self._beta is None else self._beta.flip(-1).conj()
+        return HouseholderProduct(self.reflectors.flip(-2), beta)
 
     @property
     def mT(self) -> HouseholderProduct:
         """The transpose: the order reversed, the reflectors conjugated."""
-        return HouseholderProduct(self.reflectors.flip(-2).conj(), self.beta.flip(-1))
+        beta = None if self._beta is None else self._beta.flip(-1)
+        return HouseholderProduct(self.reflectors.flip(-2).conj(), beta)
 
     def inverse(self, *, check: bool = True) -> HouseholderProduct:
         """Return the inverse: the order reversed, with β / (β ‖k‖² − 1).
@@ -132,6 +152,8 @@ class HouseholderProduct(LinearMap):
         Raises:
             ValueError: a reflector has β ‖k‖² = 1 exactly, a projection, which has no inverse.
         """
+        if self._beta is None:
+            return self.mH
         excess = self._strength() - 1
         if check and bool((excess == 0).any()):
             where = (excess == 0).nonzero()[0].tolist()
@@ -168,7 +190,7 @@ class HouseholderProduct(LinearMap):
                 f"HouseholderProduct.frame: `M` must be between 0 and D = {D}, got {M}; "
                 "a product has no more columns than features"
             )
-        return householder_frame(self.reflectors, self.beta, M)
+        return householder_frame(self.reflectors, self._beta, M)
 
     def to_dense(self) -> Tensor:
         """Return the matrix `[*, D, D]`."""
@@ -181,6 +203,8 @@ class HouseholderProduct(LinearMap):
         batch = torch.broadcast_shapes(self.shape[:-2], other.shape[:-2])
         factors = (other, self)  # in the order in which they act
         reflectors = [p.reflectors.expand(*batch, *p.reflectors.shape[-2:]) for p in factors]
+        if all(p._beta is None for p in factors):
+            return HouseholderProduct(torch.cat(reflectors, dim=-2))
         betas = [p.beta.expand(*batch, p.num_householder) for p in factors]
         return HouseholderProduct(torch.cat(reflectors, dim=-2), torch.cat(betas, dim=-1))
 

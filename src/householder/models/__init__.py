@@ -3,15 +3,17 @@
 from householder.models.block import Block, SwiGLU
 from householder.models.causal_lm import CausalLM
 from householder.models.causal_lm_config import PRESETS, CausalLMConfig
-from householder.models.loss import linear_cross_entropy
+from householder.models.generation import Decoder
 from householder.models.pretrained import load_causal_lm, save_causal_lm
 from householder.models.sequence_tagger import SequenceTagger, SequenceTaggerConfig
+from householder.ops import linear_cross_entropy
 
 __all__ = [
     "PRESETS",
     "Block",
     "CausalLM",
     "CausalLMConfig",
+    "Decoder",
     "SequenceTagger",
     "SequenceTaggerConfig",
     "SwiGLU",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from householder.nn import DeltaProductMixer
 from householder.nn._checks import check_positive_int
 from householder.nn.initialization import init_residual_weight, init_weight
 from householder.nn.softmax_attention import SoftmaxAttention
+from householder.ops import swiglu
 
 Mixer: TypeAlias = DeltaProductMixer | SoftmaxAttention
 """A layer in which tokens meet. The states of `DeltaProductMixer` are values, those of attention
@@ -81,7 +81,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [..., d_model]` to `[..., d_model]`."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -162,6 +162,10 @@ class Block(nn.Module):
         """Run the block on one token, `x [B, d_model]`; results as in the mixer's `step`."""
         mixed, new_state = self.mixer.step(self.mixer_norm(x), state)
         return self._add_mlp(x + mixed), new_state
+
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """Run the block on one token, changing a state from the mixer's `reserve` in place."""
+        return self._add_mlp(x + self.mixer.step_(self.mixer_norm(x), state))
 
     def _add_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.mlp_norm(x))

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from householder.models.causal_lm_config import SLIDING_WINDOW, CausalLMConfig
-from householder.models.loss import linear_cross_entropy
+from householder.models.generation import generate
 from householder.models.stack import BlockStack
 from householder.nn import MIXERS
 from householder.nn.initialization import init_weight
+from householder.ops import linear_cross_entropy
 
 
 class CausalLM(BlockStack):
@@ -168,6 +169,86 @@ class CausalLM(BlockStack):
         """
         hidden, new_states = self.hidden_step(tokens, states)
         return self.logits(hidden), new_states
+
+    def step_(self, tokens: Tensor, states: Sequence[Any]) -> Tensor:
+        """Return the logits after one more token of each sequence, changing the states in place.
+
+        Their memory stays where it is, so that a CUDA graph of the call can be replayed; `Decoder`
+        does both.
+
+        Args:
+            tokens: int64 `[B]`.
+            states: from `reserve`, one per layer, with room for another token.
+
+        Returns:
+            logits: `[B, vocab_size]`.
+
+        Raises:
+            TypeError: `tokens` is not int64.
+            ValueError: a shape does not fit.
+            NotImplementedError: gradients are on.
+        """
+        return self.logits(self.hidden_step_(tokens, states))
+
+    def generate(
+        self,
+        tokens: Tensor,
+        *,
+        max_new_tokens: int,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_tokens: int | None = None,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+        graph: bool | None = None,
+    ) -> Tensor:
+        """Return the sequences with the tokens that the model draws behind them.
+
+        On a GPU every token but the first is a replay of a CUDA graph; see `Decoder`, which
+        gives the logits token by token.
+
+        Args:
+            tokens: the prompts, int64 `[B, T]`, at least one token each.
+            max_new_tokens: how many to draw at most.
+            mask: bool `[B, T]`, False for what fills rows up in front; None where nothing does.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw among the k likeliest; None among all.
+            top_p: draw among the likeliest that together have this probability; None among all.
+            num_tokens: how many of the vocabulary may be drawn, where the model's is padded; None
+                for all.
+            stop: a token that ends a sequence; what is behind it is filled up with it. None for
+                none.
+            generator: of the draws, on the model's device; None for PyTorch's own.
+            graph: as in `Decoder`.
+
+        Returns:
+            int64 `[B, T + n]`, n = max_new_tokens, or less if all sequences end before.
+
+        Raises:
+            ValueError: a shape does not fit, or an option is out of range.
+            TypeError: `tokens` is not int64.
+
+        Examples:
+            >>> model = CausalLM(CausalLMConfig(256, d_model=32, num_layers=2, head_dim=16))
+            >>> prompt = torch.randint(256, (2, 5))
+            >>> model.generate(prompt, max_new_tokens=4, temperature=0).shape
+            torch.Size([2, 9])
+        """
+        return generate(
+            self,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            mask=mask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_tokens=num_tokens,
+            stop=stop,
+            generator=generator,
+            graph=graph,
+        )
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Return how many numbers the model has, with or without its embeddings."""

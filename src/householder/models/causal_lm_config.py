@@ -86,6 +86,8 @@ class CausalLMConfig:
         attention_norm_eps: added to the mean square of queries and keys, and to the squared length
             of PaTH's reflectors.
         path_w_rank: rank of the projection to PaTH's reflectors.
+        path_w_activation: of these, before they are normalised: "silu", "relu", "elu" or
+            "identity".
         path_gate_scale: factor on the log gates of PaTH.
         window: tokens that a sliding window holds.
         rope_base: base of the rotary angles.
@@ -125,6 +127,7 @@ class CausalLMConfig:
     attention_qk_norm: bool = False
     attention_norm_eps: float = 1e-6
     path_w_rank: int = 32
+    path_w_activation: str = "silu"
     path_gate_scale: float = 1.0
     window: int = 2048
     rope_base: float = 10_000.0
@@ -265,6 +268,7 @@ class CausalLMConfig:
             options |= {
                 "use_short_conv": self.use_short_conv,
                 "w_rank": self.path_w_rank,
+                "w_activation": self.path_w_activation,
                 "gate_scale": self.path_gate_scale,
                 "impl": impl,
             }

@@ -89,6 +89,39 @@ class BlockStack(nn.Module):
             new_states.append(new_state)
         return self._normalize(x), new_states
 
+    def reserve(self, states: Sequence[Any], num_tokens: int) -> list[Any]:
+        """Return states that `step_` can change in place, using these up.
+
+        Args:
+            states: after the tokens so far, one per layer.
+            num_tokens: in all, that there must be room for.
+
+        Raises:
+            ValueError: there are more tokens already.
+        """
+        pairs = zip(self.blocks(), self._per_layer(states), strict=True)
+        return [layer.mixer.reserve(state, num_tokens) for layer, state in pairs]
+
+    def hidden_step_(self, tokens: Tensor, states: Sequence[Any]) -> Tensor:
+        """Return what the head reads after one more token `[B]`, changing the states in place."""
+        x = self._embed(tokens, "[B]", dim=1)
+        for layer, state in zip(self.blocks(), self._per_layer(states), strict=True):
+            x = layer.step_(x, state)
+        return self._normalize(x)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block by itself, in place.
+
+        Blocks that are alike share one compilation, so that it takes as long for a model as for one
+        of its layers; what a compiler gains is inside the blocks.
+
+        Args:
+            **options: those of `torch.compile`.
+        """
+        options = {"fullgraph": True, **options}
+        for block in self.blocks():
+            block.compile(**options)
+
     def blocks(self) -> Iterator[Block]:
         """Return the blocks in their order."""
         return cast("Iterator[Block]", iter(self.layers))

@@ -17,6 +17,7 @@ from householder.nn.published import (
     GatedDeltaProduct,
 )
 from householder.nn.short_convolution import ShortConvolution
+from householder.nn.softmax_attention import SoftmaxAttention
 from householder.nn.svd import SVDLinear
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "RotaryAttention",
     "SVDLinear",
     "ShortConvolution",
+    "SoftmaxAttention",
     "StiefelLinear",
     "parametrizations",
 ]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
+from householder.nn.key_value_buffer import KeyValueBuffer
 from householder.nn.softmax_attention import SoftmaxAttention
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from householder.nn.softmax_attention import AttentionOptions
 
 
 class KeyValueState(NamedTuple):
@@ -52,6 +58,12 @@ class KeyValueAttention(SoftmaxAttention):
         empty = weight.new_empty(batch_size, 0, self.num_key_heads, self.head_dim)
         return KeyValueState(empty, empty, self._no_gates(batch_size))
 
+    def reserve(self, state: KeyValueState, num_tokens: int) -> KeyValueBuffer:
+        """Return the state in a `KeyValueBuffer` with room for `num_tokens` in all, for `step_`."""
+        return KeyValueBuffer(
+            state.k, state.v, state.g, state.mask, num_tokens=num_tokens, window=self.window
+        )
+
     def _no_gates(self, batch_size: int) -> Tensor | None:
         return None
 
@@ -73,18 +85,9 @@ class RotaryAttention(KeyValueAttention):
     Args:
         d_model: size of the input and output vectors.
         num_heads: HQ, heads of queries.
-        num_key_heads: H, heads of keys and values; `None` for HQ.
-        head_dim: K, even, size of a query, key or value; `None` for d_model / num_heads.
         base: of the angles.
-        qk_norm: normalise each head's queries and keys by their root mean square, before they turn.
-        norm_eps: added to the mean square.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
-            holds all keys all the same.
-        init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
-        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
-            none.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: any other option of `SoftmaxAttention`. `head_dim` must be even; `qk_norm` comes
+            before the rotation.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -105,30 +108,10 @@ class RotaryAttention(KeyValueAttention):
         d_model: int,
         *,
         num_heads: int,
-        num_key_heads: int | None = None,
-        head_dim: int | None = None,
         base: float = 10_000.0,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
-        window: int | None = None,
-        init_std: float | None = None,
-        num_layers: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__(
-            d_model,
-            num_heads=num_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            window=window,
-            init_std=init_std,
-            num_layers=num_layers,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(d_model, num_heads=num_heads, **options)
         check_positive_float("RotaryAttention", "base", base)
         if self.head_dim % 2:
             raise ValueError(
@@ -149,6 +132,10 @@ class RotaryAttention(KeyValueAttention):
         mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
+        if cu_seqlens is not None and flash_takes(q):
+            position = packed_positions(cu_seqlens, q.shape[1])
+            q, k = (rotate(y, position, self.base) for y in (q, k))
+            return packed_attention(q, k, v, cu_seqlens, self.window), KeyValueState(k, v, None)
         first = 0 if state is None else state.k.shape[1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KeyValueState]:
@@ -160,6 +147,12 @@ class RotaryAttention(KeyValueAttention):
             return causal_attention(q, seen.k, seen.v, None, self.window, seen.mask), seen
 
         return for_each_sequence(attend, cu_seqlens, q, k, v)
+
+    def _attend_one(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: KeyValueBuffer
+    ) -> Tensor:
+        q, k = (rotate(y, state.length, self.base) for y in (q, k))
+        return state.append(q, k, v)
 
 
 class ForgettingAttention(KeyValueAttention):
@@ -175,17 +168,7 @@ class ForgettingAttention(KeyValueAttention):
     Args:
         d_model: size of the input and output vectors.
         num_heads: HQ, heads of queries.
-        num_key_heads: H, heads of keys and values; `None` for HQ.
-        head_dim: K, size of a query, key or value; `None` for d_model / num_heads.
-        qk_norm: normalise each head's queries and keys by their root mean square.
-        norm_eps: added to the mean square.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
-            holds all keys all the same.
-        init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
-        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
-            none.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: any other option of `SoftmaxAttention`.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -202,33 +185,9 @@ class ForgettingAttention(KeyValueAttention):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int,
-        num_key_heads: int | None = None,
-        head_dim: int | None = None,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
-        window: int | None = None,
-        init_std: float | None = None,
-        num_layers: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, d_model: int, *, num_heads: int, **options: Unpack[AttentionOptions]
     ) -> None:
-        super().__init__(
-            d_model,
-            num_heads=num_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            window=window,
-            init_std=init_std,
-            num_layers=num_layers,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(d_model, num_heads=num_heads, **options)
         self.f_proj = self._linear(d_model, num_heads, bias=True)
         self.reset_parameters()
 
@@ -248,8 +207,7 @@ class ForgettingAttention(KeyValueAttention):
         mask: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
-        logits = self.f_proj(x)
-        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        g = self._log_gates(x)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, KeyValueState]:
             seen = KeyValueState(k, v, g, mask)
@@ -263,6 +221,15 @@ class ForgettingAttention(KeyValueAttention):
             return causal_attention(q, seen.k, seen.v, bias, self.window, seen.mask), seen
 
         return for_each_sequence(attend, cu_seqlens, q, k, v, g)
+
+    def _attend_one(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: KeyValueBuffer
+    ) -> Tensor:
+        return state.append(q, k, v, self._log_gates(x))
+
+    def _log_gates(self, x: Tensor) -> Tensor:
+        logits = self.f_proj(x)
+        return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def _check_state(self, state: KeyValueState, batch_size: int) -> None:
         super()._check_state(state, batch_size)
@@ -344,6 +311,52 @@ def causal_attention(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Return whether PyTorch's flash kernels attend with such queries in packed sequences."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[1] > 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_cuda and half and fits
+
+
+def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Return the position `[T]` of every token in its own sequence.
+
+    Examples:
+        >>> packed_positions(torch.tensor([0, 3, 3, 5]), 5)
+        tensor([0, 1, 2, 0, 1])
+    """
+    index = torch.arange(num_tokens, device=cu_seqlens.device)
+    return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None
+) -> Tensor:
+    """Attend within all packed sequences at once, as `causal_attention` does within one.
+
+    Args:
+        q: `[1, T, HQ, K]`, for which `flash_takes` holds.
+        k: `[1, T, H, K]`.
+        v: `[1, T, H, K]`.
+        cu_seqlens: int32 `[S + 1]`.
+        window: as in `causal_attention`.
+
+    Returns:
+        `[1, T, HQ, K]`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v))
+    longest = int(cu_seqlens.diff().max())
+    left = -1 if window is None else window - 1
+    q, k, v = (x.squeeze(0).contiguous() for x in (q, k, v))
+    bounds = (cu_seqlens, cu_seqlens, longest, longest)
+    o = varlen_attn(q, k, v, *bounds, window_size=(left, 0))
+    assert isinstance(o, Tensor)
+    return o.unsqueeze(0)
 
 
 def for_each_sequence(

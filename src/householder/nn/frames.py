@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from householder.maps import HouseholderProduct
 from householder.nn._checks import check_positive_int
-from householder.ops.wy import compute_dtype
+from householder.ops.wy import compute_dtype, triangle_dtype
 
 
 class FrameTensors(NamedTuple):
@@ -42,8 +42,12 @@ def make_product(reflectors: Tensor, angles: Tensor | None) -> HouseholderProduc
         return product
     # `module.to(torch.complex128)` makes every parameter complex, this one too.
     angles = angles.real if angles.is_complex() else angles
+    # As wide as the triangle of the product: what all β get wrong in the same way adds up.
+    wide = triangle_dtype(compute_dtype(reflectors), reflectors.device)
+    exact = HouseholderProduct(product.reflectors.to(wide))
+    angles = angles.to(exact.beta.dtype)
     turn = torch.polar(torch.ones_like(angles), angles)
-    return HouseholderProduct(product.reflectors, product.beta * (1 - turn) / 2)
+    return HouseholderProduct(product.reflectors, exact.beta * (1 - turn) / 2)
 
 
 def make_frame(reflectors: Tensor, angles: Tensor | None, signs: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class DeltaProductMixer(nn.Module):
         qk_activation: "silu", "relu", "elu" (1 + ELU, which is positive) or "identity".
         qk_norm: "l2", "sum" or "none", over each head. "sum" wants a non-negative activation.
             "none" does not bound the keys, and so not the state either.
-        qk_norm_eps: added to the squared length ("l2") or to the sum ("sum").
+        qk_norm_eps: added to the squared length ("l2"), or what a smaller sum counts as ("sum").
         norm_eps: added to the mean square in the output norm.
         init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
             own rule for linear layers.
@@ -346,25 +346,66 @@ class DeltaProductMixer(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
+        sequence = self._one_token(x)
+        self._check_inputs(sequence, state, None)
+        q, k, v, conv = self._queries_keys_values(sequence, state)
+        qkv = (q.squeeze(1), k.squeeze(1), v.squeeze(1))
+        y, matrix = self._step_output(x, qkv, state.matrix, inplace=False)
+        return y, MixerState(matrix, conv)
+
+    def reserve(self, state: MixerState, num_tokens: int) -> MixerState:
+        """Return a state that `step_` can change, using this one up.
+
+        Args:
+            state: after the tokens so far, from `init_state`, `forward` or `step`.
+            num_tokens: in all, that there must be room for; a state of this mixer has always room.
+        """
+        check_positive_int(f"{type(self).__name__}.reserve", "num_tokens", num_tokens)
+        conv = None if state.conv is None else tuple(x.contiguous() for x in state.conv)
+        return MixerState(state.matrix.contiguous(), conv)  # type: ignore[arg-type]
+
+    def step_(self, x: Tensor, state: MixerState) -> Tensor:
+        """Mix one more token of each sequence and change the state in place, without gradients.
+
+        Its memory stays where it is, so that a CUDA graph of the call can be replayed.
+
+        Args:
+            x: `[B, d_model]`.
+            state: from `reserve`.
+
+        Returns:
+            y: `[B, d_model]`.
+
+        Raises:
+            ValueError: a shape does not fit.
+            NotImplementedError: gradients are on.
+        """
+        self._check_inputs(self._one_token(x), state, None)
+        q, k, v = self._step_queries_keys_values(x, state)
+        return self._step_output(x, (q, k, v), state.matrix, inplace=True)[0]
+
+    def _step_output(
+        self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], matrix: Tensor, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return y `[B, d_model]` of one token and the matrix state after it."""
+        o, matrix = delta_product_step(
+            *qkv,
+            self._beta_logits(x),
+            self._gate_logits(x),
+            state=matrix,
+            inplace=inplace,
+            **self._activations(),
+        )
+        return self._output(o, x), matrix
+
+    def _one_token(self, x: Tensor) -> Tensor:
+        """Check `x [B, d_model]` and return it as a sequence of one token."""
         if x.dim() != 2:
             raise ValueError(
                 f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
                 f"{list(x.shape)}; use forward for more than one token"
             )
-        x = x.unsqueeze(1)
-        self._check_inputs(x, state, None)
-        q, k, v, conv = self._queries_keys_values(x, state)
-        a = self._gate_logits(x)
-        o, matrix = delta_product_step(
-            q.squeeze(1),
-            k.squeeze(1),
-            v.squeeze(1),
-            self._beta_logits(x).squeeze(1),
-            None if a is None else a.squeeze(1),
-            state=state.matrix,
-            **self._activations(),
-        )
-        return self._output(o.unsqueeze(1), x).squeeze(1), MixerState(matrix, conv)
+        return x.unsqueeze(1)
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
@@ -386,17 +427,38 @@ class DeltaProductMixer(nn.Module):
         conv = None
         if self.use_short_conv:
             q_past, k_past, v_past = (state and state.conv) or (None, None, None)
-            q, q_past = self.q_conv1d(q, q_past, cu_seqlens)
-            k, k_past = self.k_conv1d(k, k_past, cu_seqlens)
-            v, v_past = self.v_conv1d(v, v_past, cu_seqlens)
+            silu = self.qk_activation == "silu"
+            q, q_past = self.q_conv1d(q, q_past, cu_seqlens, silu=silu)
+            k, k_past = self.k_conv1d(k, k_past, cu_seqlens, silu=silu)
+            v, v_past = self.v_conv1d(v, v_past, cu_seqlens, silu=True)
             conv = (q_past, k_past, v_past)
-        activate = QK_ACTIVATIONS[self.qk_activation]
-        q = activate(q.unflatten(-1, (self.num_heads, self.head_dim)))
-        k = activate(k.unflatten(-1, (self.num_householder, self.num_heads, self.head_dim)))
+        return *self._heads(q, k, v), conv
+
+    def _step_queries_keys_values(
+        self, x: Tensor, state: MixerState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same of one token `x [B, d_model]`, moving the convolutions' state on."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if state.conv is not None:
+            silu = self.qk_activation == "silu"
+            q = self.q_conv1d.step_(q, state.conv[0], silu=silu)
+            k = self.k_conv1d.step_(k, state.conv[1], silu=silu)
+            v = self.v_conv1d.step_(v, state.conv[2], silu=True)
+        return self._heads(q, k, v)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut the heads of q, k and v and activate them; the convolutions have applied SiLU."""
+        if not self.use_short_conv:
+            v = F.silu(v)
+        if not (self.use_short_conv and self.qk_activation == "silu"):
+            activate = QK_ACTIVATIONS[self.qk_activation]
+            q, k = activate(q), activate(k)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        k = k.unflatten(-1, (self.num_householder, self.num_heads, self.head_dim))
         v = v.unflatten(-1, (self.num_householder, self.num_value_heads, self.value_head_dim))
         if self.qk_norm == "sum":
             q, k = (sum_normalize(heads, self.qk_norm_eps) for heads in (q, k))
-        return q, k, F.silu(v), conv
+        return q, k, v
 
     def _beta_logits(self, x: Tensor) -> Tensor:
         return self.b_proj(x).unflatten(-1, (self.num_householder, self.num_value_heads))

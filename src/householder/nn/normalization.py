@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from householder.ops.gated_rms_norm import gated_rms_norm
+
 
 def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scale the last dimension of non-negative numbers to sum one: x / (Σ x + eps).
+    """Scale the last dimension of non-negative numbers to sum one: x / max(Σ x, eps).
 
     Computed in float32 at least; a zero vector stays zero.
 
     Args:
         x: `[..., D]`, any floating dtype, >= 0.
-        eps: added to the sum.
+        eps: what a smaller sum counts as.
 
     Returns:
         `[..., D]` in the dtype of `x`.
@@ -26,7 +28,7 @@ def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
         tensor([0.2500, 0.7500])
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide / (wide.sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return (wide / wide.sum(-1, keepdim=True).clamp_min(eps)).to(x.dtype)
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
@@ -88,10 +90,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Return the gated norm of `x [..., D]` under `gate [..., D]`, in the dtype of `x`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        wide, weight = x.to(dtype), self.weight.to(dtype)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight
-        return (normed * F.silu(gate.to(dtype))).to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Return the options that `print` shows."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from householder.nn._checks import (
+    check_choice,
     check_positive_float,
     check_positive_int,
     check_state_tensor,
 )
+from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
 from householder.nn.softmax_attention import SoftmaxAttention
 from householder.ops import PathCache, path_attention
 from householder.ops.normalization import l2_normalize
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from householder.nn.softmax_attention import AttentionOptions
 
 
 class PaTHState(NamedTuple):
@@ -57,8 +64,8 @@ class PaTHAttention(SoftmaxAttention):
         o_i  = Σ_j softmax_j(a_ij) v_j
         y    = W_o · o
 
-    w is `l2(SiLU(conv(W_2 W_1 x)))` with W_1 of `w_rank` rows, beta is 2σ(W x + b), one per key
-    head, and g, with `use_forget_gate`, is log σ(W x + b), one per query head.
+    w is `l2(w_activation(conv(W_2 W_1 x)))` with W_1 of `w_rank` rows, beta is 2σ(W x + b), one per
+    key head, and g, with `use_forget_gate`, is log σ(W x + b), one per query head.
 
     Beside the layers of every attention there are `w_down_proj`, `w_up_proj` (H, K), `w_conv1d`
     `[H·K, 1, conv_size]`, `b_proj` (H) and `f_proj` (HQ), the last two with biases, which start
@@ -70,28 +77,20 @@ class PaTHAttention(SoftmaxAttention):
     Args:
         d_model: size of the input and output vectors.
         num_heads: HQ, heads of queries.
-        num_key_heads: H, heads of keys, values and reflectors; `None` for HQ.
-        head_dim: K, size of a query, key or value; `None` for d_model / num_heads.
         w_rank: rank of the projection to w.
+        w_activation: "silu", "relu", "elu" or "identity"; the published one is "silu".
         use_short_conv: convolve w over the last `conv_size` tokens before its activation.
         conv_size: tokens the short convolution sees, the current one included.
         use_forget_gate: add log forget gates to the logits (PaTH-FoX).
-        qk_norm: normalise each head's queries and keys by their root mean square.
-        norm_eps: added to the mean square of q and k, and to the squared length of w.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
-            holds all keys all the same.
         gate_scale: factor on the log gates; the published layer has 1, another implementation of it
             scales gates like inner products, by K^(−1/2).
         use_sinks: give each query head one more logit, learnt, that takes part in the softmax and
             has no value, so that a head may attend to nothing.
-        init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
-            own rule.
-        num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
-            none.
         max_rollback: how many of the last tokens a state can forget again.
         impl: the form of `path_attention` that whole sequences run.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: any other option of `SoftmaxAttention`. Its H key heads are those of the
+            reflectors too, `norm_eps` is also added to the squared length of w, and `init_std` also
+            that of the short convolution.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -119,42 +118,24 @@ class PaTHAttention(SoftmaxAttention):
         d_model: int,
         *,
         num_heads: int,
-        num_key_heads: int | None = None,
-        head_dim: int | None = None,
         w_rank: int = 32,
+        w_activation: str = "silu",
         use_short_conv: bool = True,
         conv_size: int = 3,
         use_forget_gate: bool = False,
         gate_scale: float = 1.0,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
-        window: int | None = None,
         use_sinks: bool = False,
-        init_std: float | None = None,
-        num_layers: int | None = None,
         max_rollback: int = 0,
         impl: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__(
-            d_model,
-            num_heads=num_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            qk_norm=qk_norm,
-            norm_eps=norm_eps,
-            window=window,
-            init_std=init_std,
-            num_layers=num_layers,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(d_model, num_heads=num_heads, **options)
         check_positive_int("PaTHAttention", "w_rank", w_rank)
+        check_choice("PaTHAttention", "w_activation", w_activation, QK_ACTIVATIONS)
         check_positive_int("PaTHAttention", "conv_size", conv_size)
         check_positive_float("PaTHAttention", "gate_scale", gate_scale)
         PathCache(1, max_rollback=max_rollback)  # raises if it is no count
-        self.norm_eps = norm_eps
+        self.w_activation = w_activation
         self.gate_scale = gate_scale
         self.max_rollback = max_rollback
         self.impl = impl
@@ -163,7 +144,9 @@ class PaTHAttention(SoftmaxAttention):
         self.w_up_proj = self._linear(w_rank, key_dim)
         self.w_conv1d = None
         if use_short_conv:
-            self.w_conv1d = ShortConvolution(key_dim, conv_size, init_std=init_std, **self._options)
+            self.w_conv1d = ShortConvolution(
+                key_dim, conv_size, init_std=self.init_std, **self._options
+            )
         self.b_proj = self._linear(d_model, self.num_key_heads, bias=True)
         self.f_proj = self._linear(d_model, num_heads, bias=True) if use_forget_gate else None
         self.sinks = nn.Parameter(torch.empty(num_heads, **self._options)) if use_sinks else None
@@ -180,6 +163,14 @@ class PaTHAttention(SoftmaxAttention):
         check_positive_int("PaTHAttention.init_state", "batch_size", batch_size)
         conv = None if self.w_conv1d is None else self.w_conv1d.init_state(batch_size)
         return PaTHState(PathCache(batch_size, max_rollback=self.max_rollback), conv)
+
+    def reserve(self, state: PaTHState, num_tokens: int) -> PaTHState:
+        """Return the state with room for `num_tokens` in all, for `step_`; this one is used up."""
+        state.cache.reserve(num_tokens)
+        if self.w_conv1d is None or state.conv is None:
+            return state
+        missing = self.w_conv1d.kernel_size - 1 + self.max_rollback - state.conv.shape[1]
+        return PaTHState(state.cache, F.pad(state.conv, (0, 0, missing, 0)).contiguous())
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
@@ -215,7 +206,7 @@ class PaTHAttention(SoftmaxAttention):
         # In float32 at least: in half precision neither is a unit vector one, nor can beta come
         # near to 2, and each error counts once per token between query and key.
         dtype = torch.promote_types(w.dtype, torch.float32)
-        w = F.silu(w).to(dtype).unflatten(-1, (-1, self.head_dim))
+        w = QK_ACTIVATIONS[self.w_activation](w).to(dtype).unflatten(-1, (-1, self.head_dim))
         beta = 2 * self.b_proj(x).to(dtype).sigmoid()
         g = None
         if self.f_proj is not None:
@@ -243,6 +234,12 @@ class PaTHAttention(SoftmaxAttention):
             return path_attention(q, k, v, w, beta, g, **options), None
         cache = self.init_state(x.shape[0]).cache if state is None else state.cache
         return cache.append(q, k, v, w, beta, g, **options), PaTHState(cache, conv)
+
+    def _attend_one(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: PaTHState) -> Tensor:
+        o, new_state = self._attend(x, q, k, v, state, None, None, return_state=True)
+        if state.conv is not None and new_state is not None and new_state.conv is not None:
+            state.conv.copy_(new_state.conv)
+        return o
 
     def _attend_rows(
         self,

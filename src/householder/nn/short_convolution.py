@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from householder.nn._checks import check_positive_int, check_sequences, check_state_tensor
 from householder.nn.initialization import init_weight
+from householder.ops.short_convolution import short_convolution, short_convolution_step_
 
 
 class ShortConvolution(nn.Module):
@@ -61,7 +62,12 @@ class ShortConvolution(nn.Module):
         return self.weight.new_zeros(batch_size, self.kernel_size - 1, self.channels)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        silu: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Convolve whole sequences, or continue them from a state.
 
@@ -70,6 +76,7 @@ class ShortConvolution(nn.Module):
             state: the last W − 1 inputs of each sequence, `[B, W − 1, D]` (`[S, W − 1, D]` with
                 `cu_seqlens`); `None` for zeros. Not changed.
             cu_seqlens: int32 `[S + 1]`, where the packed sequences begin and end.
+            silu: apply SiLU to the result, in the same kernel where there is one.
 
         Returns:
             y: `[B, T, D]` in the dtype of `x`.
@@ -83,22 +90,42 @@ class ShortConvolution(nn.Module):
             shape = (num_sequences, self.kernel_size - 1, self.channels)
             check_state_tensor("ShortConvolution", "state", state, shape)
         if cu_seqlens is not None:
-            return self._forward_packed(x, state, cu_seqlens)
+            return self._forward_packed(x, state, cu_seqlens, silu)
+        y = short_convolution(x, self.weight, state, silu=silu)
+        past = self.kernel_size - 1
+        if x.shape[1] >= past:
+            # A copy: a view would keep the whole sequence alive for as long as the state.
+            return y, x[:, x.shape[1] - past :].clone()
         history = self.init_state(x.shape[0]) if state is None else state
-        extended = torch.cat([history.to(x.dtype), x], dim=1)
-        # A copy: a view would keep the whole extended sequence alive for as long as the state.
-        new_state = extended[:, x.shape[1] :].clone()
-        return self._convolve(extended), new_state
+        return y, torch.cat([history.to(x.dtype), x], dim=1)[:, x.shape[1] :]
+
+    def step_(self, x: Tensor, state: Tensor, *, silu: bool = False) -> Tensor:
+        """Convolve one more token and move the state on by it in place, without gradients.
+
+        Args:
+            x: `[B, D]`.
+            state: the last W − 1 inputs `[B, W − 1, D]`, contiguous.
+            silu: as in `forward`.
+
+        Returns:
+            y: `[B, D]`.
+
+        Raises:
+            ValueError: a shape does not fit.
+            NotImplementedError: gradients are on.
+        """
+        return short_convolution_step_(x, self.weight, state, silu=silu)
 
     def extra_repr(self) -> str:
         """Return the sizes that `print` shows."""
         return f"{self.channels}, kernel_size={self.kernel_size}"
 
     def _forward_packed(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor
+        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor, silu: bool
     ) -> tuple[Tensor, Tensor]:
         # Each sequence gets its own history in front, so that one plain convolution over the
-        # extended row never reaches across a border, however short or empty the sequences are.
+        # extended row never reaches across a border, however short or empty the sequences are. The
+        # new states come from there too.
         num_sequences, T = cu_seqlens.numel() - 1, x.shape[1]
         past = self.kernel_size - 1
         token = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
@@ -114,19 +141,9 @@ class ShortConvolution(nn.Module):
         if state is not None:
             history_row = (first_row[:, None] + lag).flatten()
             extended = extended.index_copy(0, history_row, state.to(x.dtype).flatten(0, 1))
-        y = self._convolve(extended[None]).index_select(1, token_row - past)
+        if state is None:
+            y = short_convolution(x, self.weight, cu_seqlens=cu_seqlens, silu=silu)
+        else:
+            y = short_convolution(extended[None], self.weight, silu=silu)[:, token_row]
         # The `past` rows before a sequence's end: its last tokens, and of its history what it left.
         return y, extended[end_row[:, None] + lag]
-
-    def _convolve(self, extended: Tensor) -> Tensor:
-        # W multiply-adds over shifted views. Channels are last here, where torch's conv1d would
-        # want them first and pay two transposes: measured on two cores, its backward took from 14
-        # times as long (bfloat16) to 0.4 times (float32, T = 2048, D = 1024). A token's result is
-        # also the same to the bit however the sequence is cut.
-        num_outputs = extended.shape[1] - self.kernel_size + 1
-        dtype = torch.promote_types(extended.dtype, torch.float32)
-        wide, weight = extended.to(dtype), self.weight.to(dtype)
-        y = wide[:, :num_outputs] * weight[:, 0, 0]
-        for i in range(1, self.kernel_size):
-            y = torch.addcmul(y, wide[:, i : i + num_outputs], weight[:, 0, i])
-        return y.to(extended.dtype)

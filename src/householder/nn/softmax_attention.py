@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,20 @@ from householder.nn._checks import (
 )
 from householder.nn.initialization import init_residual_weight, init_weight
 from householder.nn.short_convolution import ShortConvolution
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Options that every attention layer hands on to `SoftmaxAttention`."""
+
+    num_key_heads: int | None
+    head_dim: int | None
+    qk_norm: bool
+    norm_eps: float
+    window: int | None
+    init_std: float | None
+    num_layers: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class SoftmaxAttention(nn.Module):
@@ -33,12 +47,17 @@ class SoftmaxAttention(nn.Module):
         qk_norm: normalise each head's queries and keys by their root mean square, with learnt
             weights `q_norm` and `k_norm` of size K.
         norm_eps: added to the mean square.
-        window: how many tokens a query sees, its own included; `None` for all earlier ones.
+        window: how many tokens a query sees, its own included; `None` for all earlier ones. A state
+            holds all keys all the same.
         init_std: standard deviation of the initial projections; `None` for PyTorch's own rule.
         num_layers: such layers in the model, which scales the initial `o_proj` down; `None` for
             none.
         device: of the parameters.
         dtype: of the parameters.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range, or two options do not fit together.
     """
 
     def __init__(
@@ -46,15 +65,15 @@ class SoftmaxAttention(nn.Module):
         d_model: int,
         *,
         num_heads: int,
-        num_key_heads: int | None,
-        head_dim: int | None,
-        qk_norm: bool,
-        norm_eps: float,
-        window: int | None,
-        init_std: float | None,
-        num_layers: int | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        num_key_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
+        init_std: float | None = None,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         where = type(self).__name__
@@ -67,6 +86,7 @@ class SoftmaxAttention(nn.Module):
             head_dim = default_head_dim(where, d_model, num_heads)
         self.head_dim = head_dim
         self.qk_norm = qk_norm
+        self.norm_eps = norm_eps
         self.window = window
         self.init_std = init_std
         self.num_layers = num_layers
@@ -185,13 +205,50 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
+        self._check_token(x)
+        y, state = self(x.unsqueeze(1), state=state, return_state=True)
+        return y.squeeze(1), state
+
+    def reserve(self, state: Any, num_tokens: int) -> Any:
+        """Return a state that `step_` can change, using this one up.
+
+        Args:
+            state: after the tokens so far, from `init_state`, `forward` or `step`.
+            num_tokens: in all, that there must be room for; at least as many as there are.
+
+        Raises:
+            ValueError: there are more tokens already.
+        """
+        raise NotImplementedError
+
+    def step_(self, x: Tensor, state: Any) -> Tensor:
+        """Attend with one more token of each sequence and change the state in place.
+
+        Its memory stays where it is, so that a CUDA graph of the call can be replayed; see
+        `householder.models.Decoder`, which counts the tokens that there is room for. Without
+        gradients.
+
+        Args:
+            x: `[B, d_model]`.
+            state: from `reserve`.
+
+        Returns:
+            y: `[B, d_model]`.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        self._check_token(x)
+        x = x.unsqueeze(1)
+        q, k, v = self.project(x)
+        return self.o_proj(self._attend_one(x, q, k, v, state).flatten(-2)).squeeze(1)
+
+    def _check_token(self, x: Tensor) -> None:
         if x.dim() != 2:
             raise ValueError(
                 f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
                 f"{list(x.shape)}; use forward for more than one token"
             )
-        y, state = self(x.unsqueeze(1), state=state, return_state=True)
-        return y.squeeze(1), state
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
@@ -213,6 +270,10 @@ class SoftmaxAttention(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Any]:
         """Return `o [B, T, HQ, K]` and the new state, which may be None if not asked for."""
+        raise NotImplementedError
+
+    def _attend_one(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any) -> Tensor:
+        """Return `o [B, 1, HQ, K]` of one token and change the state of `reserve`."""
         raise NotImplementedError
 
     def _check_state(self, state: Any, batch_size: int) -> None:

@@ -20,6 +20,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # What the Triton kernels of every op are made for: dtypes, and K and V up to TRITON_MAX_DIM.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_MAX_DIM = 256
+# How many sizes of calls are remembered; what is kept of one takes a few kilobytes at most.
+MOST_KNOWN = 1024
+_PLAIN = (str, float, int, bool, type(None))
 
 
 def _is_installed(package: str) -> bool:
@@ -118,6 +121,42 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep what took time to make, until it is too much: lengths may change at every call."""
+    if len(known) >= MOST_KNOWN:
+        known.clear()
+    known[key] = value
+
+
+def examined(
+    known: dict[Any, Any],
+    examine: Callable[..., Any],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+) -> Any:
+    """Return `examine(*tensors, *options)`, or what is `known` of such a call.
+
+    Nothing of the tensors but their shapes, dtypes and devices may matter to it.
+    """
+    plain = all(type(x) in _PLAIN for x in options) and not torch.compiler.is_compiling()
+    key: list[Any] = [options]
+    for x in tensors:
+        if x is None:
+            key.append(None)
+        elif type(x) in (Tensor, torch.nn.Parameter):
+            key.append((x.shape, x.dtype, x.device))
+        else:  # no tensor at all, or one whose shape may be a symbol
+            plain = False
+    if not plain:
+        return examine(*tensors, *options)
+    place = tuple(key)
+    found = known.get(place)
+    if found is None:
+        found = examine(*tensors, *options)
+        remember(known, place, found)
+    return found
 
 
 def without_autocast(function: Function) -> Function:

@@ -14,7 +14,6 @@ import dataclasses
 import io
 import itertools
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +22,19 @@ from typing import Any
 from householder.nn import MIXERS
 from householder.storage import write_atomically
 from householder.train.config import TrainConfig, takes_several
-from householder.train.errors import CheckpointError, ConfigError, OutputError
+from householder.train.errors import ConfigError
 from householder.train.interrupt import StopRequest
 from householder.train.loop import TrainResult, train
 from householder.train.observer import Observer
+from householder.train.output_folder import OutputFolder
 from householder.train.settings import (
     check_names,
-    describe_differences,
     differences,
     field_default,
     field_types,
     read_toml,
-    to_toml,
 )
 
-CONFIG_FILE = "config.toml"
 # What `run_comparison` and the recipes write beside it.
 RESULT_FILES = (
     *("results.json", "accuracy.csv", "accuracy.png"),
@@ -147,12 +144,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
         OutputError: the folder holds none.
         ConfigError: its config file is damaged.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise OutputError(
-            f"{folder}: nothing to resume, there is no {CONFIG_FILE}; start without --resume"
-        )
-    return read_toml(path, field_types(TrainConfig))
+    return read_toml(_output(folder).require_config(), field_types(TrainConfig))
 
 
 def run_comparison(
@@ -207,50 +199,17 @@ def open_folder(
         OutputError: it is occupied, cannot be written, or holds nothing to resume.
         CheckpointError: the runs it holds are others.
     """
-    if resume and overwrite:
-        raise ConfigError("`resume` continues and `overwrite` deletes the same folder; give one")
-    try:
-        # Names with a leading dot are what a kill leaves of a file being written.
-        occupied = folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir())
-        if resume:
-            _check_same_runs(comparison, folder)
-        elif occupied and not overwrite:
-            raise OutputError(
-                f"{folder}: the output folder is occupied; continue with --resume, replace it with "
-                "--overwrite, or choose another with --out"
-            )
-        elif occupied:
-            _delete_comparison(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG_FILE, HEADER + to_toml(comparison.settings()))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot write the output folder: {error.strerror}; choose another with --out"
-        ) from error
+    output = _output(folder)
+    output.open(
+        comparison.settings(),
+        resume=resume,
+        overwrite=overwrite,
+        check_same=lambda: _check_same_runs(comparison, output),
+    )
 
 
-def _delete_comparison(folder: Path) -> None:
-    """Delete what `run_comparison` wrote; touch nothing when there is anything else."""
-    config = folder / CONFIG_FILE
-    if not config.is_file() or not config.read_bytes().startswith(HEADER.encode()):
-        raise OutputError(
-            f"{folder}: nothing is deleted, because no {CONFIG_FILE} says that householder wrote "
-            "this folder; choose another with --out"
-        )
-    ours = [path for path in folder.iterdir() if path.name in RESULT_FILES or _is_run(path)]
-    foreign = sorted({p.name for p in folder.iterdir()} - {p.name for p in ours} - {CONFIG_FILE})
-    if foreign:
-        raise OutputError(
-            f"{folder}: nothing is deleted, because {', '.join(foreign)} is not householder's; "
-            "move it away or choose another folder with --out"
-        )
-    for path in ours:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    # Last: what a kill leaves half deleted can be overwritten again.
-    config.unlink()
+def _output(folder: Path) -> OutputFolder:
+    return OutputFolder(folder, HEADER, lambda p: p.name in RESULT_FILES or _is_run(p))
 
 
 def _is_run(path: Path) -> bool:
@@ -260,8 +219,8 @@ def _is_run(path: Path) -> bool:
     return names <= {"metrics.jsonl", "checkpoints"}
 
 
-def _check_same_runs(comparison: Comparison, folder: Path) -> None:
-    stored = Comparison.from_settings(stored_settings(folder))
+def _check_same_runs(comparison: Comparison, output: OutputFolder) -> None:
+    stored = Comparison.from_settings(stored_settings(output.path))
     there, requested = stored.compared(), comparison.compared()
     different: dict[str, tuple[Any, Any]] = {
         name: (there[name], requested[name]) for name in COMPARED if there[name] != requested[name]
@@ -269,12 +228,7 @@ def _check_same_runs(comparison: Comparison, folder: Path) -> None:
     # But for what is compared, one run speaks for all.
     one, other = stored.shared, comparison.shared
     alike = dataclasses.replace(one, **{name: getattr(other, name) for name in COMPARED})
-    different.update(differences(alike, other))
-    if different:
-        raise CheckpointError(
-            f"{folder}: what it holds does not fit the requested settings: "
-            f"{describe_differences(different)}; drop these settings or use another folder"
-        )
+    output.require_same(different | differences(alike, other))
 
 
 def write_results(results: Sequence[TrainResult], folder: Path) -> None:

@@ -75,8 +75,22 @@ def training_length(config: TrainConfig, step: int) -> int:
     return round(config.start_length * (config.length / config.start_length) ** grown)
 
 
+# Tokens that are drawn ahead for a GPU: 16 MiB of numbers with their labels.
+AHEAD_TOKENS = 1 << 20
+
+
+def steps_ahead(config: TrainConfig, device: torch.device) -> int:
+    """Return for how many steps `FreshData` draws at once: one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(64, AHEAD_TOKENS // (config.batch_size * config.length)))
+
+
 class FreshData:
     """Draw a new batch for every step.
+
+    A GPU gets the batches of many steps in one copy: a copy a step, each waiting for its own pinned
+    memory, made a step of a small model four times as long on an H200.
 
     Args:
         task: what to draw.
@@ -86,16 +100,21 @@ class FreshData:
 
     def __init__(self, task: Task, config: TrainConfig, device: torch.device) -> None:
         self._task, self._config, self._device = task, config, device
+        self._ahead = steps_ahead(config, device)
+        self._first, self._batches = -1, list[Batch]()
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0."""
-        config = self._config
-        generator = generator_for(config.seed, "batch", step)
-        batch = self._task.sample(config.batch_size, config.length, generator)
-        if self._device.type == "cpu":
-            return batch
-        # Pinned memory lets the copy run while the device still computes the step before.
-        return Batch(*(x.pin_memory().to(self._device, non_blocking=True) for x in batch))
+        first = step - step % self._ahead
+        if first != self._first:
+            drawn = zip(*map(self._draw, range(first, first + self._ahead)), strict=True)
+            tokens, labels = (torch.stack(x).to(self._device).unbind() for x in drawn)
+            self._first, self._batches = first, list(map(Batch, tokens, labels))
+        return self._batches[step - first]
+
+    def _draw(self, step: int) -> Batch:
+        generator = generator_for(self._config.seed, "batch", step)
+        return self._task.sample(self._config.batch_size, self._config.length, generator)
 
 
 class FixedData:

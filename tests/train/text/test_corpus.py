@@ -173,6 +173,20 @@ def test_tokenizer_file(tmp_path):
         assert (tokenizer.separator, tokenizer.vocab_size) == (0, 4)
 
 
+def test_bytes_as_a_file_of_the_library(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(ByteTokenizer.file_content())
+    plain = make_tokenizer(str(tmp_path))
+    assert isinstance(plain, ByteTokenizer)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    characters = "".join(chr(i) for i in range(0x3000) if not 0xD800 <= i < 0xE000)
+    for text in ("", "né ☃ \t\n  it's 12", characters, "\U0001f600"):
+        ids = made.encode(text).ids
+        assert ids == [plain.separator, *plain.encode(text).tolist()]
+        assert made.decode(ids) == text
+    assert made.token_to_id(plain.separator_name) == plain.separator
+
+
 def test_tokenizers_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"must be 'bytes' or a tokenizer.json, got 'words'"):
         make_tokenizer("words")

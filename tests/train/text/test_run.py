@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from householder.models import load_causal_lm
+from householder.models import CausalLM, load_causal_lm
 from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, OutputError
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import read_metrics
@@ -93,6 +93,20 @@ def test_run_learns_and_leaves_what_it_says(texts, tmp_path):
     torch.testing.assert_close(loaded(tokens), result.model.eval()(tokens))
 
 
+def test_transformers_continues_texts_with_what_a_run_leaves(texts, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("householder.hf.modeling")
+    train(texts, tmp_path / "out", steps=2)
+    model = str(tmp_path / "out" / "model")
+    made = transformers.pipeline("text-generation", model=model, device="cpu")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    together = made(["A state.", "B"], batch_size=2, **options)
+    alone = [made(text, **options) for text in ("A state.", "B")]
+    assert together == alone
+    assert made.tokenizer("B")["input_ids"] == [256, 66]
+    assert made.model.generation_config.eos_token_id == 256
+
+
 def test_stopped_and_resumed_run_is_the_whole_run(texts, tmp_path):
     train(texts, tmp_path / "whole")
     observer = StopAt(5)
@@ -119,6 +133,26 @@ def test_checkpointed_and_half_precision_runs_go_on(texts, tmp_path):
     )
     half = train(texts, tmp_path / "half", steps=3, dtype="bfloat16", schedule="wsd")
     assert all(math.isfinite(r.loss) for r in half.perplexities)
+
+
+# Dynamo looks at the gradients of its inputs, which are no leaves here, behind a filter of its own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_run_has_the_losses_of_a_plain_one(texts, tmp_path, monkeypatch):
+    compile_blocks, compiled = CausalLM.compile_blocks, []
+
+    def without_code_generation(self, **options):
+        compiled.append(self)
+        compile_blocks(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(CausalLM, "compile_blocks", without_code_generation)
+    for name, settings in (("plain", {}), ("compiled", {"compile": True})):
+        train(texts, tmp_path / name, steps=4, pattern="gated_delta_net", **settings)
+    assert len(compiled) == 1
+    losses = [
+        [r["loss"] for r in timeless(tmp_path / name) if "loss" in r]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_perplexity_is_that_of_the_logits(texts, tmp_path):

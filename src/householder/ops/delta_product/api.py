@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl, runs_triton
+from householder.ops._dispatch import apply, check_impl, examined, runs_triton
 from householder.ops.delta_product import reference
 from householder.ops.delta_product.activations import activate, check_activations, definition
-from householder.ops.delta_product.op import DeltaProduct, delta_product_step_op, why_not_triton
+from householder.ops.delta_product.op import (
+    DeltaProduct,
+    delta_product_step_inplace_op,
+    delta_product_step_op,
+    why_not_triton,
+)
 from householder.ops.wy import compute_dtype
 
 IMPLS = ("triton", "chunk", "reference")
@@ -119,15 +126,13 @@ def delta_product(
         - DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products
           (Siems et al., 2025), https://arxiv.org/abs/2502.10297
     """
-    check_impl("delta_product", impl, IMPLS)
-    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens, A_log, dt_bias)
-    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
-    activations = check_activations("delta_product", *options, g, A_log, dt_bias, v.shape[3])
+    tensors = (q, k, v, beta, g, initial_state, A_log, dt_bias, cu_seqlens)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
+    (qk_eps, beta_scale), form = examined(_KNOWN_SEQUENCES, _examine_sequences, tensors, options)
+    if cu_seqlens is not None:
+        _checks.check_cu_seqlens("delta_product", cu_seqlens, *v.shape[:2])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    others = {"beta": beta, "g": g, "initial_state": initial_state}
-    use_triton = _runs_triton("delta_product", impl, q, k, v, **others)
-    form = "triton" if use_triton else "chunk"
-    q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, *activations, form)
+    q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale, form)
     if impl == "reference":
         o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
     else:
@@ -147,6 +152,7 @@ def delta_product_step(
     g: Tensor | None = None,
     *,
     state: Tensor,
+    inplace: bool = False,
     scale: float | None = None,
     qk_norm: str | None = None,
     qk_norm_eps: float = 1e-6,
@@ -167,7 +173,10 @@ def delta_product_step(
         v: values `[B, N, HV, V]`, HV a multiple of H.
         beta: coefficients `[B, N, HV]`.
         g: forget gate `[B, HV]`, natural logarithm, ≤ 0, or None.
-        state: `[B, HV, K, V]`; it is not changed.
+        state: `[B, HV, K, V]`; it is not changed, unless `inplace` is set.
+        inplace: write the new state where the old one is, in float32 or wider: no second state is
+            in memory, and a CUDA graph that has captured the call can be replayed for token after
+            token. Without gradients: use it under `torch.no_grad`.
         scale: factor on the output; `K ** -0.5` if None.
         qk_norm: as in `delta_product`, and so are the five options that follow.
         qk_norm_eps: added to the squared length.
@@ -180,13 +189,15 @@ def delta_product_step(
             gradients off for what the kernel takes, and `"reference"` otherwise.
 
     Returns:
-        o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider.
+        o `[B, HV, V]` in v's dtype, and the new state, in float32 or wider; with `inplace` that is
+        `state`.
 
     Raises:
         ValueError: a shape or device does not fit, `impl` or another option is unknown, or options
             contradict one another.
         TypeError: an argument is no tensor, or is not real floating point.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on with it or
+            with `inplace`.
 
     Gradients:
         Of the reference, every order, in reverse and forward mode.
@@ -201,6 +212,77 @@ def delta_product_step(
         ... )
         >>> o.shape, state.shape
         (torch.Size([2, 3, 4]), torch.Size([2, 3, 8, 4]))
+    """
+    tensors = (q, k, v, beta, g, state, A_log, dt_bias)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
+    (qk_eps, beta_scale), use_triton, dtype = examined(
+        _KNOWN_TOKENS, _examine_token, tensors, (*options, inplace, torch.is_grad_enabled())
+    )
+    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    state = state.to(dtype)
+    if use_triton:
+        args = (q, k, v, beta, g, scale, state, A_log, dt_bias, qk_eps, beta_scale)
+        if inplace:
+            return delta_product_step_inplace_op(*args), state
+        return delta_product_step_op(*args)
+    q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale)
+    o, new_state = reference.step(q, k, v, beta, g, scale, state)
+    return o.to(v.dtype), state.copy_(new_state) if inplace else new_state
+
+
+# What was found of calls by shapes, dtypes, devices and options: see `examined`.
+_KNOWN_SEQUENCES: dict[Any, Any] = {}
+_KNOWN_TOKENS: dict[Any, Any] = {}
+Activations = tuple[float | None, float | None]
+
+
+def _examine_sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_norm: str | None,
+    qk_norm_eps: float,
+    beta_activation: str | None,
+    gate_activation: str | None,
+    impl: str,
+) -> tuple[Activations, str]:
+    """Check the arguments of `delta_product`; return its activations and the form that runs."""
+    op = "delta_product"
+    check_impl(op, impl, IMPLS)
+    _check_sequence_inputs(q, k, v, beta, g, initial_state, cu_seqlens, A_log, dt_bias)
+    options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
+    activations = check_activations(op, *options, g, A_log, dt_bias, v.shape[3])
+    others = {"beta": beta, "g": g, "initial_state": initial_state}
+    use_triton = _runs_triton(op, impl, q, k, v, **others)
+    return activations, "triton" if use_triton else "chunk"
+
+
+def _examine_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    qk_norm: str | None,
+    qk_norm_eps: float,
+    beta_activation: str | None,
+    gate_activation: str | None,
+    impl: str,
+    inplace: bool,
+    with_gradients: bool,
+) -> tuple[Activations, bool, torch.dtype]:
+    """Check the arguments of `delta_product_step`.
+
+    Returns its activations, whether the Triton form runs, and the dtype to bring the state to.
     """
     op = "delta_product_step"
     check_impl(op, impl, ("triton", "reference"))
@@ -222,20 +304,21 @@ def delta_product_step(
     _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
     activations = check_activations(op, *options, g, A_log, dt_bias, HV)
-    scale = K**-0.5 if scale is None else float(scale)
-    state = state.to(compute_dtype(q, k, v, beta, state))
-    if torch.is_grad_enabled():
-        if impl == "triton":
+    dtype = compute_dtype(q, k, v, beta, state)
+    if inplace and state.dtype != dtype:
+        raise TypeError(
+            f"{op}: `state` must be {dtype} with inplace=True, got {state.dtype}; convert it once"
+        )
+    if with_gradients:
+        if impl == "triton" or inplace:
+            option = "inplace=True" if inplace else 'impl="triton"'
             raise NotImplementedError(
-                f'{op}: impl="triton" has no gradients, and gradients are on; '
-                'use torch.no_grad() or impl="reference"'
+                f"{op}: {option} has no gradients, and gradients are on; "
+                'use torch.no_grad() or impl="reference", not in place'
             )
-        impl = "reference"
-    if _runs_triton(op, impl, q, k, v, beta=beta, g=g, state=state):
-        return delta_product_step_op(q, k, v, beta, g, scale, state, A_log, dt_bias, *activations)
-    q, k, beta, g = definition(q, k, beta, g, A_log, dt_bias, *activations)
-    o, state = reference.step(q, k, v, beta, g, scale, state)
-    return o.to(v.dtype), state
+        return activations, False, dtype
+    others = {"beta": beta, "g": g, "state": state.new_empty(0, dtype=dtype)}
+    return activations, _runs_triton(op, impl, q, k, v, **others), dtype
 
 
 def _runs_triton(

@@ -57,7 +57,7 @@ def max_chunks(B: int, T: int, N: int, K: int, num_sequences: int | None) -> int
 
 
 def saved_shapes(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, num_sequences: int | None
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, num_sequences: int | None
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Return shapes and dtypes of what `forward` saves: states, triangles and writes."""
     B, T, N, HV, V = v.shape
@@ -70,6 +70,7 @@ def saved_shapes(
         ((room, K, V), dtype),
         ((room, R, R), dtype),
         ((room, R, V), dtype),
+        nothing,
         nothing,
         nothing,
     )
@@ -352,7 +353,7 @@ def forward(
     num_sequences = None if cu_seqlens is None else layout.num_sequences
     all_states, all_ut, all_u, *nothing = (
         v.new_empty(shape if save else (0, *shape[1:]), dtype=dtype)
-        for shape, dtype in saved_shapes(q, k, v, beta, num_sequences)
+        for shape, dtype in saved_shapes(q, k, v, beta, g, num_sequences)
     )
 
     if initial_state is None:

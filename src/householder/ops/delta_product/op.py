@@ -78,10 +78,17 @@ def _forward_fake(
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = v.new_empty(B, T, HV, V)
     state = v.new_empty(B if sequences is None else sequences, HV, K, V, dtype=dtype)
-    saved = _kernels(form).saved_shapes(q, k, v, beta, sequences)
+    saved = _kernels(form).saved_shapes(q, k, v, beta, g, sequences)
     if not save:
         saved = tuple(((0, *shape[1:]), dtype) for shape, dtype in saved)
     return o, state, *(v.new_empty(shape, dtype=dtype) for shape, dtype in saved)
+
+
+def _backward_over_u(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, form = args
+    u = inputs[-4]
+    dq, dk, _, *others = _kernels(form).backward(do, *inputs, u)
+    return tuple(do.new_empty(0) if x is None else x for x in (dq, dk, *others))
 
 
 def _backward_fake(
@@ -100,8 +107,17 @@ def _backward_fake(
     return tuple(q.new_empty(0) if x is None else contiguous_like(x) for x in inputs)
 
 
+def _backward_over_u_fake(*args: Any) -> tuple[Tensor, ...]:
+    dq, dk, _, *others = _backward_fake(*args)
+    return (dq, dk, *others)
+
+
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
     return _kernels("triton").step(*args)
+
+
+def _step_inplace(*args: Any) -> Tensor:
+    return _kernels("triton").step(*args, inplace=True)[0]
 
 
 def _step_fake(
@@ -117,15 +133,20 @@ def _step_fake(
     return v.new_empty(v.shape[0], *v.shape[2:]), contiguous_like(state)
 
 
+def _step_inplace_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape[0], *v.shape[2:])
+
+
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, "
     "Tensor? initial_state, Tensor? cu_seqlens"
 )
-# What the forward keeps: states, triangles, writes, and maps and growth of segments.
-_SAVED = "Tensor states, Tensor ut, Tensor u, Tensor maps, Tensor growth"
+# What the forward keeps: states, triangles, writes, maps and growth of segments, coefficients.
+_SAVED = "Tensor states, Tensor ut, Tensor u, Tensor maps, Tensor growth, Tensor table"
 FORWARD = register(
     "delta_product",
-    f"({_INPUTS}, bool save, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool save, str form) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     cpu=_forward,
     cuda=_forward,
@@ -138,18 +159,55 @@ BACKWARD = register(
     cpu=_backward,
     cuda=_backward,
 )
+# Leaves the gradient of v where `u` was, which has its shape and dtype, and something else where
+# `ut` was.
+BACKWARD_OVER_U = register(
+    "delta_product_backward_over_u",
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor(a!) ut, Tensor(b!) u, "
+    "Tensor maps, Tensor growth, Tensor table, str form) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_over_u_fake,
+    cpu=_backward_over_u,
+    cuda=_backward_over_u,
+)
+_STEP_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale"
+_STEP_OPTIONS = (
+    "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None"
+)
 STEP = register(
     "delta_product_step",
-    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale, Tensor state, "
-    "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None) "
-    "-> (Tensor, Tensor)",
+    f"({_STEP_INPUTS}, Tensor state, {_STEP_OPTIONS}) -> (Tensor, Tensor)",
     fake=_step_fake,
     cpu=_step,
     cuda=_step,
 )
+STEP_INPLACE = register(
+    "delta_product_step_",
+    f"({_STEP_INPUTS}, Tensor(a!) state, {_STEP_OPTIONS}) -> Tensor",
+    fake=_step_inplace_fake,
+    cpu=_step_inplace,
+    cuda=_step_inplace,
+)
 delta_product_op = torch.ops.householder.delta_product.default
 delta_product_backward_op = torch.ops.householder.delta_product_backward.default
+delta_product_backward_over_u_op = torch.ops.householder.delta_product_backward_over_u.default
 delta_product_step_op = torch.ops.householder.delta_product_step.default
+delta_product_step_inplace_op = torch.ops.householder.delta_product_step_.default
+
+
+def _may_overwrite_u(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> bool:
+    """Return whether the gradient of v may take the place of what the forward saved as `u`.
+
+    Nobody reads that again if this backward pass frees its graph. Outside of a backward pass, and
+    where one is traced, it stays.
+    """
+    return (
+        form == "triton"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and _kernels(form).overwrites_u(q, k, v, scale)
+    )
 
 
 # Where the head axis of each input is, which a dimension batched by vmap joins.
@@ -248,12 +306,16 @@ class DeltaProductBackward(torch.autograd.Function):
         u: Tensor,
         maps: Tensor,
         growth: Tensor,
+        table: Tensor,
         form: str,
     ) -> tuple[Tensor, ...]:
         inputs = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
-        saved = (states, ut, u, maps, growth)
+        saved = (states, ut, u, maps, growth, table)
         if states.shape[0] == 0:
             saved = delta_product_op(*inputs, True, form)[2:]
+        elif _may_overwrite_u(q, k, v, scale, form):
+            dq, dk, *others = delta_product_backward_over_u_op(do, dstate, *inputs, *saved, form)
+            return dq, dk, u.detach(), *others
         return delta_product_backward_op(do, dstate, *inputs, *saved, form)
 
     @staticmethod

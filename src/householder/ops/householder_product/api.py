@@ -13,7 +13,6 @@ from householder.ops.householder_product import reference
 from householder.ops.householder_product.op import (
     CompiledHouseholderProduct,
     HouseholderProductFunction,
-    orthogonal_beta,
     reverse,
     why_no_kernels,
 )
@@ -52,7 +51,8 @@ def householder_product(
     Returns:
         y, of the shape `x` and the batch dimensions broadcast to, in the promoted dtype of `x` and
         `reflectors` (complex if `beta` is). For bfloat16 and float16, inner products are summed and
-        triangles solved in float32, and `beta` may be float32 for a product as orthogonal as that.
+        triangles solved in float32, and `beta` may be float32 for a product as orthogonal as that;
+        for float32 and complex64 triangles are solved in float64, and `beta` may be so too.
         On CUDA up to 128 reflectors go to the tensor cores in the dtype of `x`; more are computed
         in float32 all through, as `"chunk"` computes. float32 products keep float32's rounding,
         whatever TensorFloat-32 is set to.
@@ -92,7 +92,8 @@ def householder_product(
         y = x.clone()
     else:
         y = _run(op, x, reflectors, beta, x.shape[1], transpose, impl)
-    return y.reshape(shape).permute(order)
+    y = y.reshape(shape)
+    return y if order is None else y.permute(order)
 
 
 def householder_frame(
@@ -117,9 +118,10 @@ def householder_frame(
         impl: as in `householder_product`.
 
     Returns:
-        `[*, D, M]`, in the dtype of `reflectors` (complex if `beta` is). In float32, on CPU and
-        CUDA, no entry of QᵀQ − I of an orthogonal product exceeds 4 √D times float32's ε, however
-        close the reflectors are to one another.
+        `[*, D, M]`, in the dtype of `reflectors` (complex if `beta` is). In float32, on the CPU,
+        ‖QᵀQ − I‖₂ of an orthogonal product (`beta=None`, N ≤ D) is at most 4 √D times
+        float32's ε, however close the reflectors are to one another: Q changes the square of no
+        vector's length by more. A float32 `beta` is as near to 2 / ‖k‖² as it is rounded.
 
     Raises:
         ValueError: a shape or device does not fit, M is not between 0 and D, or `impl` is unknown.
@@ -161,14 +163,18 @@ def householder_frame(
     if beta is not None and beta.shape[:-1] != batch:
         batch = torch.broadcast_shapes(batch, beta.shape[:-1])
     G = math.prod(batch)
-    beta = None if beta is None else beta.expand(*batch, N).reshape(G, N)
-    reflectors = reflectors.expand(*batch, N, D).reshape(G, N, D)
+    if batch:
+        beta = None if beta is None else beta.expand(*batch, N).reshape(G, N)
+        reflectors = reflectors.expand(*batch, N, D).reshape(G, N, D)
+    else:  # the most usual call: each step that autograd need not record is a step less
+        beta = None if beta is None else beta.unsqueeze(0)
+        reflectors = reflectors.unsqueeze(0)
     if G * M * N == 0:
         dtype = reflectors.dtype if beta is None else result_dtype(reflectors, beta)
         eye = torch.eye(D, M, dtype=dtype, device=reflectors.device)
         return eye.expand(*batch, D, M).clone()
     rows = _run(op, None, reflectors, beta, M, False, impl)
-    return rows.reshape(*batch, M, D).mT
+    return rows.reshape(*batch, M, D).mT if batch else rows.squeeze(0).mT
 
 
 def _run(
@@ -186,7 +192,6 @@ def _run(
             dtype = reflectors.dtype if beta is None else result_dtype(reflectors, beta)
             G, _, D = reflectors.shape
             x = torch.eye(rows, D, dtype=dtype, device=reflectors.device).expand(G, rows, D)
-        beta = orthogonal_beta(reflectors) if beta is None else beta
         if transpose:
             reflectors, beta = reverse(reflectors, beta)
         return reference.forward(x, reflectors, beta)
@@ -197,8 +202,6 @@ def _run(
         form = "triton"
         if x is not None:
             reflectors = reflectors.to(x.dtype)
-    elif beta is None:
-        beta = orthogonal_beta(reflectors)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     arguments = (x, reflectors, beta, rows, transpose, save, form)
     if torch.compiler.is_compiling():
@@ -252,12 +255,12 @@ def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | 
 
 def _canonical(
     x: Tensor, reflectors: Tensor, beta: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...], list[int]]:
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[int, ...], list[int] | None]:
     """Bring the arguments to `[G, M, D]`, `[G, N, D]`, `[G, N]`.
 
     Batch dimensions that the product does not have, or has as 1, become the rows M: they share
     one triangle and meet it in matrix products. Also returns what brings the result back: its
-    shape with the dimensions of G first, and the permutation to their places.
+    shape with the dimensions of G first, and the permutation to their places, if there is any.
     """
     N, D = reflectors.shape[-2:]
     own: tuple[int, ...] = reflectors.shape[:-2]
@@ -265,9 +268,8 @@ def _canonical(
         own = torch.broadcast_shapes(own, beta.shape[:-1])
     if not own:  # one product for all rows: nothing to sort
         beta = None if beta is None else beta.unsqueeze(0)
-        order = list(range(x.dim()))
         flat = x.reshape(1, math.prod(x.shape[:-1]), D)
-        return flat, reflectors.unsqueeze(0), beta, tuple(x.shape), order
+        return flat, reflectors.unsqueeze(0), beta, tuple(x.shape), None
     batch = torch.broadcast_shapes(x.shape[:-1], own)
     own = (1,) * (len(batch) - len(own)) + tuple(own)
     groups = [i for i, size in enumerate(own) if size != 1]

@@ -1,8 +1,8 @@
 """Registration of `householder::householder_product` with PyTorch: schema, fakes, autograd, vmap.
 
 The op works on `x [G, M, D]`, `reflectors [G, N, D]`, `beta [G, N]`; `api.py` brings every call to
-this form. Without x the rows are the first M of the identity; without beta, which only the Triton
-form takes, reflectors are orthogonal. First-order gradients run a second op in closed form. Where
+this form. Without x the rows are the first M of the identity; without beta reflectors are
+orthogonal. First-order gradients run a second op in closed form. Where
 higher orders are wanted the gradient is computed by the same closed form in differentiable PyTorch
 instead.
 """
@@ -16,27 +16,12 @@ from torch import Tensor
 
 from householder.ops._dispatch import contiguous_like, register, why_not_triton
 from householder.ops.householder_product import chunk
-from householder.ops.wy import compute_dtype, result_dtype
+from householder.ops.wy import result_dtype
 
 
 def why_no_kernels(x: Tensor | None, reflectors: Tensor, beta: Tensor | None) -> str | None:
     """Return why the Triton form cannot take these inputs, or None if it can."""
     return why_not_triton({"x": x, "reflectors": reflectors, "beta": beta}, {})
-
-
-def orthogonal_beta(reflectors: Tensor) -> Tensor:
-    """Return β = 2 / ‖k‖² in at least float32, and 0 for a zero reflector.
-
-    Each ‖k‖² is rounded as the inner products of a block are, so that equal reflectors have equal
-    products: a difference that many of them share would add up.
-    """
-    k = reflectors.to(compute_dtype(reflectors))
-    squares = torch.linalg.vecdot(k, k).real if k.is_complex() else k.square().sum(-1)
-    grams = [(b.conj() @ b.mT).diagonal(dim1=-2, dim2=-1) for b in k.split(chunk.MAX_BLOCK, -2)]
-    rounded = torch.cat(grams, dim=-1)
-    squares = squares + ((rounded.real if k.is_complex() else rounded) - squares).detach()
-    zero = squares == 0
-    return torch.where(zero, torch.zeros_like(squares), 2 / torch.where(zero, 1, squares))
 
 
 def _triton() -> Any:
@@ -80,15 +65,14 @@ def _backward(
     return tuple(dy.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 
-def reverse(reflectors: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def reverse(reflectors: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the reflectors and coefficients of the (conjugate) transpose; its own inverse."""
-    return reflectors.flip(-2), beta.flip(-1).conj()
+    return reflectors.flip(-2), None if beta is None else beta.flip(-1).conj()
 
 
 def _chunk_forward(
     x: Tensor | None, reflectors: Tensor, beta: Tensor | None, rows: int, transpose: bool
 ) -> Tensor:
-    beta = orthogonal_beta(reflectors) if beta is None else beta
     if transpose:
         reflectors, beta = reverse(reflectors, beta)
     return chunk.forward(reflectors, beta, x, rows)
@@ -97,27 +81,15 @@ def _chunk_forward(
 def _chunk_backward(
     dy: Tensor, x: Tensor | None, reflectors: Tensor, beta: Tensor | None, transpose: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    given = beta is not None
-    beta = beta if beta is not None else orthogonal_beta(reflectors)
     arguments = reverse(reflectors, beta) if transpose else (reflectors, beta)
     dx, dk, dbeta = chunk.backward(dy, x, *arguments)
-    if transpose:
-        dk, dbeta = reverse(dk, dbeta)
-    if given:
-        return dx, dk, dbeta
-    # The gradient of β = 2 / ‖k‖² is −β² k.
-    return dx, (dk - (dbeta * beta.square()).unsqueeze(-1) * reflectors).to(dk.dtype), None
+    return (dx, *reverse(dk, dbeta)) if transpose else (dx, dk, dbeta)
 
 
 def _chunk_tangent(
     x: Tensor | None, reflectors: Tensor, beta: Tensor | None, rows: int, transpose: bool,
     dx: Tensor | None, dreflectors: Tensor, dbeta: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if beta is None:
-        beta = orthogonal_beta(reflectors)
-        k, dk = reflectors.to(beta.dtype), dreflectors.to(beta.dtype)
-        dbeta = -beta.square() * (k * dk).sum(-1)
-    assert dbeta is not None
     primals, tangents = (reflectors, beta), (dreflectors, dbeta)
     if transpose:
         primals, tangents = reverse(*primals), reverse(*tangents)

@@ -35,23 +35,13 @@ from householder.train.adapt.data import AdaptBatch
 from householder.train.adapt.methods import Method, freeze_statistics, make_method
 from householder.train.build import resolve_device
 from householder.train.data import derive_seed
-from householder.train.errors import (
-    CheckpointError,
-    Interrupted,
-    OutputError,
-)
+from householder.train.errors import CheckpointError, Interrupted
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.optim import learning_rate
-from householder.train.settings import (
-    describe_differences,
-    differences,
-    field_types,
-    read_toml,
-    to_toml,
-)
+from householder.train.output_folder import OutputFolder
+from householder.train.settings import differences, field_types, read_toml
 
-CONFIG_FILE = "config.toml"
 HEADER = "# Written by householder adapt: the settings of the run in this folder.\n"
 OURS = ("metrics.jsonl", "checkpoints", "adapter", "merged", "results.json")
 
@@ -177,12 +167,7 @@ def adapt_settings(folder: Path) -> dict[str, Any]:
         OutputError: it holds none.
         ConfigError: its config file is damaged.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise OutputError(
-            f"{folder}: nothing to resume, there is no {CONFIG_FILE}; start without --resume"
-        )
-    return read_toml(path, field_types(AdaptConfig))
+    return read_toml(_output(folder).require_config(), field_types(AdaptConfig))
 
 
 def open_folder(config: AdaptConfig, folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -192,46 +177,17 @@ def open_folder(config: AdaptConfig, folder: Path, *, resume: bool, overwrite: b
         OutputError: it is occupied, cannot be written, or holds nothing to resume.
         CheckpointError: the run it holds is another.
     """
-    try:
-        held = [p for p in folder.iterdir() if p.name[0] != "."] if folder.exists() else []
-        if resume:
-            different = differences(AdaptConfig.from_settings(adapt_settings(folder)), config)
-            if different:
-                raise CheckpointError(
-                    f"{folder}: what it holds does not fit the requested settings: "
-                    f"{describe_differences(different)}; drop these settings or use another folder"
-                )
-        elif held and not overwrite:
-            raise OutputError(
-                f"{folder}: the output folder is occupied; continue with --resume, replace it with "
-                "--overwrite, or choose another with --out"
-            )
-        elif held:
-            _delete(folder, held)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG_FILE, HEADER + to_toml(config.to_dict()))
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot write the output folder: {error.strerror}; choose another with --out"
-        ) from error
+    output = _output(folder)
+
+    def check_same() -> None:
+        stored = AdaptConfig.from_settings(adapt_settings(folder))
+        output.require_same(differences(stored, config))
+
+    output.open(config.to_dict(), resume=resume, overwrite=overwrite, check_same=check_same)
 
 
-def _delete(folder: Path, held: list[Path]) -> None:
-    """Delete what `run_adapt` wrote; touch nothing when there is anything else."""
-    config = folder / CONFIG_FILE
-    foreign = sorted({path.name for path in held} - {*OURS, CONFIG_FILE})
-    if not config.is_file() or not config.read_bytes().startswith(HEADER.encode()) or foreign:
-        what = ", ".join(foreign) or CONFIG_FILE
-        raise OutputError(
-            f"{folder}: nothing is deleted, because {what} is not of householder adapt; move it "
-            "away or choose another folder with --out"
-        )
-    for path in held:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != config:
-            path.unlink()
-    config.unlink()
+def _output(folder: Path) -> OutputFolder:
+    return OutputFolder(folder, HEADER, lambda path: path.name in OURS)
 
 
 def make_optimizer(trainable: dict[str, nn.Parameter], config: AdaptConfig) -> torch.optim.AdamW:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from householder.models import CausalLM, load_causal_lm
+from householder.models import CausalLM, Decoder, load_causal_lm
+from householder.models.generation import check_draw_options, draw
 from householder.train.build import resolve_device
 from householder.train.errors import ConfigError
 from householder.train.text.tokenizer import BYTES, Tokenizer, make_tokenizer
@@ -55,7 +55,7 @@ def continue_text(
     tokenizer = make_tokenizer(str(folder) if has_file else BYTES)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
-        _check_options(temperature, top_k, top_p)
+        check_draw_options("sample_tokens", temperature, top_k, top_p)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     tokens = sample_tokens(
@@ -102,51 +102,18 @@ def sample_tokens(
     """
     if not prompt:
         raise ValueError("sample_tokens: `prompt` must have a token, got none; begin with one")
-    _check_options(temperature, top_k, top_p)
+    check_draw_options("sample_tokens", temperature, top_k, top_p)
     device = model.head_weight.device
-    # Entered for each call of the model, not around the loop: between two tokens the caller runs.
-    with torch.no_grad():
-        hidden, states = model.hidden(torch.tensor([prompt], device=device), return_states=True)
-        logits = model.logits(hidden[:, -1])
+    decoder = Decoder(model, torch.tensor([prompt], device=device), max_new_tokens=max_new_tokens)
     for drawn in range(1, max_new_tokens + 1):
-        token = _draw(logits[0, :num_tokens].float().cpu(), temperature, top_k, top_p, generator)
+        # Drawn on the CPU: the same seed means the same text on every device.
+        logits = decoder.logits[:, :num_tokens].float().cpu()
+        token = int(draw(logits, temperature, top_k, top_p, generator))
         if token == stop:
             return
         yield token
         if drawn < max_new_tokens:
-            with torch.no_grad():
-                logits, states = model.step(torch.tensor([token], device=device), states)
-
-
-def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
-        raise ValueError(f"sample_tokens: `temperature` must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"sample_tokens: `top_k` must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"sample_tokens: `top_p` must be above 0 and at most 1, got {top_p}")
-
-
-def _draw(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
-    if top_k is not None and top_k < len(logits):
-        least = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = logits.softmax(-1)
-    if top_p is not None:
-        ordered, order = probabilities.sort(descending=True)
-        # A token stays if those before it do not reach top_p; the first always does.
-        dropped = order[ordered.cumsum(0) - ordered >= top_p]
-        probabilities = probabilities.index_fill(0, dropped, 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+            decoder.step(torch.tensor([token], device=device))
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

@@ -48,9 +48,10 @@ class Processes:
         for layer in model.layers:
             fully_shard(layer)
             register_fsdp_forward_method(layer, "step")
+            register_fsdp_forward_method(layer, "step_")
         fully_shard(model)
         # Whatever is called from outside must gather the parameters first, as forward does.
-        for name in ("loss", "hidden", "logits", "step"):
+        for name in ("loss", "hidden", "logits", "step", "step_"):
             register_fsdp_forward_method(model, name)
 
     def mean(self, x: Tensor) -> Tensor:

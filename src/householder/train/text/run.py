@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from householder.models import CausalLM
-from householder.models.pretrained import write_causal_lm
+from householder.models import CausalLM, pretrained
 from householder.storage import write_atomically
 from householder.train import checkpoint as ckpt
 from householder.train.errors import CheckpointError, ConfigError, Interrupted
@@ -43,7 +41,7 @@ from householder.train.text.evaluation import Perplexity, evaluate_text
 from householder.train.text.generation import sample_tokens
 from householder.train.text.observer import TextObserver
 from householder.train.text.processes import Processes
-from householder.train.text.tokenizer import BYTES, Tokenizer, make_tokenizer
+from householder.train.text.tokenizer import BYTES, ByteTokenizer, Tokenizer, make_tokenizer
 from householder.train.text.trackers import Trackers
 
 # Dense bfloat16 operations per second, by a part of the device's name.
@@ -191,9 +189,7 @@ class _Run:
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
         if config.compile and not processes.several:
-            # Block by block: one of each kind is compiled, and serves all layers of that kind.
-            for block in model.blocks():
-                block.compile()
+            model.compile_blocks(fullgraph=False)  # some read the bounds of packed documents
         processes.shard(model)
         optimizer = make_optimizer(model, config)
         bad_step = torch.zeros((), dtype=torch.int64, device=processes.device)
@@ -224,9 +220,9 @@ class _Run:
     def train(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
-        loss_of: Any = self.model.loss
+        loss_of = self.model.loss
         if config.compile and self.processes.several:
-            loss_of = torch.compile(loss_of)
+            loss_of = torch.compile(loss_of)  # around what gathers the parameters
         self.watch.start()
         while self.step < config.steps:
             loss, grad_norm = self._update(loss_of)
@@ -447,12 +443,23 @@ def write_model(
     weights = text_ckpt.whole_state_dict(model)
     if processes is not None and not processes.first:
         return
-    write_causal_lm(model.config, weights, folder)
-    if config.tokenizer != BYTES:
-        path = Path(config.tokenizer)
-        shutil.copyfile(
-            path / "tokenizer.json" if path.is_dir() else path, folder / "tokenizer.json"
-        )
+    tokenizer = make_tokenizer(config.tokenizer)
+    # What transformers has to know: where a document begins and ends, and how rows are filled up.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
+    pretrained.write_model(
+        {"model_type": pretrained.MODEL_TYPE, **model.config.to_dict(), **ids}, weights, folder
+    )
+    write_atomically(folder / "tokenizer.json", _tokenizer_file(config.tokenizer))
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator_name)
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special}
+    write_atomically(folder / "tokenizer_config.json", json.dumps(fields, indent=1) + "\n")
+
+
+def _tokenizer_file(name: str) -> bytes:
+    if name == BYTES:
+        return ByteTokenizer.file_content().encode()
+    path = Path(name)
+    return (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
 
 
 def _peak_flops(device: torch.device) -> float | None:

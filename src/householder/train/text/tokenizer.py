@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ class Tokenizer(ABC):
         vocab_size: how many different tokens there are, the separator included.
         separator: the token in front of every document. It begins one and, being predicted there,
             ends the one before.
+        separator_name: its name in `tokenizer.json`.
         identity: tells two tokenizers apart that would give different tokens.
     """
 
     vocab_size: int
     separator: int
+    separator_name: str
     identity: str
 
     @abstractmethod
@@ -54,6 +57,7 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 257
     separator = 256
+    separator_name = "<|endoftext|>"
     identity = BYTES
 
     def encode(self, text: str) -> np.ndarray[Any, Any]:
@@ -63,6 +67,41 @@ class ByteTokenizer(Tokenizer):
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Return the tokens as bytes; the separator is nothing."""
         return bytes(token for token in tokens if token < 256)
+
+    @classmethod
+    def file_content(cls) -> str:
+        """Return it as a file of the `tokenizers` library, for who reads the model's folder there.
+
+        That library writes a byte that is no printable character of Latin-1 as one from 256 on.
+        """
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        characters = {byte: chr(byte) for byte in printable}
+        characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+        separator = {"id": cls.separator, "content": cls.separator_name, "special": True}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        in_front = {"SpecialToken": {"id": cls.separator_name, "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        ids = {"id": cls.separator_name, "ids": [cls.separator], "tokens": [cls.separator_name]}
+        content = {
+            "version": "1.0",
+            "added_tokens": [{**separator, **flags}],
+            "pre_tokenizer": {**byte_level, "use_regex": False},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [in_front, text],
+                "pair": [in_front, text, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {cls.separator_name: ids},
+            },
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": {characters[byte]: byte for byte in range(256)},
+                "merges": [],
+            },
+        }
+        return json.dumps(content, indent=1) + "\n"
 
 
 class FileTokenizer(Tokenizer):
@@ -101,14 +140,14 @@ class FileTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"`tokenizer` {path}: cannot be read: {error}") from error
-        ids = (self._tokenizer.token_to_id(name) for name in self.SEPARATORS)
-        separator = next((i for i in ids if i is not None), None)
-        if separator is None:
+        ids = {name: self._tokenizer.token_to_id(name) for name in self.SEPARATORS}
+        found = [(name, i) for name, i in ids.items() if i is not None]
+        if not found:
             raise ConfigError(
                 f"`tokenizer` {path}: one of the tokens {', '.join(self.SEPARATORS)} must separate "
                 "documents, and it has none of them; add one as a special token"
             )
-        self.separator = separator
+        self.separator_name, self.separator = found[0]
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.identity = hashlib.sha256(content).hexdigest()
 
@@ -141,4 +180,6 @@ def make_tokenizer(name: str) -> Tokenizer:
             f"`tokenizer` must be {BYTES!r} or a tokenizer.json, got {name!r}; there is no such "
             "file"
         )
+    if path.read_bytes() == ByteTokenizer.file_content().encode():
+        return ByteTokenizer()
     return FileTokenizer(path)

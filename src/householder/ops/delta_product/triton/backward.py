@@ -28,16 +28,20 @@ is a product of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from householder.ops._triton import (
+    Launcher,
     addressable,
     cast_operand,
     dot,
     dot_add,
+    dot_precision,
     is_hopper,
     load_tile,
     load_tile_t,
@@ -56,7 +60,6 @@ from householder.ops.delta_product.triton.chunks import (
     locate_chunk,
     locate_sequence,
     make_problem,
-    make_table,
     pair_decay,
     row_offsets,
     strides,
@@ -172,7 +175,6 @@ def gradient_kernel(
     token = o_r // N
     m_r = o_r < n * N
     m_c = o_c < n
-    everywhere = o_r >= 0
     i_ch = i_chunk * HV + i_h
     first_row = batch * T + start  # of tensors that are contiguous
 
@@ -181,6 +183,7 @@ def gradient_kernel(
     p_do = do + batch * do_b + start * do_t + i_h * do_h
     p_dq = dq + (first_row * HV + i_h) * K
     p_dk = dk + (first_row * N * HV + i_h) * K
+    p_u = u + (first_row * N * HV + i_h) * V
     p_dv = dv + (first_row * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
     p_table = table + i_ch * (6 * R if GATED else R)
@@ -194,7 +197,7 @@ def gradient_kernel(
 
     # Where all of V is one block, D, U and dO are loaded once and stay; dV replaces D at once.
     b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, 0, V, BV), PRECISION)
-    b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, 0, V, BV)
+    b_u = load_tile(p_u, o_r * HV * V, m_r, 0, V, BV)
     b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, 0, V, BV), PRECISION)
     if num_v == 1:
         b_dv = b_d.to(tl.float32) * b_beta[:, None]
@@ -209,7 +212,7 @@ def gradient_kernel(
     for i in range(num_v):
         if num_v > 1:
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
-            b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
+            b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
         b_p = dot_add(b_d, tl.trans(b_u), b_p, PRECISION)
     # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
     b_dbeta = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_p, 0.0), axis=1) / b_beta
@@ -237,7 +240,7 @@ def gradient_kernel(
     for i in range(num_v):
         if num_v > 1:
             b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
-            b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
+            b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
         b_pt = dot_add(b_u, tl.trans(b_d), b_pt, PRECISION)
     b_pt *= b_beta[None, :]
     if GATED:
@@ -248,7 +251,7 @@ def gradient_kernel(
     for i in range(num_v):
         if num_v > 1:
             b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, i * BV, V, BV), PRECISION)
-            b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
+            b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
         b_at = dot_add(b_u, tl.trans(b_do), b_at, PRECISION)
     if GATED:
         # The same for what it gives to the output of token t.
@@ -311,7 +314,7 @@ def gradient_kernel(
         for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
-                b_u = load_tile(u + i_ch * R * V, o_r * V, everywhere, i * BV, V, BV)
+                b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
                 b_ds = load_tile(dstates + i_ch * K * V, o_vi * K, o_vi < V, i_k * BK, K, BK)
             write = dot_add(b_u, b_ds, write, PRECISION)
         if GATED:
@@ -366,24 +369,64 @@ def sweep(
     dg: Tensor | None,
 ) -> None:
     """Run both kernels: the gradients are written where the last arguments are."""
-    K, V, T, HV = p.sizes["K"], p.sizes["V"], p.v.shape[1], p.heads
-    tiles = {**strides("do", do), **strides("q", p.q), **strides("k", p.k), "HV": HV}
     dstates = torch.empty_like(states)
-    launch = config.walk_launch(K, V, p.precision)
+    key = segments.chunks, scale, do.stride(), dfinal is None, dinitial is None
     if p.num_sequences:
-        walk_back_kernel[(segments.number * HV * -(-V // launch.block),)](
+        launch = p.plan.launcher(
+            ("walk back", *key), lambda: _walk_launcher(p, segments, do, scale)
+        )
+        launch(
             do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
-            segments.bounds, segments.first_chunk, scale, T, **tiles, **p.constants,
-            SEGMENT=segments.chunks, BK=config.key_block(K, p.precision), BV=launch.block,
-            **launch.options,
+            segments.bounds, segments.first_chunk,
         )  # fmt: skip
-    launch = config.gradient_launch(K, V, p.precision)
     if p.num_chunks:
-        gradient_kernel[(p.num_chunks * HV,)](
-            do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
-            *p.packing, scale, T, **tiles, **p.constants,
-            BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
-        )  # fmt: skip
+        launch = p.plan.launcher(("gradient", *key), lambda: _gradient_launcher(p, do, scale))
+        launch(do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg, *p.packing)
+
+
+def _tiles(p: Problem, do: Tensor, scale: float) -> dict[str, Any]:
+    """Return what the launches of both kernels share."""
+    return {
+        "scale": scale, "T": p.v.shape[1], "HV": p.heads, **p.constants,
+        **strides("do", do), **strides("q", p.q), **strides("k", p.k),
+    }  # fmt: skip
+
+
+def _walk_launcher(p: Problem, segments: Segments, do: Tensor, scale: float) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    launch = config.walk_launch(K, V, p.precision)
+    return Launcher(
+        walk_back_kernel, (segments.number * p.heads * -(-V // launch.block),),
+        **_tiles(p, do, scale), SEGMENT=segments.chunks, BK=config.key_block(K, p.precision),
+        BV=launch.block, **launch.options,
+    )  # fmt: skip
+
+
+def _gradient_launcher(p: Problem, do: Tensor, scale: float) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    launch = config.gradient_launch(K, V, p.precision)
+    return Launcher(
+        gradient_kernel, (p.num_chunks * p.heads,), **_tiles(p, do, scale),
+        BK=launch.block, BV=config.gradient_block_v(V, p.precision), **launch.options,
+    )  # fmt: skip
+
+
+def sweep_launch(
+    precision: str, K: int, V: int, scale: float, device: torch.device
+) -> config.Launch | None:
+    """Return the launch of the kernel for Hopper, or None if it does not take such inputs."""
+    # It carries dS / scale.
+    return config.hopper_sweep_launch(K, V, precision) if is_hopper(device) and scale else None
+
+
+def overwrites_u(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Return whether `backward` can leave dv where U was.
+
+    One program reads each of U's rows, and a chunk before it writes that of dv. The kernels for all
+    chips need both at once.
+    """
+    sizes = k.shape[-1], v.shape[-1]
+    return sweep_launch(dot_precision(q, k, v), *sizes, scale, v.device) is not None
 
 
 @on_its_device
@@ -403,17 +446,22 @@ def backward(
     u: Tensor,
     maps: Tensor,
     growth: Tensor,
+    table: Tensor,
+    dv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of q, k, v, beta, g and initial_state, in closed form."""
+    """Return the gradients of q, k, v, beta, g and initial_state, in closed form.
+
+    That of v is written to `dv`, if there. It may be `u` where `overwrites_u` says so, and then
+    `ut` is overwritten as well.
+    """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
     K, V, T = sizes["K"], sizes["V"], v.shape[1]
     B, N, H = v.shape[0], sizes["N"], k.shape[3]
     device = v.device
-    table = make_table(p)
     do = addressable(do)
 
-    dv = v.new_empty(v.shape)
+    dv = v.new_empty(v.shape) if dv is None else dv
     # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
     partial = torch.float32 if HV != H else None
     dq = torch.empty(B, T, HV, K, dtype=partial or q.dtype, device=device)
@@ -429,15 +477,15 @@ def backward(
         dfinal = segment_ends(p, segments, table, ut, do, dfinal, scale, maps, growth)
         # A segment's first state gets its gradient where that of its last was found.
         dinitial = None if dinitial is None else dfinal
-    launch = config.hopper_sweep_launch(K, V, p.precision)
+    launch = sweep_launch(p.precision, K, V, scale, device)
     gradients = (dq, dk, dv, dbeta, dg)
-    # The kernel for Hopper carries dS / scale.
-    if launch is not None and is_hopper(device) and scale != 0:
+    if launch is not None:
         from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
 
         hopper_sweep(
-            p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients
-        )
+            p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients,
+            over_ut=dv is u,
+        )  # fmt: skip
     else:
         sweep(p, segments, do, table, scale, ut, states, u, dfinal, dinitial, *gradients)
     if dinitial is not None and initial_state is not None:

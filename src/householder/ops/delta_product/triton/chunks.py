@@ -8,7 +8,7 @@ from small tables made on the device, so that nothing waits for the host.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from householder.ops._dispatch import remember
 from householder.ops._triton import (
+    Launcher,
     addressable,
     dot,
     dot_precision,
@@ -199,13 +201,61 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     }
 
 
-@functools.cache
-def make_sizes(N: int, H: int, K: int, HV: int, V: int, precision: str) -> dict[str, int]:
-    """Return the kernels' constants of these sizes; not to be changed."""
-    return {
-        "N": N, "K": K, "V": V, "GROUP": HV // H,
-        "C": chunk_tokens(N), "R": CHUNK_ROWS, "BC": token_block(N, precision),
-    }  # fmt: skip
+# Plans that were asked for, by the inputs' layouts.
+PLANS: dict[Any, Plan] = {}
+
+
+class Plan:
+    """What calls have in common whose inputs agree in shapes, strides, dtypes and alignment.
+
+    Among it are the launchers of their kernels, found by what those depend on besides.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, packed: int | None
+    ) -> None:
+        B, T, N, HV, V = v.shape
+        H, K = k.shape[3:]
+        self.precision = dot_precision(q, k, v)
+        self.operand = operand_dtype(self.precision)
+        self.num_sequences = B if packed is None else packed
+        self.num_chunks = max_chunks(B, T, N, packed)
+        self.sizes = {
+            "N": N, "K": K, "V": V, "GROUP": HV // H,
+            "C": chunk_tokens(N), "R": CHUNK_ROWS, "BC": token_block(N, self.precision),
+        }  # fmt: skip
+        self.constants = {
+            **self.sizes,
+            "GATED": g is not None,
+            "PACKED": packed is not None,
+            "PRECISION": self.precision,
+        }
+        tiles = [addressable(x) for x in (q, k, v)]
+        self.copies = [a is not x for a, x in zip(tiles, (q, k, v), strict=True)]
+        self.wide_rows = [has_wide_rows(x) for x in tiles]
+        self.launchers: dict[Any, Launcher] = {}
+
+    def launcher(self, key: Any, make: Callable[[], Launcher]) -> Launcher:
+        """Return the launcher of this key, made when it is first asked for."""
+        launcher = self.launchers.get(key)
+        if launcher is None:
+            launcher = self.launchers[key] = make()
+        return launcher
+
+
+def find_plan(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, packed: int | None
+) -> Plan:
+    """Return the plan of calls with such inputs; `packed` is their number of sequences, if so."""
+    key = packed, v.device, *(
+        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+        for x in (q, k, v, beta, g)
+    )  # fmt: skip
+    plan = PLANS.get(key)
+    if plan is None:
+        plan = Plan(q, k, v, g, packed)
+        remember(PLANS, key, plan)
+    return plan
 
 
 class Problem(NamedTuple):
@@ -221,9 +271,7 @@ class Problem(NamedTuple):
     first_chunk: Tensor | None
     num_sequences: int
     num_chunks: int
-    precision: str
-    # Constants of every kernel.
-    sizes: dict[str, int]
+    plan: Plan
 
     @property
     def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -231,18 +279,22 @@ class Problem(NamedTuple):
         return self.cu_seqlens, self.chunk_sequence, self.first_chunk
 
     @property
+    def precision(self) -> str:
+        return self.plan.precision
+
+    @property
     def operand(self) -> torch.dtype:
-        return operand_dtype(self.precision)
+        return self.plan.operand
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Constants of every kernel."""
+        return self.plan.sizes
 
     @property
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments that the kernels of matrix products share."""
-        return {
-            **self.sizes,
-            "GATED": self.g is not None,
-            "PACKED": self.cu_seqlens is not None,
-            "PRECISION": self.precision,
-        }
+        return self.plan.constants
 
     @property
     def heads(self) -> int:
@@ -254,64 +306,73 @@ def make_problem(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
 ) -> Problem:
     """Bring the inputs to what the kernels can read and number the chunks."""
-    B, T, N, HV, V = v.shape
-    H, K = k.shape[3:]
-    C = chunk_tokens(N)
-    precision = dot_precision(q, k, v)
+    packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    plan = find_plan(q, k, v, beta, g, packed)
+    if any(plan.copies):
+        q, k, v = (
+            x.contiguous() if copy else x for x, copy in zip((q, k, v), plan.copies, strict=True)
+        )
     chunk_sequence = first_chunk = None
-    if cu_seqlens is None:
-        num_sequences, num_chunks = B, max_chunks(B, T, N, None)
-    else:
-        num_sequences = cu_seqlens.shape[0] - 1
-        num_chunks = max_chunks(B, T, N, num_sequences)
+    if cu_seqlens is not None:
+        C = plan.sizes["C"]
         cu_seqlens = cu_seqlens.to(torch.int32)
         first_chunk = torch.zeros_like(cu_seqlens)
         torch.cumsum((cu_seqlens.diff() + (C - 1)) // C, 0, dtype=torch.int32, out=first_chunk[1:])
-        numbers = torch.arange(num_chunks, device=v.device, dtype=torch.int32)
+        numbers = torch.arange(plan.num_chunks, device=v.device, dtype=torch.int32)
         chunk_sequence = torch.searchsorted(first_chunk[1:], numbers, right=True, out_int32=True)
-        chunk_sequence.clamp_(max=num_sequences - 1)
+        chunk_sequence.clamp_(max=plan.num_sequences - 1)
     return Problem(
-        q=addressable(q),
-        k=addressable(k),
-        v=addressable(v),
+        q=q,
+        k=k,
+        v=v,
         # A value per row: their last dimension is heads, whatever its stride.
         beta=beta,
         g=g,
         cu_seqlens=cu_seqlens,
         chunk_sequence=chunk_sequence,
         first_chunk=first_chunk,
-        num_sequences=num_sequences,
-        num_chunks=num_chunks,
-        precision=precision,
-        sizes=make_sizes(N, H, K, HV, V, precision),
+        num_sequences=plan.num_sequences,
+        num_chunks=plan.num_chunks,
+        plan=plan,
     )
 
 
-def suits_hopper(p: Problem, *tiles: Tensor) -> bool:
-    """Return whether forms for Hopper that read `tiles`, 16 bytes at a time, take these inputs."""
+def suits_hopper(p: Problem, do: Tensor | None = None) -> bool:
+    """Return whether forms for Hopper take these inputs, of which they copy 16 bytes at a time."""
     return (
         is_hopper(p.v.device)
         and p.precision == "bf16"
         and p.sizes["K"] <= config.MOST_HOPPER_KEYS
-        and all(map(has_wide_rows, tiles))
+        and all(p.plan.wide_rows)
+        and (do is None or has_wide_rows(do))
     )
 
 
 def empty_table(p: Problem) -> Tensor:
-    """Return room for the table of coefficients: `[chunks, HV, 6 or 1, CHUNK_ROWS]` in float32."""
+    """Return room for the table of coefficients, in float32."""
     shape = p.num_chunks, p.heads, 1 if p.g is None else 6, CHUNK_ROWS
     return torch.empty(shape, dtype=torch.float32, device=p.v.device)
 
 
+def steps_of_coefficients(p: Problem) -> dict[str, int]:
+    """Return the strides of β and g by their names in the kernels."""
+    names = "beta_b", "beta_t", "beta_n", "beta_h", "g_b", "g_t", "g_h"
+    steps = *p.beta.stride(), *((0, 0, 0) if p.g is None else p.g.stride())
+    return dict(zip(names, steps, strict=True))
+
+
 def make_table(p: Problem) -> Tensor:
     """Run `table_kernel` for all chunks."""
-    sizes, table = p.sizes, empty_table(p)
-    BH = power_of_two(p.heads, least=1, most=16)
+    table = empty_table(p)
     if p.num_chunks:
-        table_kernel[(p.num_chunks, -(-p.heads // BH))](
-            p.beta, p.g, table, *p.packing, p.v.shape[1], p.heads, *p.beta.stride(),
-            *((0, 0, 0) if p.g is None else p.g.stride()),
-            N=sizes["N"], C=sizes["C"], R=sizes["R"], BC=sizes["BC"], BH=BH,
-            GATED=p.g is not None, PACKED=p.cu_seqlens is not None, num_warps=4,
-        )  # fmt: skip
+        p.plan.launcher("table", lambda: _table_launcher(p))(p.beta, p.g, table, *p.packing)
     return table
+
+
+def _table_launcher(p: Problem) -> Launcher:
+    BH = power_of_two(p.heads, least=1, most=16)
+    sizes = {name: p.constants[name] for name in ("N", "C", "R", "BC", "GATED", "PACKED")}
+    return Launcher(
+        table_kernel, (p.num_chunks, -(-p.heads // BH)), T=p.v.shape[1], HV=p.heads,
+        **steps_of_coefficients(p), **sizes, BH=BH, num_warps=4,
+    )  # fmt: skip

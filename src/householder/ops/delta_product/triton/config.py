@@ -58,7 +58,14 @@ def saved_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of what `forward` saves: states, triangles, writes."""
     room = max_chunks(B, T, N, num_sequences) * HV
-    return (room, V, K), (room, CHUNK_ROWS * CHUNK_ROWS), (room, CHUNK_ROWS, V)
+    return (room, V, K), (room, CHUNK_ROWS * CHUNK_ROWS), (B, T, N, HV, V)
+
+
+def table_shape(
+    B: int, T: int, N: int, HV: int, num_sequences: int | None, gated: bool
+) -> tuple[int, ...]:
+    """Return the shape of the table of coefficients."""
+    return max_chunks(B, T, N, num_sequences), HV, 6 if gated else 1, CHUNK_ROWS
 
 
 def segment_chunks(T: int, N: int, HV: int, V: int) -> int:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from householder.ops._triton import (
+    Launcher,
     cast_operand,
     dot,
     dot_add,
@@ -46,10 +47,12 @@ from householder.ops.delta_product.triton.chunks import (
     make_table,
     pair_decay,
     row_offsets,
+    steps_of_coefficients,
     strides,
     suits_hopper,
 )
 from householder.ops.delta_product.triton.segments import (
+    Segments,
     make_maps,
     make_segments,
     of_sequences,
@@ -129,6 +132,7 @@ def walk_kernel(
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
     p_v = v + batch * v_b + first * v_t + i_h * v_h
     p_o = o + ((batch * T + first) * HV + i_h) * V
+    p_u = u + ((batch * T + first) * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
     o_vrows = row_offsets(R, N, v_t, v_n)
 
@@ -165,7 +169,7 @@ def walk_kernel(
         b_u = dot(cast_operand(b_y, PRECISION), tl.trans(b_ut), PRECISION)
         b_uh = cast_operand(b_u, PRECISION)
         if SAVE:
-            store_tile_t(u + i_ch * R * V, o_r * V, everywhere, i_v, b_uh, V, BV)
+            store_tile_t(p_u + start * N * HV * V, o_r * HV * V, m_r, i_v, b_uh, V, BV)
         b_o = dot_add(b_uh, cast_operand(b_a, PRECISION), b_o, PRECISION)
         if GATED:
             b_uh = cast_operand(b_u * tl.load(p_table + TO_END * R + o_r)[None, :], PRECISION)
@@ -180,29 +184,47 @@ def prepare(p: Problem, growth: Tensor | None, for_hopper: bool) -> tuple[Tensor
     """Make the table of coefficients and T of every chunk and value head."""
     R = p.sizes["R"]
     ut = torch.empty(p.num_chunks * p.heads, R * R, dtype=p.operand, device=p.q.device)
-    grid = (p.num_chunks * p.heads,)
+    table = empty_table(p) if for_hopper else make_table(p)
+    if p.num_chunks:
+        key = "prepare", for_hopper, growth is None
+        launch = p.plan.launcher(key, lambda: _prepare_launcher(p, for_hopper))
+        inputs = (p.k, p.beta, p.g) if for_hopper else (p.k,)
+        launch(*inputs, table, ut, growth, *p.packing)
+    return table, ut
+
+
+def _prepare_launcher(p: Problem, for_hopper: bool) -> Launcher:
+    kernel, steps = prepare_kernel, strides("k", p.k)
+    launch = config.prepare_launch(p.sizes["K"], p.precision)
     if for_hopper:
         from householder.ops.delta_product.triton import hopper_forward
 
-        table = empty_table(p)
+        kernel = hopper_forward.prepare_kernel
         launch = config.hopper_prepare_launch(p.sizes["K"], p.g is not None)
-        names = ("beta_b", "beta_t", "beta_n", "beta_h"), ("g_b", "g_t", "g_h")
-        beta = dict(zip(names[0], p.beta.stride(), strict=True))
-        g = dict(zip(names[1], (0, 0, 0) if p.g is None else p.g.stride(), strict=True))
-        if p.num_chunks:
-            hopper_forward.prepare_kernel[grid](
-                p.k, p.beta, p.g, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
-                **strides("k", p.k), **beta, **g, **p.constants, BK=launch.block, **launch.options,
-            )  # fmt: skip
-        return table, ut
-    table = make_table(p)
-    launch = config.prepare_launch(p.sizes["K"], p.precision)
-    if p.num_chunks:
-        prepare_kernel[grid](
-            p.k, table, ut, growth, *p.packing, p.q.shape[1], p.heads,
-            **strides("k", p.k), **p.constants, BK=launch.block, **launch.options,
-        )  # fmt: skip
-    return table, ut
+        steps |= steps_of_coefficients(p)
+    return Launcher(
+        kernel, (p.num_chunks * p.heads,), T=p.q.shape[1], HV=p.heads,
+        **steps, **p.constants, BK=launch.block, **launch.options,
+    )  # fmt: skip
+
+
+def _walk_launcher(
+    p: Problem, segments: Segments, scale: float, save: bool, for_hopper: bool
+) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    kernel, launch, ahead = walk_kernel, config.walk_launch(K, V, p.precision), {}
+    if for_hopper:
+        from householder.ops.delta_product.triton import hopper_forward
+
+        kernel, launch = hopper_forward.walk_kernel, config.hopper_walk_launch(V)
+        ahead = {"STAGES": launch.num_stages}
+    return Launcher(
+        kernel, (segments.number * p.heads * -(-V // launch.block),),
+        scale=scale, T=p.v.shape[1], HV=p.heads,
+        **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), **p.constants,
+        SEGMENT=segments.chunks, SAVE=save, BK=config.key_block(K, p.precision),
+        BV=launch.block, **ahead, **launch.options,
+    )  # fmt: skip
 
 
 @on_its_device
@@ -221,16 +243,16 @@ def forward(
 
     Returns:
         o, the final state in float32, and what `backward` needs (empty unless `save`): the states
-        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, their
-        writes U `[chunks·HV, R, V]`, and of long sequences the segments' maps and the chunks'
-        growth (see `segments.py`).
+        at the chunks' starts `[chunks·HV, V, K]`, their triangles T `[chunks·HV, R·R]`, the
+        writes U `[B, T, N, HV, V]`, of long sequences the segments' maps and the chunks'
+        growth (see `segments.py`), and the table of coefficients.
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
     sizes, HV = p.sizes, p.heads
-    K, V, R = sizes["K"], sizes["V"], sizes["R"]
+    K, V = sizes["K"], sizes["V"]
     segments = make_segments(p)
-    maps, growth = make_maps(p)
-    for_hopper = suits_hopper(p, p.q, p.k, p.v)
+    maps, growth = make_maps(p, segments)
+    for_hopper = suits_hopper(p)
     table, ut = prepare(p, growth if segments.chunks and g is not None else None, for_hopper)
     initial = None if initial_state is None else initial_state.contiguous()
     final = torch.empty(p.num_sequences, HV, K, V, dtype=torch.float32, device=v.device)
@@ -242,24 +264,17 @@ def forward(
     o = v.new_empty(*v.shape[:2], HV, V)
     room = p.num_chunks * HV if save else 0
     states = torch.empty(room, V, K, dtype=p.operand, device=v.device)
-    u = torch.empty(room, R, V, dtype=p.operand, device=v.device)
-    launch, walk, ahead = config.walk_launch(K, V, p.precision), walk_kernel, {}
-    if for_hopper:
-        from householder.ops.delta_product.triton import hopper_forward
-
-        launch, walk = config.hopper_walk_launch(V), hopper_forward.walk_kernel
-        ahead = {"STAGES": launch.num_stages}
+    u = torch.empty(v.shape[0] if save else 0, *v.shape[1:], dtype=p.operand, device=v.device)
     if p.num_sequences:
-        walk[(segments.number * HV * -(-V // launch.block),)](
+        key = "walk", segments.chunks, scale, save, for_hopper, initial is None
+        launch = p.plan.launcher(key, lambda: _walk_launcher(p, segments, scale, save, for_hopper))
+        launch(
             p.q, p.k, p.v, table, ut, initial, final, o, states, u,
-            segments.bounds, segments.first_chunk, scale, v.shape[1],
-            **strides("q", p.q), **strides("k", p.k), **strides("v", p.v), HV=HV, **p.constants,
-            SEGMENT=segments.chunks, SAVE=save, BK=config.key_block(K, p.precision),
-            BV=launch.block, **ahead, **launch.options,
+            segments.bounds, segments.first_chunk,
         )  # fmt: skip
     final = of_sequences(segments, p, final, last=True)
     if not save:
-        ut, maps, growth = (
-            x.new_empty(0, *x.shape[1:]) if x.shape[0] else x for x in (ut, maps, growth)
+        ut, maps, growth, table = (
+            x.new_empty(0, *x.shape[1:]) if x.shape[0] else x for x in (ut, maps, growth, table)
         )
-    return o, final, states, ut, u, maps, growth
+    return o, final, states, ut, u, maps, growth, table

@@ -11,13 +11,23 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from householder.ops._gluon import (
+    async_load,
+    barrier,
+    copy_tile,
+    invert_blocks,
+    join,
+    product_layout,
+    row_layout,
+    store_rows,
+)
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -29,33 +39,7 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
 )
-from householder.ops.delta_product.triton.hopper_tiles import (
-    add,
-    async_load,
-    barrier,
-    buffers,
-    copy_tile,
-    exp,
-    pick,
-    product_layout,
-    row_layout,
-    tile_rows,
-)
-
-
-@gluon.jit
-def store_rows(
-    pointer, tile, rows, stride, columns, D: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Store a tile's first `rows` rows and `columns` columns, of D that blocks cover."""
-    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    mask = (o_r < rows)[:, None]
-    if D % BLOCK != 0:
-        mask = mask & (o_d < columns)[None, :]
-    value = tile.load(layout).to(pointer.dtype.element_ty)
-    gl.store(pointer + o_r[:, None] * stride + o_d[None, :], value, mask=mask)
+from householder.ops.delta_product.triton.hopper_tiles import add, buffers, exp, pick, tile_rows
 
 
 @gluon.jit
@@ -99,9 +83,8 @@ def copy_chunk(
 
 @gluon.jit
 def store_chunk(
-    i, length, chunk, i_h, i_v, p_o, u, s_o, s_u, HV: gl.constexpr,
-    N: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr, BC: gl.constexpr,
-    BV: gl.constexpr, SAVE: gl.constexpr,
+    i, length, i_v, p_o, p_u, s_o, s_u, HV: gl.constexpr, N: gl.constexpr, V: gl.constexpr,
+    C: gl.constexpr, R: gl.constexpr, BC: gl.constexpr, BV: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     """Store the outputs and writes of chunk `i`, if it is one, from shared memory."""
     load_v: gl.constexpr = row_layout(BV, 8, gl.num_warps())
@@ -109,14 +92,14 @@ def store_chunk(
     p_rows = p_o + i.to(gl.int64) * (C * HV * V) + i_v
     store_rows(p_rows, s_o, n, HV * V, V - i_v, V, BC, BV, load_v)
     if SAVE:
-        p_rows = u + ((chunk + i) * HV + i_h) * (R * V) + i_v
-        store_rows(p_rows, s_u, gl.where(i >= 0, R, 0), V, V - i_v, V, R, BV, load_v)
+        p_rows = p_u + i.to(gl.int64) * (C * N * HV * V) + i_v
+        store_rows(p_rows, s_u, n * N, HV * V, V - i_v, V, R, BV, load_v)
 
 
 @gluon.jit
 def read_chunk(
-    i, num_chunks, b_s, b_o, scale, length, chunk, i_h, i_v, p_q, p_k, p_v, p_o, ut, table,
-    states, u, s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u, HV: gl.constexpr,
+    i, num_chunks, b_s, b_o, scale, length, chunk, i_h, i_v, p_q, p_k, p_v, p_o, p_u, ut,
+    table, states, s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u, HV: gl.constexpr,
     q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, v_t: gl.constexpr, v_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, GATED: gl.constexpr,
@@ -158,7 +141,7 @@ def read_chunk(
     b_o = warpgroup_mma_wait(2, [b_o])
     s_o.permute([1, 0]).store((b_o * scale).to(gl.bfloat16))
     barrier()
-    store_chunk(i - 1, length, chunk, i_h, i_v, p_o, u, s_o, s_u, HV, N, V, C, R, BC, BV, SAVE)
+    store_chunk(i - 1, length, i_v, p_o, p_u, s_o, s_u, HV, N, V, C, R, BC, BV, SAVE)
     if SAVE:
         p_s = states + (((chunk + i) * HV + i_h) * V + i_v) * K
         rows = gl.where(i < num_chunks, V - i_v, 0)
@@ -236,6 +219,7 @@ def walk_kernel(
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
     p_v = v + batch * v_b + first * v_t + i_h * v_h
     p_o = o + ((batch * T + first) * HV + i_h) * V
+    p_u = u + ((batch * T + first) * N * HV + i_h) * V
 
     s_k = buffers(STAGES, R, BK)
     s_q = buffers(STAGES, BC, BK)
@@ -298,51 +282,13 @@ def walk_kernel(
         b_s = warpgroup_mma_wait(1, [b_s])
         b_ya, b_s = read_chunk(
             i + 1, num_chunks, b_s, b_out, scale, length, chunk, i_h, i_v,
-            p_q, p_k, p_v, p_o, ut, table, states, u,
+            p_q, p_k, p_v, p_o, p_u, ut, table, states,
             s_q, s_k, s_v, s_t, s_g, s_l, s_a, s_o, s_s, s_u,
             HV, q_t, k_t, k_n, v_t, v_n, N, K, V, C, R, BC, BK, BV, GATED, SAVE, STAGES,
         )  # fmt: skip
 
     async_copy.wait_group(0)
     gl.store(final + o_state, b_s, mask=m_state)
-
-
-@gluon.jit
-def invert_blocks(minus):
-    """Return (I − m)⁻¹ for `m [·, 16, 16]`, the strictly lower part of `minus`, by joins."""
-    warps: gl.constexpr = gl.num_warps()
-    blocks: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, blocks, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, blocks, 2)
-    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))[None, :][:, :, None]
-    col = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, blocks)))[None, :][:, None, :]
-    minus = gl.where(row > col, gl.convert_layout(minus, blocks), 0.0)
-    x = gl.where(row == col, 1.0, gl.where(row // 2 == col // 2, minus, 0.0))
-    for level in gl.static_range(1, 4):
-        same_pair = (row >> (level + 1)) == (col >> (level + 1))
-        beside = gl.where(same_pair & ((row >> level) != (col >> level)), minus, 0.0)
-        xh = x.to(gl.float16)
-        xc = gl.zeros([minus.shape[0], 16, 16], gl.float32, layout=blocks)
-        beside = gl.convert_layout(beside.to(gl.float16), right)
-        xc = mma_v2(gl.convert_layout(xh, left), beside, xc).to(gl.float16)
-        x = mma_v2(gl.convert_layout(xc, left), gl.convert_layout(xh, right), x)
-    return x
-
-
-@gluon.jit
-def join(s_x, s_minus, START: gl.constexpr, SIZE: gl.constexpr):
-    """Put −D⁻¹ C A⁻¹ beside the inverses A⁻¹, D⁻¹ of two diagonal blocks of SIZE, from START on."""
-    product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
-    lower = s_x.slice(START + SIZE, SIZE, 0)
-    d = lower.slice(START + SIZE, SIZE, 1).load(left)
-    c = s_minus.slice(START + SIZE, SIZE, 0).slice(START, SIZE, 1).load(right)
-    a = s_x.slice(START, SIZE, 0).slice(START, SIZE, 1).load(right)
-    none = gl.zeros([SIZE, SIZE], gl.float32, layout=product)
-    x = mma_v2(d, c, none).to(gl.float16)
-    x = mma_v2(gl.convert_layout(x, left), a, none)
-    lower.slice(START, SIZE, 1).store(x.to(gl.float16))
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -419,6 +365,10 @@ def prepare_kernel(
             gl.store(p_table + TO_END * R + o_r, gl.exp((high_end - high) + (low_end - low)))
             p_token = p_table + TOKEN_FROM_START * R + o_r // N
             gl.store(p_token, from_start, mask=o_r % N == 0)
+            if N > 1:
+                # Where there are no tokens, numbers all the same: they are factors of zeros.
+                p_token = p_table + TOKEN_FROM_START * R + o_r
+                gl.store(p_token, gl.zeros_like(from_start), mask=o_r > (R - 1) // N)
             # For T, which is rounded to bfloat16, the sum of both parts is fine enough.
             log_down = gl.convert_layout(high + low, down)
             log_across = gl.convert_layout(high + low, across)

@@ -13,8 +13,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from householder.ops.delta_product.triton.chunks import LOG_HIGH, LOG_LOW, locate_chunk
-from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, exp2, pick
+from householder.ops._gluon import exp2
+from householder.ops.delta_product.triton.chunks import (
+    FROM_START,
+    LOG_HIGH,
+    LOG_LOW,
+    TO_END,
+    locate_chunk,
+)
+from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, pick
 
 # What the gates' gradient of a chunk is made of, in places of R numbers, each in parts: what rows
 # write to the chunk's end, what they take from its start, what goes from rows before a token to
@@ -24,7 +31,8 @@ TAKEN = gl.constexpr(2)
 CROSSING = gl.constexpr(4)
 ASKED = gl.constexpr(6)
 KEPT = gl.constexpr(10)
-KEPT_PARTS = gl.constexpr(8)
+# What a chunk has: these, 8 parts of what S keeps, and a multiple of 16.
+PARTS_SIZE = 10 * 64 + 16
 
 
 @gluon.jit
@@ -52,15 +60,12 @@ def sum_rows(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def store_row_sums(pointer, x, z, PARTS: gl.constexpr, coefficients=None, LINE: gl.constexpr = 0):
-    """Store such sums, times coefficients of the rows, if there are any."""
+def store_row_sums(pointer, x, z, PARTS: gl.constexpr):
+    """Store such sums."""
     sums = sum_rows(x, PARTS)
     ROWS: gl.constexpr = x.shape[0]
-    by_row: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
     o_p = gl.arange(0, PARTS, layout=gl.SliceLayout(0, sums.type.layout))
-    if coefficients is not None:
-        sums *= pick(coefficients, LINE, ROWS, ROWS, by_row)[:, None]
-    o_r = gl.arange(0, ROWS, layout=by_row) + z
+    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums.type.layout)) + z
     gl.store(pointer + o_p[None, :] * ROWS + o_r[:, None], sums)
 
 
@@ -77,42 +82,73 @@ def store_column_sums(pointer, x, PARTS: gl.constexpr):
 
 
 @gluon.constexpr_function
-def rows_of_warps(columns, warps, row_last):
-    """Return how warps hold 16 rows each as factors of small products, and those of 8 rows."""
+def rows_of_warps(rows, columns, row_last):
+    """Return how warps hold 16 rows and 64 or all columns, as factors of small products.
+
+    Those of 16 rows come first, with `row_last`, or of 8, which are given transposed.
+    """
     registers = [[0, 1], [8, 0], [0, 8]] if row_last else [[0, 1], [0, 8], [8, 0]]
-    registers += [[0, 16 << i] for i in range((columns // 16).bit_length() - 1)]
+    registers += [[0, 16 << i] for i in range((columns[0] // 16).bit_length() - 1)]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    bases = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, bases, [], [16 * warps, columns])
+    warps = [[16 << i, 0] for i in range((rows // 16).bit_length() - 1)]
+    warps += [[0, columns[0]]] * (columns[1] // columns[0] - 1)
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, columns[1]])
 
 
 @gluon.jit
-def inner_product(a, b, WARPS: gl.constexpr):
-    """Return the inner product of two tiles in shared memory, in `[WARPS]` parts.
+def by_warps(x, PARTS: gl.constexpr):
+    """Take a tile apart into those of 16 rows and a part of the columns that warps hold."""
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1] // PARTS
+    x = x.reshape([ROWS // 16, 16, PARTS, COLUMNS]).permute((2, 0, 1, 3))
+    return x.reshape([PARTS * ROWS // 16, 16, COLUMNS])
 
-    The rows' are the diagonals of small products: cheaper than to unpack both tiles.
+
+@gluon.jit
+def row_products(a, b, PARTS: gl.constexpr):
+    """Return the inner products of the rows of two tiles, `[PARTS · rows]`, in PARTS of columns.
+
+    They are the diagonals of small products: cheaper than to unpack the tiles. `b` is in shared
+    memory; `a` is so too, or it is a product with 16 rows a warp and a part of the columns.
     """
-    COLUMNS: gl.constexpr = a.shape[1]
+    ROWS: gl.constexpr = b.shape[0]
+    COLUMNS: gl.constexpr = b.shape[1]
+    WARPS: gl.constexpr = PARTS * ROWS // 16
     small: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, small, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, small, 2)
-    a = a.load(rows_of_warps(COLUMNS, WARPS, True)).reshape([WARPS, 16, COLUMNS])
-    b = b.load(rows_of_warps(COLUMNS, WARPS, False)).reshape([WARPS, 16, COLUMNS])
-    b = b.permute((0, 2, 1))
-    none = gl.zeros([WARPS, 16, 16], gl.float32, layout=small)
-    x = mma_v2(gl.convert_layout(a, left), gl.convert_layout(b, right), none)
+    b = by_warps(b.load(rows_of_warps(ROWS, (COLUMNS // PARTS, COLUMNS), False)), PARTS)
+    b = gl.convert_layout(b.permute((0, 2, 1)), right)
+    a = gl.convert_layout(by_warps(a, PARTS), left)
+    x = mma_v2(a, b, gl.zeros([WARPS, 16, 16], gl.float32, layout=small))
     by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, small))
     by_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, small))
     row = gl.arange(0, 16, layout=by_row)[None, :][:, :, None]
     column = gl.arange(0, 16, layout=by_column)[None, :][:, None, :]
-    return gl.sum(gl.sum(gl.where(row == column, x, 0.0), axis=2), axis=1)
+    return gl.sum(gl.where(row == column, x, 0.0), axis=2)
+
+
+@gluon.jit
+def inner_product(a, b):
+    """Return the inner product of two tiles in shared memory, in parts of 16 rows."""
+    a = a.load(rows_of_warps(a.shape[0], (a.shape[1], a.shape[1]), True))
+    return gl.sum(row_products(a, b, 1), axis=1)
+
+
+@gluon.jit
+def store_row_products(pointer, a, b, z, PARTS: gl.constexpr):
+    """Store the inner products of rows."""
+    x = row_products(a.to(gl.bfloat16), b, PARTS)
+    o_w = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, x.type.layout))
+    o_r = gl.arange(0, 16, layout=gl.SliceLayout(0, x.type.layout)) + z
+    gl.store(pointer + o_w[:, None] * 16 + o_r[None, :], x)
 
 
 @triton.jit
 def gate_kernel(
-    parts, dg, cu_seqlens, chunk_sequence, first_chunk, scale, T, HV,
+    parts, table, dg, cu_seqlens, chunk_sequence, first_chunk, parts_step, scale, T, HV,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,
-    SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Put the parts of the gates' gradient together for one chunk and value head."""
     i_chunk = (tl.program_id(0) // HV).to(tl.int64)
@@ -122,7 +158,8 @@ def gate_kernel(
         return
     batch = tl.cast(batch, tl.int64)
     start = start.to(tl.int64)
-    p = parts + (i_chunk * HV + i_h) * SIZE
+    p = parts + (i_chunk * HV + i_h) * parts_step
+    p_table = table + (i_chunk * HV + i_h) * (6 * R)
     # A token's gate is crossed by what rows before its first one write, and by what it and rows
     # behind it take: sums of both are read at that row.
     o_r = tl.arange(0, R)
@@ -134,6 +171,8 @@ def gate_kernel(
         earlier += tl.load(p + (WRITTEN + i) * R + o_r - 1, mask=o_r > 0, other=0.0)
         later += tl.load(p + (TAKEN + i) * R + o_r)
         b_dg += tl.load(p + (CROSSING + i) * R + o_r)
+    earlier *= tl.load(p_table + TO_END * R + o_r - 1, mask=o_r > 0, other=0.0)
+    later *= tl.load(p_table + FROM_START * R + o_r)
     for i in tl.static_range(GROUPS if N == 1 else 4 * GROUPS):
         later += tl.load(p + ASKED * R + i * BC + o_r // N, mask=first, other=0.0)
     b_dg += tl.cumsum(earlier, axis=0) + tl.cumsum(later, axis=0, reverse=True)

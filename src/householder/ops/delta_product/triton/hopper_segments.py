@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from householder.ops._gluon import async_load, barrier, copy_tile, product_layout, row_layout
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -25,17 +26,7 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
 )
-from householder.ops.delta_product.triton.hopper_tiles import (
-    add,
-    async_load,
-    barrier,
-    buffers,
-    copy_tile,
-    pick,
-    product_layout,
-    row_layout,
-    tile_rows,
-)
+from householder.ops.delta_product.triton.hopper_tiles import add, buffers, pick, tile_rows
 
 
 @gluon.jit

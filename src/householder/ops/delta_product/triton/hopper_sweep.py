@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops._triton import has_wide_rows
+from householder.ops._gluon import async_load, barrier
+from householder.ops._triton import Launcher, has_wide_rows
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
@@ -34,17 +35,18 @@ from householder.ops.delta_product.triton.hopper_gates import (
     ASKED,
     CROSSING,
     KEPT,
-    KEPT_PARTS,
+    PARTS_SIZE,
     TAKEN,
     WRITTEN,
     gate_kernel,
     inner_product,
     pair_decay,
     store_column_sums,
+    store_row_products,
     store_row_sums,
     sum_rows,
 )
-from householder.ops.delta_product.triton.hopper_tiles import async_load, barrier, pick
+from householder.ops.delta_product.triton.hopper_tiles import pick
 from householder.ops.delta_product.triton.segments import Segments
 
 # A name that changed after Triton 3.6.
@@ -80,6 +82,25 @@ def multiply(a, b, LAYOUT: gl.constexpr):
 def multiply_add(a, b, acc):
     """Start adding the product of two tiles to `acc`."""
     return warpgroup_mma(a, b, acc, is_async=True)
+
+
+@gluon.jit
+def times(x, factor):
+    """Multiply bfloat16 numbers by a float32 one, rounded once, without leaving pairs of them."""
+    high = factor.to(gl.bfloat16)
+    low = (factor - high.to(gl.float32)).to(gl.bfloat16)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }",
+        "=r,r,r,r", [x, high, low], gl.bfloat16, True, 2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def in_pairs(x):
+    """Round to bfloat16, two numbers to a register, where the compiler would keep them apart."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], gl.bfloat16, True, 2
+    )
 
 
 @gluon.jit
@@ -157,7 +178,7 @@ def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr,
 @gluon.jit(do_not_specialize=["T"])
 def hopper_sweep_kernel(
     do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
-    cu_seqlens, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
+    cu_seqlens, first_chunk, parts_step, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
     HV: gl.constexpr, do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr,
     N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
@@ -212,6 +233,7 @@ def hopper_sweep_kernel(
     first_row = batch * T + first  # of tensors that are contiguous
     p_dq = dq + (first_row * HV + i_h) * K
     p_dk = dk + (first_row * N * HV + i_h) * K
+    p_u = u + (first_row * N * HV + i_h) * V
     p_dv = dv + (first_row * N * HV + i_h) * V
     p_dbeta = dbeta + first_row * N * HV + i_h
 
@@ -272,7 +294,7 @@ def hopper_sweep_kernel(
     copy_rows(k_tiles.index(0), p_k + start * k_t, n * N, N, k_t, k_n, K, wide)
     copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
     copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
-    copy_rows(u_tile, u + i_ch * R * V, n * R, 1, V, 0, V, wide)
+    copy_rows(u_tile, p_u + start * (N * HV * V), n * N, 1, HV * V, 0, V, wide)
     copy_coefficients(tables.index(0), table + i_ch * WIDTH, n, WIDTH, WARPS)
     if GATED and N > 1:
         copy_query_logs(query_logs.index(0), table + i_ch * WIDTH, n, C, N, R, WARPS)
@@ -299,7 +321,7 @@ def hopper_sweep_kernel(
         publish()
         ds_tile.store(b_dsh)
         if GATED:
-            p_parts = parts + i_ch * (KEPT * R + KEPT_PARTS)
+            p_parts = parts + i_ch * parts_step
             logs = query_logs.index(step % 2)
             # Waiting for no product pins the scaling here, before the first one is started.
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
@@ -342,8 +364,12 @@ def hopper_sweep_kernel(
         b_a = warpgroup_mma_wait(2, [b_a])
         seen = row_of_query[:, None] <= column_of_query[None, :]
         if GATED:
-            b_a *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
-        a_tile.store(gl.where(seen, b_a, 0.0).to(bf16))
+            b_gamma = pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
+            b_gamma = gl.where(seen, b_gamma, 0.0)
+            b_a *= b_gamma
+        else:
+            b_a *= gl.where(seen, 1.0, 0.0)
+        a_tile.store(b_a.to(bf16))
         if GATED:
             b_du, ds_operand = warpgroup_mma_wait(1, [b_du, ds_operand])
             to_end = pick(coefficients, TO_END, R, R, by_column)
@@ -364,9 +390,11 @@ def hopper_sweep_kernel(
             b_kk = multiply(k_tile, k_t_tile, pair_r)
         b_at = warpgroup_mma_wait(3 if GATED else 2, [b_at])
         if GATED:
-            crossing = (b_at * a_tile.load(pair_c).to(gl.float32)).to(bf16)
-            b_at *= pair_decay(coefficients, logs, LOGS, BC, R, pair_c)
-        at_tile.store(gl.where(seen, b_at, 0.0).to(bf16))
+            crossing = in_pairs(b_at * a_tile.load(pair_c).to(gl.float32))
+            b_at *= b_gamma
+        else:
+            b_at *= gl.where(seen, 1.0, 0.0)
+        at_tile.store(b_at.to(bf16))
         b_d, b_dk, du_operand = warpgroup_mma_wait(1 if GATED else 0, [b_d, b_dk, du_operand])
         b_d *= -pick(coefficients, BETA, R, R, by_column)[None, :]
         b_dh = b_d.to(bf16)
@@ -388,12 +416,12 @@ def hopper_sweep_kernel(
             b_dq = multiply_add(k_t_tile, at_tile, b_dq)
 
         p_row = start * (N * HV)
-        b_dv = d_tile.load(wide).to(gl.float32) * -scale
+        b_dv = times(d_tile.load(wide), -scale)
         store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
         if GATED:
             # What S keeps to the chunk's end.
             b_kk = warpgroup_mma_wait(3, [b_kk])
-            b_kept = inner_product(s_tile, ds_tile, WARPS)
+            b_kept = inner_product(s_tile, ds_tile)
             o_part = gl.arange(0, WARPS, layout=b_kept.type.layout) + z
             b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
             b_kept *= b_decay.load(b_kept.type.layout)
@@ -414,8 +442,10 @@ def hopper_sweep_kernel(
         gl.store(pointers, b_dbeta.to(dbeta.dtype.element_ty), mask=mask)
         above = row_of_pair[:, None] < column_of_pair[None, :]
         if GATED:
-            b_m *= pair_decay(coefficients, coefficients, LOG_HIGH, R, R, pair_r)
-        b_m = gl.where(above, b_m, 0.0)
+            b_decays = pair_decay(coefficients, coefficients, LOG_HIGH, R, R, pair_r)
+            b_m *= gl.where(above, b_decays, 0.0)
+        else:
+            b_m *= gl.where(above, 1.0, 0.0)
         m_tile.store(b_m.to(bf16))
         if GATED:
             b_kk *= b_m
@@ -424,28 +454,15 @@ def hopper_sweep_kernel(
             else:
                 queries_tile.store(crossing)
             rows_tile.store(b_kk.to(bf16))
-        publish()
-        if GATED:
-            if FLAT_Q:
-                b_dq = multiply(do_tile, s_tile, flat_k)
-            else:
-                b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
-        copy_rows(u_tile, u + i_before * R * V, n_before * R, 1, V, 0, V, wide, z)
-        if not GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
-            copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
-        async_copy.commit_group()
-        if GATED:
             # What rows write to the chunk's end, and what they take from its start.
-            k_rows = k_tile.load(flat_k).to(gl.float32)
-            store_row_sums(p_parts + WRITTEN * R, b_dk * k_rows, z, GROUPS, coefficients, TO_END)
-            b_read, b_ds, d_operand = warpgroup_mma_wait(1, [b_read, b_ds, d_operand])
+            store_row_products(p_parts + WRITTEN * R, b_dk, k_tile, z, GROUPS)
+            b_read, b_ds, d_operand = warpgroup_mma_wait(0, [b_read, b_ds, d_operand])
             from_start = pick(coefficients, FROM_START, R, R, gl.SliceLayout(1, flat_k))[:, None]
-            k_rows = k_tile.load(flat_k).to(gl.float32)
-            p_taken = p_parts + TAKEN * R
-            store_row_sums(p_taken, b_read * k_rows, z, GROUPS, coefficients, FROM_START)
+            store_row_products(p_parts + TAKEN * R, b_read, k_tile, z, GROUPS)
             to_end = pick(coefficients, TO_END, R, R, gl.SliceLayout(1, flat_k))[:, None]
             b_dk = b_dk * to_end + b_read * from_start
+        publish()
+        if GATED:
             # What rows give to others at or after each token, from before it: sums over the later
             # ones by products with ones. A token's sum stands in all its rows.
             o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
@@ -457,16 +474,27 @@ def hopper_sweep_kernel(
                 o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
                 queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
                 b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
+            if FLAT_Q:
+                b_dq = multiply(do_tile, s_tile, flat_k)
+            else:
+                b_dq = multiply(s_tile.permute((1, 0)), do_t_tile, tall_c)
+        p = p_u + start_before * (N * HV * V)
+        copy_rows(u_tile, p, n_before * N, 1, HV * V, 0, V, wide, z)
+        if not GATED:
+            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
+            copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
+        async_copy.commit_group()
         b_dk = multiply_add(m_tile, k_tile, b_dk)
         b_dk = multiply_add(m_tile.permute((1, 0)), k_tile, b_dk)
         b_dk = multiply_add(at_tile, q_tile, b_dk)
         if GATED:
-            b_dq = warpgroup_mma_wait(4 if N == 1 else 5, [b_dq])
+            b_crossing, b_dq, here_on, queries_on = warpgroup_mma_wait(
+                3, [b_crossing, b_dq, here_on, queries_on]
+            )
             if FLAT_Q:
                 from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(1, flat_k))
                 b_dq *= from_start[:, None]
-                q_rows = q_tile.load(flat_k).to(gl.float32)
-                store_row_sums(p_parts + ASKED * R, b_dq * q_rows, z, GROUPS)
+                store_row_products(p_parts + ASKED * R, b_dq, q_tile, z, GROUPS)
                 b_dq = multiply_add(at_tile.permute((1, 0)), k_tile, b_dq)
             else:
                 from_start = pick(coefficients, TOKEN_FROM_START, R, BC, gl.SliceLayout(0, tall_c))
@@ -474,9 +502,6 @@ def hopper_sweep_kernel(
                 q_columns = q_tile.permute((1, 0)).load(tall_c).to(gl.float32)
                 store_column_sums(p_parts + ASKED * R, b_dq * q_columns, WARPS)
                 b_dq = multiply_add(k_t_tile, at_tile, b_dq)
-            b_crossing, here_on, queries_on = warpgroup_mma_wait(
-                4, [b_crossing, here_on, queries_on]
-            )
             earlier = column_of_pair[None, :] // N < row_of_pair[:, None] // N
             b_crossing = gl.where(earlier, b_crossing, 0.0)
             store_row_sums(p_parts + CROSSING * R, b_crossing, z, GROUPS)
@@ -526,29 +551,61 @@ def hopper_sweep(
     dv: Tensor,
     dbeta: Tensor,
     dg: Tensor | None,
+    over_ut: bool,
 ) -> None:
-    """Run the kernel: the gradients are written where the last arguments are."""
+    """Run the kernel: the gradients are written where the arguments `d…` are.
+
+    With `over_ut` the triangles are not needed afterwards, and their memory is used.
+    """
     if not p.num_sequences:
         return
     # Copies take 16 bytes at a time.
-    do, q, k = (
-        x if has_wide_rows(x) else x.clone(memory_format=torch.contiguous_format)
-        for x in (do, p.q, p.k)
+    q, k = (
+        x if wide else x.clone(memory_format=torch.contiguous_format)
+        for x, wide in zip((p.q, p.k), p.plan.wide_rows, strict=False)
     )
-    constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
-    parts, size = None, KEPT.value * config.CHUNK_ROWS + KEPT_PARTS.value
-    if p.g is not None:
-        parts = table.new_empty(p.num_chunks * p.heads, size)
-    hopper_sweep_kernel[(segments.number * p.heads,)](
+    if not has_wide_rows(do):
+        do = do.clone(memory_format=torch.contiguous_format)
+    parts, step = None, PARTS_SIZE
+    if p.g is not None and over_ut:
+        # A chunk's triangle has been read when its parts are written.
+        parts, step = ut.view(torch.float32), config.CHUNK_ROWS**2 // 2
+    elif p.g is not None:
+        parts = table.new_empty(p.num_chunks * p.heads, step)
+    key = "sweep", segments.chunks, scale, do.stride(), dfinal is None, dinitial is None, step
+    p.plan.launcher(key, lambda: _sweep_launcher(p, segments, launch, do, q, k, scale, step))(
         do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
-        segments.bounds, segments.first_chunk, scale, p.v.shape[1],
-        **strides("do", do), **strides("q", q), **strides("k", k),
-        HV=p.heads, SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps,
-        **constants, **launch.options,
+        segments.bounds, segments.first_chunk,
     )  # fmt: skip
     if parts is not None and dg is not None and p.num_chunks:
-        sizes = {name: constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
-        gate_kernel[(p.num_chunks * p.heads,)](
-            parts, dg, *p.packing, scale, p.v.shape[1], p.heads, **sizes,
-            SIZE=size, GROUPS=launch.num_warps // 4, num_warps=1,
-        )  # fmt: skip
+        p.plan.launcher(("gates", scale, step), lambda: _gate_launcher(p, launch, step, scale))(
+            parts, table, dg, *p.packing
+        )
+
+
+def _sweep_launcher(
+    p: Problem,
+    segments: Segments,
+    launch: config.Launch,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    step: int,
+) -> Launcher:
+    constants = {name: x for name, x in p.constants.items() if name != "PRECISION"}
+    return Launcher(
+        hopper_sweep_kernel, (segments.number * p.heads,),
+        parts_step=step, scale=scale, T=p.v.shape[1],
+        **strides("do", do), **strides("q", q), **strides("k", k), HV=p.heads, **constants,
+        SEGMENT=segments.chunks, BK=launch.block, WARPS=launch.num_warps, **launch.options,
+    )  # fmt: skip
+
+
+def _gate_launcher(p: Problem, launch: config.Launch, step: int, scale: float) -> Launcher:
+    sizes = {name: p.constants[name] for name in ("N", "C", "R", "BC", "PACKED")}
+    return Launcher(
+        gate_kernel, (p.num_chunks * p.heads,),
+        parts_step=step, scale=scale, T=p.v.shape[1], HV=p.heads, **sizes,
+        GROUPS=launch.num_warps // 4, num_warps=1,
+    )  # fmt: skip

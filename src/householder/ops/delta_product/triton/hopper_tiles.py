@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-# Renamed after Triton 3.6.
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+from householder.ops._gluon import exp2
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.constexpr_function
-def row_layout(columns, vector, warps):
-    """Return how `warps` warps load rows of `columns` elements, `vector` of them a thread."""
-    across = min(32, columns // vector)
-    return gl.BlockedLayout([1, vector], [32 // across, across], [warps, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def product_layout(rows, columns, warps):
-    """Return the layout of a product, 16 rows a warp; warps to spare share its columns."""
-    down = min(warps, rows // 16)
-    across = warps // down
-    return gl.NVMMADistributedLayout([3, 0], [down, across], [16, columns // across, 16])
 
 
 @gluon.jit
@@ -36,19 +18,6 @@ def tile_rows(R: gl.constexpr, N: gl.constexpr, stride_t, stride_n, layout: gl.c
         return o_r, o_r * stride_t
     else:
         return o_r, (o_r // N) * stride_t + (o_r % N) * stride_n
-
-
-@gluon.jit
-def copy_tile(
-    to, pointer, rows, offsets, n, start, D: gl.constexpr, BLOCK: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """Start to copy columns `start …` of the first `n` rows into shared memory; others get zero."""
-    o_d = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    mask = (rows < n)[:, None]
-    if D % BLOCK != 0:
-        mask = mask & (o_d < D)[None, :]
-    async_load(to, pointer + offsets[:, None] + o_d[None, :], mask=mask)
 
 
 @gluon.jit
@@ -68,12 +37,6 @@ def buffers(NUMBER: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 def add(a, b):
     """Add, as scans want it."""
     return a + b
-
-
-@gluon.jit
-def exp2(x):
-    """Power of two by the chip's own instruction, which takes what is next to nothing for zero."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
 
 @gluon.jit

@@ -440,7 +440,7 @@ def _carry_constants(p: Problem, s: Segments) -> dict[str, Any]:
     }
 
 
-def make_maps(p: Problem) -> tuple[Tensor, Tensor]:
+def make_maps(p: Problem, s: Segments) -> tuple[Tensor, Tensor]:
     """Return room for the segments' maps Φᵀ `[slots·HV, K, K]` and for growth.
 
     There are maps of segments between others; the slot of one is its first token divided by the
@@ -449,6 +449,10 @@ def make_maps(p: Problem) -> tuple[Tensor, Tensor]:
     gates need it. Where no sequence is cut, both are empty.
     """
     B, T, N, HV, V = p.v.shape
+    if s.chunks == 0:
+        K = p.sizes["K"]
+        none = torch.empty(0, dtype=torch.float32, device=p.v.device)
+        return none.new_empty(0, K, K), none
     packed = None if p.cu_seqlens is None else p.num_sequences
     shapes = config.segment_shapes(B, T, N, HV, p.sizes["K"], V, packed)
     maps, growth = (torch.empty(x, dtype=torch.float32, device=p.v.device) for x in shapes)
@@ -469,7 +473,7 @@ def segment_starts(
     starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     visible = growth[p.num_chunks * p.heads :]
     launch, carry, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
-    if suits_hopper(p, p.k, p.v):
+    if suits_hopper(p):
         from householder.ops.delta_product.triton import hopper_segments
 
         launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
@@ -499,7 +503,7 @@ def segment_ends(
     dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
     # The form for Hopper divides by the scale.
-    if suits_hopper(p, do, p.q, p.k) and 1e-4 < abs(scale) < 1e4:
+    if suits_hopper(p, do) and 1e-4 < abs(scale) < 1e4:
         from householder.ops.delta_product.triton import hopper_segments
 
         launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel

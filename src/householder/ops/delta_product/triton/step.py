@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import on_its_device
+from householder.ops._dispatch import remember
+from householder.ops._triton import Launcher, on_its_device
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.activations import sigmoid, softplus_gate
+
+# By all that the launch depends on but the dtypes, which a launcher looks at itself.
+LAUNCHERS: dict[Any, Launcher] = {}
 
 
 @triton.jit
 def step_kernel(
     q, k, v, beta, g, A_log, dt_bias, state, o, new_state, scale, qk_eps, HV,
     q_b, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, beta_b, beta_n, beta_h, g_b, g_h,
-    state_b, state_h, state_k, state_v,
+    state_b, state_h, state_k, state_v, new_b, new_h, new_k, new_v,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
     NORM: tl.constexpr, BETA_SCALE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +64,8 @@ def step_kernel(
         b_s += b_k[:, None] * b_u[None, :]
     b_o = tl.sum(b_q[:, None] * b_s, axis=0) * scale
     tl.store(o + i_bh * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
-    p_new = new_state + i_bh * K * V + o_k[:, None] * V + o_v[None, :]
+    p_new = new_state + i_b * new_b + i_h * new_h
+    p_new += o_k[:, None] * new_k + o_v[None, :] * new_v
     tl.store(p_new, b_s.to(new_state.dtype.element_ty), mask=m_s)
 
 
@@ -76,28 +82,61 @@ def step(
     dt_bias: Tensor | None = None,
     qk_eps: float | None = None,
     beta_scale: float | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Advance the state by one token; arguments as in the public `delta_product_step`.
 
-    The last four are those of `activations.definition`. What they ask for happens in registers, in
-    the kernel of the recurrence, and is not rounded in between.
+    The four before the last are those of `activations.definition`. What they ask for happens in
+    registers, in the kernel of the recurrence, and is not rounded in between. A program reads all
+    of its columns of the state before it writes them, and nobody else's: the new state may take the
+    place of the old one.
 
     Returns:
         `o [B, HV, V]` in v's dtype and the new state in the state's dtype.
     """
+    B, _, HV, V = v.shape
+    o = v.new_empty(B, HV, V)
+    new_state = state if inplace else state.new_empty(state.shape)
+    if B:
+        key = (
+            tuple(None if x is None else x.stride() for x in (q, k, v, beta, g, state, new_state)),
+            q.shape, v.shape, v.device, scale, A_log is None, dt_bias is None, qk_eps, beta_scale,
+        )  # fmt: skip
+        launch = LAUNCHERS.get(key)
+        if launch is None:
+            launch = _launcher(q, k, v, beta, g, scale, state, new_state, qk_eps, beta_scale)
+            remember(LAUNCHERS, key, launch)
+        launch(q, k, v, beta, g, A_log, dt_bias, state, o, new_state)
+    return o, new_state
+
+
+def _launcher(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float,
+    state: Tensor,
+    new_state: Tensor,
+    qk_eps: float | None,
+    beta_scale: float | None,
+) -> Launcher:
     B, N, HV, V = v.shape
     H, K = k.shape[2:]
-    o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
-    new_state = torch.empty(B, HV, K, V, dtype=state.dtype, device=v.device)
     launch = config.step_launch(V, N)
-    if B:
-        step_kernel[(B * HV * -(-V // launch.block),)](
-            q, k, v, beta, g, A_log, dt_bias, state, o, new_state, scale,
-            0.0 if qk_eps is None else qk_eps, HV,
-            *q.stride(), *k.stride(), *v.stride(), *beta.stride(),
-            *((0, 0) if g is None else g.stride()), *state.stride(),
-            N=N, K=K, V=V, GROUP=HV // H, GATED=g is not None,
-            NORM=qk_eps is not None, BETA_SCALE=beta_scale,
-            BK=config.power_of_two(K), BV=launch.block, **launch.options,
-        )  # fmt: skip
-    return o, new_state
+    inputs = (q, k, v, beta, state, new_state)
+    axes = {"q": "bhd", "k": "bnhd", "v": "bnhd", "beta": "bnh", "state": "bhkv", "new": "bhkv"}
+    steps = {
+        f"{name}_{axis}": step
+        for (name, letters), x in zip(axes.items(), inputs, strict=True)
+        for axis, step in zip(letters, x.stride(), strict=True)
+    }
+    steps["g_b"], steps["g_h"] = (0, 0) if g is None else g.stride()
+    return Launcher(
+        step_kernel, (B * HV * -(-V // launch.block),), scale=scale,
+        qk_eps=0.0 if qk_eps is None else qk_eps, HV=HV, **steps,
+        N=N, K=K, V=V, GROUP=HV // H, GATED=g is not None,
+        NORM=qk_eps is not None, BETA_SCALE=beta_scale,
+        BK=config.power_of_two(K), BV=launch.block, **launch.options,
+    )  # fmt: skip

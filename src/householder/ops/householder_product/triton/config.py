@@ -132,6 +132,12 @@ def product_launch(M: int, N: int, K: int) -> Launch:
 
 
 @functools.cache
+def cross_launch(precision: str) -> Launch:
+    """Parameters of the inner products of reflectors; columns at a time."""
+    return Launch({"BD": 32 if precision == "fp64" else 64}, 4, 2)
+
+
+@functools.cache
 def square_launch() -> Launch:
     """Parameters of the kernels of a block's triangles; columns of reflectors at a time."""
     return Launch({"BD": 64}, 4, 1)

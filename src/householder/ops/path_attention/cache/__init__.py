@@ -4,13 +4,13 @@ Every new token turns all earlier keys by its reflector. To do so in the cache w
 over it per token, and round every key as often as there are tokens after it. Here keys are turned
 lazily:
 
-- Recent tokens are kept as they came, and beside them, in float32, what the newest token makes of
-  them: their keys turned up to now, and the product P of their reflectors.
+- Recent tokens are kept as they came, and beside them two products with the triangle T of their
+  compact WY form, T W and T tril(W Kᵀ, −1), to which a token adds a row.
 - Older tokens lie in blocks of 64, 128, 256, … tokens, one of a size at most, as the ones of a
   binary number. The keys of a block are turned up to its end, and its product F is kept. Two blocks
   of a size become one: the left one's keys are multiplied by the right one's F.
-- A query is turned back instead: by P to the end of the newest block, by that one's F to the end of
-  the next, and so on.
+- A query is turned back instead: by recent reflectors to the end of the newest block, by that one's
+  F to the end of the next, and so on.
 
 So a key is turned, and rounded, once per doubling: log₂(T / 64) times. Recent tokens become a block
 when they are 64 more than a roll-back may take away.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
 from householder.ops.path_attention.api import check_inputs, path_attention
-from householder.ops.path_attention.cache.store import BLOCK, Group, Store
+from householder.ops.path_attention.cache.store import BLOCK, MAX_NEW, Group, Store
 
 
 class PathCache:
@@ -79,13 +79,23 @@ class PathCache:
         # For the kernels: what `_old` and `_recent` say, on the device, and whether it does.
         self._counts: Tensor | None = None
         self._counts_known = False
-        # Where the store's memory was when an append was captured in a CUDA graph.
+        # Where the store's memory was when an append was captured in a CUDA graph, and how many
+        # tokens it was.
         self._captured: tuple[int, ...] | None = None
+        self._captured_tokens = 0
 
     @property
     def lengths(self) -> list[int]:
         """How many tokens of each sequence are held."""
         return [old + recent for old, recent in zip(self._old, self._recent, strict=True)]
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether single tokens run on kernels, which a CUDA graph can capture.
+
+        Known from the first append on; before it False.
+        """
+        return self._store is not None and self._store.has_kernels()
 
     def append(
         self,
@@ -109,8 +119,9 @@ class PathCache:
 
         Args:
             q: queries `[B, T, HQ, K]` of the T new tokens.
-            k: keys `[B, T, H, K]`; they are held in the dtype that the first call brings.
-            v: values `[B, T, H, V]`; likewise.
+            k: keys `[B, T, H, K]`; they are held in the dtype that the first call brings, bfloat16
+                in float16: of that three more bits, and entries beyond ±65,504 cut off there.
+            v: values `[B, T, H, V]`, held in the dtype that the first call brings.
             w: reflectors `[B, T, H, K]`.
             beta: coefficients `[B, T, H]`.
             g: forget gates `[B, T, HQ]`, natural logarithm, ≤ 0, or None.
@@ -146,10 +157,10 @@ class PathCache:
     def reserve(self, num_tokens: int) -> None:
         """Make room for so many tokens of each sequence, those held included.
 
-        Up to there single tokens are appended without moving memory. An append of one token to
-        every sequence, on a GPU and after a first one that was not captured, can then be captured
-        in a CUDA graph; call `replayed` after each replay. Appending several tokens at once moves
-        memory again.
+        Up to there 1 to 16 tokens at a time are appended without moving memory. On a GPU, after a
+        first one that was not captured, such an append of equally many tokens to every sequence can
+        be captured in a CUDA graph; call `replayed` after each replay. Appending more tokens at
+        once moves memory again.
 
         Args:
             num_tokens: how many; at least as many as are held.
@@ -172,7 +183,7 @@ class PathCache:
             self._store.reserve(num_tokens, max(self._recent))
 
     def replayed(self) -> None:
-        """Count the token that the replay of a captured `append` has added to each sequence.
+        """Count the tokens that the replay of a captured `append` has added to each sequence.
 
         Raises:
             RuntimeError: no append is captured that fits the memory of now, or there was no room.
@@ -183,12 +194,12 @@ class PathCache:
                 "PathCache.replayed: one append must have been captured since memory was last "
                 "moved, and none was; capture it again"
             )
-        if max(self.lengths) >= store.room():
+        if max(self.lengths) + self._captured_tokens > store.room():
             raise RuntimeError(
-                f"PathCache.replayed: there must be room for another token, got {store.room()} "
-                "tokens held of as many; reserve more before capturing"
+                f"PathCache.replayed: there must be room for {self._captured_tokens} more tokens, "
+                f"got {max(self.lengths)} of {store.room()}; reserve more before capturing"
             )
-        self._count_one(store, [1] * self.batch_size)
+        self._count(store, [self._captured_tokens] * self.batch_size)
         if not self._counts_known:
             self._tell_counts(store.keys.device)
 
@@ -269,13 +280,13 @@ class PathCache:
         store = self._store
         assert store is not None
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._capture_one(store, q, k, v, w, beta, g, scale, sinks, window, new)
+            return self._capture(store, q, k, v, w, beta, g, scale, sinks, window, new)
         store.reserve(
             max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
             max(recent + n for recent, n in zip(self._recent, new, strict=True)),
         )
-        if q.shape[1] == 1 and store.has_kernels():
-            return self._append_one(store, q, k, v, w, beta, g, scale, sinks, window, new)
+        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels():
+            return self._append_few(store, q, k, v, w, beta, g, scale, sinks, window, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
         for group in list(self._groups(new)):
@@ -315,7 +326,7 @@ class PathCache:
             store.resize_recent(max(*self._recent, self.max_rollback + BLOCK))
         return o
 
-    def _append_one(
+    def _append_few(
         self,
         store: Store,
         q: Tensor,
@@ -329,17 +340,20 @@ class PathCache:
         window: int | None,
         new: list[int],
     ) -> Tensor:
-        """Do what `_append` does with one token for each row, or for some, on a GPU."""
+        """Do what `_append` does with at most `MAX_NEW` tokens for each row, on a GPU."""
         if not self._counts_known:
             self._tell_counts(q.device)
         assert self._counts is not None
-        appended = None if all(new) else torch.tensor(new, dtype=torch.int32, device=q.device)
+        same = min(new) == q.shape[1]
+        appended = None if same else torch.tensor(new, dtype=torch.int32, device=q.device)
         options = (scale, sinks, window, self._counts, appended, max(self._old))
         o = store.decode(q, k, v, w, beta, g, *options)
-        self._count_one(store, new)
+        self._count(store, new)
+        if not self._counts_known:
+            self._tell_counts(q.device)  # now, so that the next append can be captured
         return o
 
-    def _capture_one(
+    def _capture(
         self,
         store: Store,
         q: Tensor,
@@ -353,16 +367,17 @@ class PathCache:
         window: int | None,
         new: list[int],
     ) -> Tensor:
-        """Launch the kernels for one token of every row, without counting it."""
-        ready = self._counts_known and store.has_kernels() and max(self.lengths) < store.room()
-        if q.shape[1] != 1 or not all(new) or not ready:
+        """Launch the kernels for as many tokens of every row, without counting them."""
+        num_tokens, room = q.shape[1], store.room() - max(self.lengths)
+        fits = 0 < num_tokens <= min(MAX_NEW, room) and min(new) == num_tokens
+        if not (fits and self._counts_known and store.has_kernels()):
             raise RuntimeError(
-                "PathCache.append: what a CUDA graph captures must be one token for every "
-                "sequence, after one that was not captured, and with room, got tokens "
-                f"{list(q.shape[:2])} and room for {store.room() - max(self.lengths)}; call "
-                "reserve, and append a single token first"
+                f"PathCache.append: what a CUDA graph captures must be 1 to {MAX_NEW} tokens, as "
+                "many for every sequence, after some that were not captured, and with room, got "
+                f"tokens {list(q.shape[:2])} and room for {room}; call reserve, and append as many "
+                "tokens first"
             )
-        self._captured = store.addresses()
+        self._captured, self._captured_tokens = store.addresses(), num_tokens
         options = (scale, sinks, window, self._counts, None, store.room())
         return store.decode(q, k, v, w, beta, g, *options)
 
@@ -375,8 +390,8 @@ class PathCache:
             self._counts.copy_(counts)
         self._counts_known = True
 
-    def _count_one(self, store: Store, new: list[int]) -> None:
-        """Count single tokens that the kernels have appended, and make blocks of the oldest."""
+    def _count(self, store: Store, new: list[int]) -> None:
+        """Count tokens that the kernels have appended, and make blocks of the oldest."""
         for group in list(self._groups(new)):
             old, recent = group.old, group.recent + group.new
             if recent - self.max_rollback >= BLOCK:

@@ -26,9 +26,11 @@ TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
 # Elements of half-precision keys or values that a CPU converts at a time: they stay in its cache.
 CONVERTED_ELEMENTS = 1 << 17
-# What the Triton kernels for one token hold in registers.
+FLOAT16_MAX = torch.finfo(torch.float16).max
+# What the Triton kernels for new tokens hold in registers, and how many tokens they take.
 MAX_HEAD_DIM = 256
-MAX_RECENT = 256
+MAX_RECENT = 272
+MAX_NEW = 16
 
 
 class Group(NamedTuple):
@@ -82,27 +84,33 @@ class Store:
         self.dtype = dtype = compute_dtype(q, k, v, w, beta)
         self.shape = (B, H, G, K, v.shape[-1])
         # Of all tokens. Keys: in blocks turned to the end of their block, recent ones as they came.
-        self.keys = k.new_empty(B, H, 0, K)
+        # They are rounded once per doubling, and so in half precision in float16 in any case.
+        self.keys = k.new_empty(
+            B, H, 0, K, dtype=torch.float16 if k.dtype == torch.bfloat16 else k.dtype
+        )
         self.values = v.new_empty(B, H, 0, v.shape[-1])
         # Of recent tokens, as they came.
         self.w = w.new_empty(B, H, 0, K)
         self.beta = beta.new_empty(B, H, 0)
-        # Of recent tokens, the triangles of their compact WY form: T, and Y = tril(W Kᵀ, −1). A
-        # token adds a row to both, and what is taken back loses its rows; above the diagonal there
-        # are zeros, and remain. With keys that are not rounded to half precision in float64, or the
-        # blocks made from them would be less exact than those of a prompt.
-        room = BLOCK + max_rollback
-        self.exact = torch.float32 if k.dtype.itemsize == 2 else torch.float64
-        self.ut = k.new_zeros(B, H, room, room, dtype=self.exact)
-        self.wk = k.new_zeros(B, H, room, room, dtype=self.exact)
+        # Of recent tokens, from their compact WY form with Y = tril(W Kᵀ, −1), the products T W and
+        # T Y. A token adds a row to both, and what is taken back loses its rows; above the diagonal
+        # of T Y there are zeros, and remain. In float64 beside full-precision keys, or the blocks
+        # made from them would be less exact than those of a prompt; except on a GPU, where these
+        # are made anew.
+        self.recent_room = room = -(-(BLOCK + max_rollback + MAX_NEW) // 16) * 16
+        half = k.dtype.itemsize == 2
+        self.made_anew = k.is_cuda and dtype == torch.float32 and not half
+        self.exact = torch.float32 if half or self.made_anew else torch.float64
+        self.tw = k.new_zeros(B, H, room, K, dtype=self.exact)
+        self.ty = k.new_zeros(B, H, room, room, dtype=self.exact)
         # Of blocks: the product F of each, by level, and what brings a query from the end of the
         # newest block to the end of the next but i. The latter is read at every token: beside keys
         # in half precision it is in float16, whose eleven bits are no fewer than theirs, and whose
         # range is enough for products of reflectors.
-        self.every_row = torch.ones(B, dtype=torch.int32, device=k.device)
         self.products = k.new_zeros(0, B, H, K, K, dtype=dtype)
-        half = k.is_cuda and k.dtype.itemsize == 2
-        self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.float16 if half else dtype)
+        self.paths = k.new_zeros(
+            0, B, H, K, K, dtype=torch.float16 if half and k.is_cuda else dtype
+        )
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -123,10 +131,9 @@ class Store:
         return chosen
 
     def has_kernels(self) -> bool:
-        """Return whether the Triton kernels take single tokens: it depends on device and sizes."""
+        """Return whether the Triton kernels take new tokens: it depends on device and sizes."""
         _, _, _, K, V = self.shape
-        room = self.ut.shape[-1]
-        small = max(K, V) <= MAX_HEAD_DIM and room <= MAX_RECENT
+        small = max(K, V) <= MAX_HEAD_DIM and self.recent_room <= MAX_RECENT
         return self.keys.is_cuda and self.dtype == torch.float32 and small
 
     def decode(
@@ -144,36 +151,21 @@ class Store:
         new: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
-        """Write one token `[B, 1, …]` behind each row's and attend with it, on a GPU.
+        """Write N tokens `[B, N, …]` behind each row's and attend with them, on a GPU.
 
         `counts` is int32 `[2, B]`, the tokens in blocks and the recent ones, the latter counted up;
-        `new` int32 `[B]` is 1 where a row gets its token, None if all do; `num_tokens` bounds the
-        tokens in blocks.
+        `new` int32 `[B]` says how many tokens a row gets, None that all get N; `num_tokens` bounds
+        the tokens in blocks.
         """
         assert counts is not None
-        if new is None:
-            new = self.every_row
         from householder.ops.path_attention.cache import triton as kernels
 
-        names = ["keys", "values", "w", "beta", "ut", "wk", "paths"]
+        names = ["keys", "values", "w", "beta", "tw", "ty", "paths"]
         names += ["g", "block_decay", "path_decays"] if self.gated else []
-        q, k, v, w, beta = (kernels.one_token(x) for x in (q, k, v, w, beta))
-        o = kernels.decode(
-            q,
-            k,
-            v,
-            w,
-            beta,
-            None if g is None else kernels.one_token(g),
-            scale,
-            sinks,
-            window,
-            {name: getattr(self, name) for name in names},
-            counts,
-            new,
-            -(-num_tokens // kernels.SPAN),
+        tensors = {name: getattr(self, name) for name in names}
+        return kernels.decode(
+            q, k, v, w, beta, g, scale, sinks, window, tensors, counts, new, num_tokens
         )
-        return o.unsqueeze(1)
 
     def room(self) -> int:
         """Return for how many tokens there is room."""
@@ -220,7 +212,7 @@ class Store:
 
     def resize_recent(self, room: int) -> None:
         """Set the room for recent tokens; what lies behind it is lost."""
-        room = max(room, BLOCK)
+        room = max(room, self.recent_room)
         for name in ("w", "beta", *(("g",) if self.gated else ())):
             self._resize(name, room)
 
@@ -241,13 +233,18 @@ class Store:
         """Put new tokens `[rows, new, …]` behind the ones held, as they come."""
         rows, first = at.rows, at.old + at.recent
         everywhere, recent = slice(first, first + at.new), slice(at.recent, at.recent + at.new)
-        self.keys[rows, :, everywhere] = k.transpose(1, 2)
+        self.keys[rows, :, everywhere] = self._as_held(k.transpose(1, 2))
         self.values[rows, :, everywhere] = v.transpose(1, 2)
         self.w[rows, :, recent] = w.transpose(1, 2)
         self.beta[rows, :, recent] = beta.transpose(1, 2)
         if g is not None:
             _, H, G, _, _ = self.shape
             self.g[rows, :, :, recent] = g.unflatten(2, (H, G)).permute(0, 2, 3, 1)
+
+    def _as_held(self, keys: Tensor) -> Tensor:
+        """Return keys in the dtype they are held in, and what is beyond its range at its end."""
+        keys = keys.to(self.keys.dtype)
+        return keys.clamp(-FLOAT16_MAX, FLOAT16_MAX) if keys.dtype == torch.float16 else keys
 
     def attend_one(
         self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
@@ -292,17 +289,17 @@ class Store:
         rows, r = at.rows, at.recent
         w = self.w[rows, :, : r + 1].to(self.exact)
         k = self.keys[rows, :, at.old : at.old + r + 1].to(self.exact)
-        ut, wk = (x[rows, :, : r + 1, : r + 1] for x in (self.ut, self.wk))
+        tw, ty = self.tw[rows, :, : r + 1], self.ty[rows, :, : r + 1, : r + 1]
         beta = self.beta[rows, :, r, None, None].to(self.exact)
         newest, before = w[:, :, r:], w[:, :, :r]
-        # T of the products up to the newest token: its row is −β (w Wᵀ) T, and β on the diagonal.
-        ut[:, :, r:, :r] = (newest @ before.mT @ ut[:, :, :r, :r]).mul_(-beta)
-        ut[:, :, r:, r:] = beta
-        wk[:, :, r:, :r] = newest @ k[:, :, :r].mT
-        wk[:, :, r:, r:] = 0
+        # The row of T is −β (w Wᵀ) T, and β on the diagonal.
+        along = newest @ before.mT
+        tw[:, :, r:] = (newest - along @ tw[:, :, :r]) * beta
+        ty[:, :, r:, :r] = (newest @ k[:, :, :r].mT - along @ ty[:, :, :r, :r]) * beta
+        ty[:, :, r:, r:] = 0
         q = q.to(self.exact)
-        along = q @ w.mT @ ut
-        logits, q = q @ k.mT - along @ wk, q - along @ w
+        along = q @ w.mT
+        logits, q = q @ k.mT - along @ ty, q - along @ tw
         return logits.to(self.dtype), q.to(self.dtype)
 
     def _block_logits(self, logits: Tensor, rows: slice, seen: slice, q: Tensor) -> None:
@@ -419,21 +416,23 @@ class Store:
     def make_block(self, at: Group) -> None:
         """Make a block of the first recent tokens, from the triangles, and drop them there."""
         rows, rest = at.rows, at.recent + at.new - BLOCK
-        ut, wk = (x[rows, :, :BLOCK, :BLOCK] for x in (self.ut, self.wk))
+        if self.made_anew:
+            self.make_blocks(at, 1)
+            self.make_triangles(Group(rows, at.old + BLOCK, rest, 0))
+            return
         w = self.w[rows, :, :BLOCK].to(self.exact)
         k = self.keys[rows, :, at.old : at.old + BLOCK].to(self.exact)
-        keys = k - (ut @ wk).mT @ w
-        f = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - w.mT @ (ut @ w)
+        keys = k - self.ty[rows, :, :BLOCK, :BLOCK].mT @ w
+        f = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        f = f - w.mT @ self.tw[rows, :, :BLOCK]
         self._make_blocks(at, 1, keys, f.to(self.dtype).unsqueeze(2))
-        for x in (self.ut[rows], self.wk[rows]):
-            # The triangles of a range of tokens are the ranges of the triangles.
-            last = slice(BLOCK, BLOCK + rest)
-            x[..., :rest, :rest] = x[..., last, last].clone()
+        if rest:
+            self.make_triangles(Group(rows, at.old + BLOCK, rest, 0))
 
     def _make_blocks(self, at: Group, count: int, keys: Tensor, f: Tensor) -> None:
         rows, size = at.rows, count * BLOCK
         tokens = slice(at.old, at.old + size)
-        self.keys[rows, :, tokens] = keys.to(self.keys.dtype)
+        self.keys[rows, :, tokens] = self._as_held(keys)
         totals = None
         if self.gated:
             g = self.g[rows, :, :, :size].unflatten(-1, (count, BLOCK))
@@ -451,7 +450,7 @@ class Store:
         while count % 2:
             left = slice(start - (BLOCK << level), start)
             keys = self.keys[rows, :, left].to(self.dtype) @ f.mT
-            self.keys[rows, :, left] = keys.to(self.keys.dtype)
+            self.keys[rows, :, left] = self._as_held(keys)
             f = f @ self.products[level, rows]
             if total is not None:
                 self.block_decay[rows, :, :, left] += total.unsqueeze(-1)
@@ -485,11 +484,11 @@ class Store:
         w = self.w[rows, :, :r].to(self.exact)
         k = self.keys[rows, :, at.old : at.old + r].to(self.exact)
         beta = self.beta[rows, :, :r].to(self.exact)
-        # Above the diagonal, and on that of Y, there have to be zeros.
         gram = (w @ w.mT * beta.unsqueeze(-1)).flatten(0, 1)
         inverse = inverse_unit_lower(gram).unflatten(0, w.shape[:2])
-        self.ut[rows, :, :r, :r] = inverse.tril() * beta.unsqueeze(-2)
-        self.wk[rows, :, :r, :r] = (w @ k.mT).tril(-1)
+        ut = inverse.tril() * beta.unsqueeze(-2)
+        self.tw[rows, :, :r] = ut @ w
+        self.ty[rows, :, :r, :r] = ut @ (w @ k.mT).tril(-1)
 
 
 def turn(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -204,7 +204,11 @@ def forward(
     o = v.new_empty(B, T, HQ, V)
     lse = v.new_empty(B, T, HQ, dtype=torch.float32)
     tree = build_tree_and_begin(p, o, lse)
-    if o.numel():
+    if p.suits_roles:
+        from householder.ops.path_attention.triton import hopper_attend
+
+        hopper_attend.attend(p, tree.q, tree.k, tree.f, o, lse)
+    elif o.numel():
         columns, launch = config.attend_launch(K, V, p.precision)
         attend_kernel[(p.chunks * HQ,)](
             tree.q, tree.k, tree.f, p.v, tree.decay, p.sinks, o, lse, *p.packing, p.window, T,

@@ -56,12 +56,13 @@ def pairs_kernel(
     o_b, o_h, do_b, do_h, q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr,
     w_t: tl.constexpr, o_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, REFLECTORS: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Write P, X, dA, dX and R of one chunk and query head.
 
-    EXACT is the precision of what the logits are made of, PRECISION that of gradients.
+    EXACT is the precision of what the logits are made of, REFLECTORS that of X and Y among it, and
+    PRECISION that of gradients.
     """
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = tl.program_id(0) // HQ
@@ -113,14 +114,19 @@ def pairs_kernel(
     b_y = tl.zeros((64, 64), tl.float32)
     b_r = tl.zeros((64, 64), tl.float32)
     for i in range(0, K, BK):
-        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i, K, BK), PRECISION)
-        b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i, K, BK), PRECISION)
-        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i, K, BK), PRECISION)
+        b_q = load_tile(p_q, o_c * q_t, m_c, i, K, BK)
+        b_k = load_tile(p_k, o_c * k_t, m_c, i, K, BK)
+        b_w = load_tile(p_w, o_c * w_t, m_c, i, K, BK)
         b_dq = load_tile(dq_start + row * K, o_c * K, everywhere, i, K, BK)
-        b_a = dot_add(b_q, tl.trans(b_k), b_a, PRECISION)
-        b_x = dot_add(b_q, tl.trans(b_w), b_x, PRECISION)
-        b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
-        b_r = dot_add(cast_operand(b_dq, PRECISION), tl.trans(b_w), b_r, PRECISION)
+        b_a = dot_add(
+            cast_operand(b_q, PRECISION), tl.trans(cast_operand(b_k, PRECISION)), b_a, PRECISION
+        )
+        b_q, b_k = cast_operand(b_q, REFLECTORS), cast_operand(b_k, REFLECTORS)
+        b_wx = cast_operand(b_w, REFLECTORS)
+        b_x = dot_add(b_q, tl.trans(b_wx), b_x, REFLECTORS)
+        b_y = dot_add(b_wx, tl.trans(b_k), b_y, REFLECTORS)
+        b_w, b_dq = cast_operand(b_w, PRECISION), cast_operand(b_dq, PRECISION)
+        b_r = dot_add(b_dq, tl.trans(b_w), b_r, PRECISION)
     store_pairs(r_pairs + row * 64, b_r)
     b_x = tl.where(below | diagonal, b_x * scale, 0.0)
     store_pairs(x_pairs + row * 64, b_x)

@@ -80,3 +80,8 @@ def attend_launch(K: int, V: int, precision: str) -> tuple[int, Launch]:
         # Three programs on a multiprocessor: 0.40 ms against 0.46 (4×4096×16×64).
         return 64, Launch(4, 3, 168)
     return (64, Launch(4, 3)) if widest <= 128 else (32, Launch(4, 2))
+
+
+def hopper_attend_stages(K: int, V: int) -> int:
+    """Tiles of 128 keys and values in flight in the form of the attention for Hopper."""
+    return 2 if max(K, V) > 64 else 3

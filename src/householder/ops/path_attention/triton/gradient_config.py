@@ -71,8 +71,20 @@ def key_tiles(K: int, V: int, precision: str) -> Tiles:
     return Tiles(32, 64, min(block, 64), Launch(8, 2))
 
 
+def hopper_key_stages() -> int:
+    """Tiles of 64 queries in flight in the form of the kernel of the keys for Hopper."""
+    return 4
+
+
 def product_blocks(K: int, precision: str) -> Blocks:
     """Rows of dF that one program makes, and how much of K it sums over at a time."""
+    if precision == "bf16" and key_block(K, precision) == 128:
+        return Blocks(128, 64, Launch(8, 1))
+    return leaf_blocks(K, precision)
+
+
+def leaf_blocks(K: int, precision: str) -> Blocks:
+    """Those of the kernel that ends in W dF and W dFᵀ."""
     block = key_block(K, precision)
     if precision == "tf32x3":
         return Blocks(32, 32, Launch(8, 1))

@@ -7,12 +7,12 @@ the chunks (`chunk_back.py`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from householder.ops._triton import addressable, on_its_device
+from householder.ops._triton import addressable, has_wide_rows, on_its_device
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
@@ -87,6 +87,13 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
         dv=room(H, p.rows, V),
         sums=None if p.g is None else room(L, HQ, p.rows, dtype=torch.float32),
     )
+    if p.suits_roles and dtype == torch.bfloat16 and max(K, V) > 64:
+        from householder.ops.path_attention.triton import hopper_key_back, hopper_query_back
+
+        given = p, tree.q, tree.k, tree.f, rows.lse, rows.delta, do
+        hopper_query_back.differentiate_queries(*given, x.dq_levels, x.dq)
+        hopper_key_back.differentiate_keys(*given, x.dk_levels, x.dk, x.dv)
+        return x
     constants = {
         **p.constants, **p.value_constants, **strides("v", p.v), **strides("do", do),
         "WINDOWED": p.window is not None, "PRECISION": config.gradient_precision(p.precision),
@@ -114,11 +121,15 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     # Without three chunks no product has one between its ends.
     if L < 2:
         return wdf, wdft
+
+    def constants(blocks: config.Blocks) -> dict[str, Any]:
+        return {
+            "K": K, "BK": p.constants["BK"], "PACKED": p.cu_seqlens is not None,
+            "BP": blocks.first, "PRECISION": config.gradient_precision(p.precision),
+            **blocks.launch.options,
+        }  # fmt: skip
+
     blocks = config.product_blocks(K, p.precision)
-    constants = {
-        "K": K, "BK": p.constants["BK"], "PACKED": p.cu_seqlens is not None, "BP": blocks.first,
-        "PRECISION": config.gradient_precision(p.precision), **blocks.launch.options,
-    }  # fmt: skip
     group = p.heads // H
     df = x.dk.new_empty(H, p.chunks, K, K)
     pieces = -(-K // blocks.first)
@@ -129,16 +140,23 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     number = p.chunks if p.cu_seqlens is not None else sum(at_level[1 : L - 1])
     if number:
         sum_kernel[(number * H * pieces,)](
-            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants
+            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants(blocks)
         )
     for level in range(L - 3, 0, -1):
         descend_kernel[(at_level[level] * H * pieces,)](
-            tree.f, df, *p.packing, T, p.num_tiles, level, H, BR=blocks.second, **constants
-        )
+            tree.f, df, *p.packing, T, p.num_tiles, level, H, BR=blocks.second,
+            **constants(blocks),
+        )  # fmt: skip
+    if p.fuses_chunks:
+        from householder.ops.path_attention.triton import hopper_leaf
+
+        hopper_leaf.finish_leaves(p, tree.q, x.dq_levels, tree.f, df, wdf, wdft)
+        return wdf, wdft
     w = strides("w", p.w)
+    blocks = config.leaf_blocks(K, p.precision)
     leaf_kernel[(p.chunks * H,)](
         *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, w["w_b"], w["w_h"],
-        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants,
+        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
     )  # fmt: skip
     return wdf, wdft
 
@@ -158,6 +176,14 @@ def finish_chunks(
     H, K = p.k.shape[2:]
     HQ, V, T = p.heads, p.v.shape[-1], p.q.shape[1]
     wdf, wdft = descend(p, tree, x)
+    if p.fuses_chunks and tree.inverse is not None:
+        from householder.ops.path_attention.triton import hopper_chunk_back
+
+        rows_read = (x.dq, x.dk, x.dv, wdf, wdft)
+        hopper_chunk_back.finish(
+            p, tree.inverse, rows.delta, o, lse, do, rows_read, (dq, dk, dv, dw, dbeta)
+        )
+        return
 
     def pairs(heads: int) -> Tensor:
         return torch.empty(heads, p.rows, 64, dtype=x.dq.dtype, device=do.device)
@@ -170,6 +196,8 @@ def finish_chunks(
         "PRECISION": config.gradient_precision(p.precision),
     }  # fmt: skip
     exact = {"EXACT": p.constants["PRECISION"], "K": K, "BK": blocks.inner_k}
+    # Logits are made anew as they were made: where w has more bits than k, in the tree's precision.
+    reflectors = constants["PRECISION"] if p.w.dtype == p.k.dtype else exact["EXACT"]
     q, k, v, w, beta, do_strides = (
         strides(name, y)
         for name, y in zip(("q", "k", "v", "w", "beta", "do"), (*p[:5], do), strict=True)
@@ -179,8 +207,8 @@ def finish_chunks(
         p.q, p.k, p.v, p.w, p.beta, p.g, o, do, lse, rows.delta, tree.inverse, x.dq,
         p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
         p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
-        **constants, **exact, V=V, BV=blocks.inner_v, GATED=p.g is not None,
-        WINDOWED=p.window is not None, **blocks.pairs.options,
+        **constants, **exact, REFLECTORS=reflectors, V=V, BV=blocks.inner_v,
+        GATED=p.g is not None, WINDOWED=p.window is not None, **blocks.pairs.options,
     )  # fmt: skip
     solve_kernel[(p.chunks * H,)](
         p.k, p.w, p.beta, tree.inverse, x.dk, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs,
@@ -236,6 +264,8 @@ def backward(
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return dq, dk, dv, dw, dbeta, dg, dsinks
     do, o, lse = addressable(do), addressable(o), lse.contiguous()
+    if p.suits_hopper:
+        do, o = (x if has_wide_rows(x) else x.contiguous() for x in (do, o))
     dtype = torch.bfloat16 if p.precision == "bf16" else torch.float32
 
     tree = build_tree(p, inverse=True)

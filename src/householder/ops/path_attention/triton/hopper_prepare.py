@@ -15,31 +15,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops.path_attention.triton.hopper_tiles import (
+from householder.ops._gluon import (
     barrier,
-    copy_tile,
-    invert_unit_lower,
+    invert_blocks,
+    join,
     product_layout,
     row_layout,
     store_rows,
 )
+from householder.ops.path_attention.triton.hopper_squares import (
+    copy_squares,
+    squares,
+)
 from householder.ops.path_attention.triton.problem import LOG2_E, SIZES
-
-
-@gluon.jit
-def squares(NUMBER: gl.constexpr, dtype: gl.constexpr):
-    """Allocate shared memory for squares of 64 × 64 that tensor cores read."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    return gl.allocate_shared_memory(dtype, [NUMBER, 64, 64], layout)
-
-
-@gluon.jit
-def copy_squares(to, pointer, n, stride, D: gl.constexpr, NUMBER: gl.constexpr):
-    """Start to copy the first `n` of 64 rows into squares; the rest gets zero."""
-    layout: gl.constexpr = row_layout(64, 8, gl.num_warps())
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    for i in gl.static_range(NUMBER):
-        copy_tile(to.index(i), pointer, rows, rows * stride, n, 64 * i, D, 64, layout)
 
 
 @gluon.jit
@@ -58,6 +46,38 @@ def multiply(a, b, layout: gl.constexpr):
     """Return a b for squares."""
     acc = gl.zeros([64, 64], gl.float32, layout=layout)
     return warpgroup_mma(a, b, acc, use_acc=False)
+
+
+@gluon.jit
+def invert_unit_lower(minus):
+    """Return (I − m)⁻¹ in shared memory, in float16, for the strictly lower part m of `minus`.
+
+    `minus [64, 64]` is a product, in float32. The diagonal blocks of 16 are inverted in registers,
+    one a warp, and joined in shared memory. What lies above the diagonal is never looked at.
+    """
+    R: gl.constexpr = 64
+    B: gl.constexpr = R // 16
+    warps: gl.constexpr = gl.num_warps()
+    by_row: gl.constexpr = product_layout(R, R, warps)
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, by_row))
+    col = gl.arange(0, R, layout=gl.SliceLayout(0, by_row))
+    on_diagonal = (row // 16)[:, None] == (col // 16)[None, :]
+    blocks = gl.sum(gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16]), axis=2)
+    wide: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 2, [1, 0])
+    square: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [warps, 1], [1, 0])
+    s_minus = gl.allocate_shared_memory(gl.float16, [R, R], wide, minus.to(gl.float16))
+    s_x = gl.allocate_shared_memory(gl.float16, [R, R], wide)
+    s_x.store(gl.zeros([R, R], gl.float16, layout=row_layout(R, 8, warps)))
+    blocks = invert_blocks(blocks).to(gl.float16).reshape([R, 16])
+    s_blocks = gl.allocate_shared_memory(gl.float16, [R, 16], narrow, blocks)
+    for i in gl.static_range(B):
+        block = s_blocks.slice(16 * i, 16, 0).load(square)
+        s_x.slice(16 * i, 16, 0).slice(16 * i, 16, 1).store(block)
+    for i in gl.static_range(B // 2):
+        join(s_x, s_minus, 32 * i, 16)
+    join(s_x, s_minus, 0, 32)
+    return s_x
 
 
 @gluon.jit

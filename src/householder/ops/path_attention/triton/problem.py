@@ -34,8 +34,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
 LEAST_GATE = tl.constexpr(-1e30)
 # Arguments of which one value is as good as another: kernels are not compiled again where they are
-# 1, or become multiples of 16.
-SIZES = ("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch")
+# 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
+# number: T · H is such a multiple for some T, and words that grow would compile everything twice.
+SIZES = (
+    *("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch"),
+    *("beta_b", "g_b", "lse_b", "dg_b"),
+)
 
 
 @triton.jit
@@ -99,7 +103,7 @@ class Problem(NamedTuple):
     first_tile: Tensor | None  # [S + 1]: the first tile of each sequence
     num_tiles: int
     num_levels: int
-    precision: str  # of products of inputs: "bf16", "fp16" or "tf32x3"
+    precision: str  # of products of q, k and v: "bf16", "fp16" or "tf32x3"
 
     @property
     def packing(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -143,6 +147,26 @@ class Problem(NamedTuple):
             and self.window is None
             and all(map(has_wide_rows, (self.q, self.k, self.v, self.w)))
         )
+
+    @property
+    def suits_roles(self) -> bool:
+        """Whether the kernels whose warps have roles take the inputs too.
+
+        They copy whole squares of 64 columns, by 32-bit numbers of rows and columns.
+        """
+        most = max(2 * self.chunks * self.k.shape[-1], self.num_levels * self.rows)
+        columns = self.v.shape[2] * max(self.v.stride(2), self.v.stride(1))
+        return (
+            self.suits_hopper
+            and self.num_levels > 0
+            and {self.k.shape[-1], self.v.shape[-1]} <= {64, 128}
+            and max(most * self.heads, columns) < 2**31
+        )
+
+    @property
+    def fuses_chunks(self) -> bool:
+        """Whether one kernel makes all gradients inside the chunks."""
+        return self.suits_hopper and self.precision == "bf16" and self.heads == self.k.shape[2]
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -191,7 +215,8 @@ def make_problem(
         tile_sequence = torch.searchsorted(first_tile[1:], numbers, right=True, out_int32=True)
         tile_sequence.clamp_(max=S - 1)
     # float16 products in TF32, which `dot_precision` names, would double the time of attention.
-    precision = dot_precision(q, k, v, w)
+    # Reflectors may be float32 beside half queries, keys and values, as the layer has them.
+    precision = dot_precision(q, k, v)
     return Problem(
         q=addressable(q),
         k=addressable(k),

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share, in Gluon: layouts and copies of tiles into shared memory."""
+"""What Gluon kernels of more than one op share: layouts, copies of tiles, and 16 × 16 triangles."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def store_rows(
 
 
 @gluon.jit
+def exp2(x):
+    """Power of two by the chip's own instruction, which takes what is next to nothing for zero."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
 def invert_blocks(minus):
     """Return (I − m)⁻¹ for `m [·, 16, 16]`, the strictly lower part of `minus`, by joins."""
     warps: gl.constexpr = gl.num_warps()
@@ -90,35 +96,3 @@ def join(s_x, s_minus, START: gl.constexpr, SIZE: gl.constexpr):
     x = mma_v2(d, c, none).to(gl.float16)
     x = mma_v2(gl.convert_layout(x, left), a, none)
     lower.slice(START, SIZE, 1).store(x.to(gl.float16))
-
-
-@gluon.jit
-def invert_unit_lower(minus):
-    """Return (I − m)⁻¹ in shared memory, in float16, for the strictly lower part m of `minus`.
-
-    `minus [64, 64]` is a product, in float32. The diagonal blocks of 16 are inverted in registers,
-    one a warp, and joined in shared memory. What lies above the diagonal is never looked at.
-    """
-    R: gl.constexpr = 64
-    B: gl.constexpr = R // 16
-    warps: gl.constexpr = gl.num_warps()
-    by_row: gl.constexpr = product_layout(R, R, warps)
-    row = gl.arange(0, R, layout=gl.SliceLayout(1, by_row))
-    col = gl.arange(0, R, layout=gl.SliceLayout(0, by_row))
-    on_diagonal = (row // 16)[:, None] == (col // 16)[None, :]
-    blocks = gl.sum(gl.where(on_diagonal, minus, 0.0).reshape([B, 16, B, 16]), axis=2)
-    wide: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 2, [1, 0])
-    square: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [warps, 1], [1, 0])
-    s_minus = gl.allocate_shared_memory(gl.float16, [R, R], wide, minus.to(gl.float16))
-    s_x = gl.allocate_shared_memory(gl.float16, [R, R], wide)
-    s_x.store(gl.zeros([R, R], gl.float16, layout=row_layout(R, 8, warps)))
-    blocks = invert_blocks(blocks).to(gl.float16).reshape([R, 16])
-    s_blocks = gl.allocate_shared_memory(gl.float16, [R, 16], narrow, blocks)
-    for i in gl.static_range(B):
-        block = s_blocks.slice(16 * i, 16, 0).load(square)
-        s_x.slice(16 * i, 16, 0).slice(16 * i, 16, 1).store(block)
-    for i in gl.static_range(B // 2):
-        join(s_x, s_minus, 32 * i, 16)
-    join(s_x, s_minus, 0, 32)
-    return s_x

@@ -1,0 +1,112 @@
+"""Registration of `householder::swiglu` with PyTorch: schema, fakes, autograd, vmap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from householder.ops import _dispatch
+from householder.ops._dispatch import apply, contiguous_like, register, with_signature
+
+
+def why_not_triton(gate: Tensor, up: Tensor) -> str | None:
+    """Return why the Triton form cannot take these inputs, or None if it can."""
+    if gate.dtype != up.dtype:
+        return f"both must have one dtype, got {gate.dtype} and {up.dtype}"
+    return _dispatch.why_not_triton({"gate": gate, "up": up}, {})
+
+
+def _kernels() -> Any:
+    from householder.ops.swiglu import triton
+
+    return triton
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    return _kernels().forward(gate, up)
+
+
+def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _kernels().backward(dy, gate, up)
+
+
+def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
+    return contiguous_like(up)
+
+
+def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return contiguous_like(gate), contiguous_like(up)
+
+
+# Kernels of the CPU are the same ones under Triton's interpreter.
+FORWARD = register(
+    "swiglu",
+    "(Tensor gate, Tensor up) -> Tensor",
+    fake=_forward_fake,
+    cpu=_forward,
+    cuda=_forward,
+)
+BACKWARD = register(
+    "swiglu_backward",
+    "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    fake=_backward_fake,
+    cpu=_backward,
+    cuda=_backward,
+)
+swiglu_op = torch.ops.householder.swiglu.default
+swiglu_backward_op = torch.ops.householder.swiglu_backward.default
+
+
+def _batched(size: int, dims: Any, tensors: Any) -> list[Tensor]:
+    """Return the tensors with what vmap batches in front, in all of them."""
+    return [
+        x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, dims, strict=True)
+    ]
+
+
+class SwiGLU(torch.autograd.Function):
+    """Differentiable `(gate, up)`, by the kernels."""
+
+    @staticmethod
+    @with_signature
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return swiglu_op(gate, up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return apply(SwiGLUBackward, dy, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return SwiGLU.apply(*_batched(info.batch_size, in_dims, args)), 0
+
+
+class SwiGLUBackward(torch.autograd.Function):
+    """The gradient, itself not differentiable: `(dy, gate, up)`."""
+
+    @staticmethod
+    @with_signature
+    def forward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return swiglu_backward_op(dy, gate, up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "swiglu: the Triton form has first-order gradients only, and a second order was asked "
+            'for; use impl="reference", which has every order'
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return SwiGLUBackward.apply(*_batched(info.batch_size, in_dims, args)), (0, 0)

@@ -1,0 +1,58 @@
+"""`swiglu` on a GPU: one kernel each way, and nothing kept but the inputs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from householder.ops._triton import on_its_device
+
+BLOCK, WARPS = 2048, 4
+
+
+@triton.jit
+def forward_kernel(gate, up, y, size, BLOCK: tl.constexpr):
+    """Gate a range of numbers."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < size
+    b_g = tl.load(gate + o, mask=mask, other=0.0).to(tl.float32)
+    b_u = tl.load(up + o, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + o, (b_g * tl.sigmoid(b_g) * b_u).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
+    """Write the gradients of a range of numbers."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < size
+    b_dy = tl.load(dy + o, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(gate + o, mask=mask, other=0.0).to(tl.float32)
+    b_u = tl.load(up + o, mask=mask, other=0.0).to(tl.float32)
+    b_s = tl.sigmoid(b_g)
+    b_dg = b_dy * b_u * (b_s * (1 + b_g * (1 - b_s)))
+    tl.store(dgate + o, b_dg.to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + o, (b_dy * (b_g * b_s)).to(dup.dtype.element_ty), mask=mask)
+
+
+@on_its_device
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """Return y; arguments as in the public `swiglu`."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(up)
+    if size := y.numel():
+        forward_kernel[(-(-size // BLOCK),)](gate, up, y, size, BLOCK=BLOCK, num_warps=WARPS)
+    return y
+
+
+@on_its_device
+def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up."""
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    if size := dy.numel():
+        backward_kernel[(-(-size // BLOCK),)](
+            dy, gate, up, dgate, dup, size, BLOCK=BLOCK, num_warps=WARPS
+        )
+    return dgate, dup
