@@ -592,8 +592,9 @@ def losses_figure(found: Sequence[Extrapolated]) -> Figure:
     axes.axvline(config.context, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     curves = [binned(run.losses, size) for run in found]
     low = min(curve.min() for curve in curves)
-    # What explodes leaves the picture, so that the others can be told apart.
-    high = low + 2.2 * max(0.1, max(run.at_training_length for run in found) - low)
+    # What explodes further leaves the picture, so that the others can be told apart.
+    spread = max(0.1, max(run.at_training_length for run in found) - low)
+    high = min(low + 4 * spread, max(curve.max() for curve in curves) + 0.1 * spread)
     apart = (high - low) / 17
     middles = np.minimum(np.arange(len(curves[0])) * size + size / 2, length)
     height = -np.inf
