@@ -158,12 +158,12 @@ def test_files_table_and_picture(done):
     column = [float(row["rotary-attention"]) for row in rows]
     np.testing.assert_allclose(column, found[3].losses, atol=1e-5)
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
-    # What leaves the picture is cut off at its edge and named all the same.
     exploded = dataclasses.replace(found[3], losses=found[3].losses * np.linspace(1, 50, 64))
     figure = recipe.losses_figure([*found[:3], exploded])
-    names = [text.get_text() for text in figure.axes[0].texts]
-    assert f"RoPE  ({exploded.at_end:.2f})" in names
-    assert figure.axes[0].get_ylim()[1] < exploded.at_end
+    loss, growth = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert loss[3] == f"RoPE  ({exploded.at_end:.2f})"
+    assert growth[3] == f"RoPE  ({exploded.at_end - exploded.at_training_length:+.3f})"
+    assert len(loss) == len(growth) == 4
     console = Console(width=200, file=io.StringIO())
     console.print(recipe.published_beside_measured(found))
     text = console.file.getvalue()
@@ -226,6 +226,22 @@ def test_too_little_text_and_several_processes_are_refused(make, tmp_path):
     two = Processes(0, 2, "cpu")
     with pytest.raises(ConfigError, match="one process"):
         recipe.run(make(), tmp_path / "two", two, observe=lambda config: nullcontext())
+
+
+def test_files_that_are_no_text_are_named(make, text, tmp_path):
+    files = []
+
+    class Skipping(TextObserver):
+        def skipped(self, file):
+            files.append(file)
+
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    run(
+        make(text=[text, str(tmp_path / "picture.png")], mixer=["rope"], steps=1),
+        tmp_path / "out",
+        observer=Skipping(),
+    )
+    assert files == [str(tmp_path / "picture.png")]
 
 
 def test_the_standard_library_is_without_installed_packages():

@@ -33,7 +33,7 @@ import io
 import json
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle
@@ -50,7 +50,7 @@ from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES, takes_several
 from householder.train.errors import CheckpointError, ConfigError, Interrupted, OutputError
 from householder.train.interrupt import StopRequest
-from householder.train.plot import COLORS, FAINT, INK, to_png
+from householder.train.plot import COLORS, FAINT, INK, spread_apart, to_png
 from householder.train.progress import abbreviate
 from householder.train.settings import (
     Settings,
@@ -71,6 +71,7 @@ from householder.train.text.run import TextResult, not_compiled, train_text
 from householder.train.text.tokenizer import make_tokenizer
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Loss in nats per token of CodeParrot at 4,096 and about 30,000 tokens, read off the figure, by
@@ -131,6 +132,8 @@ _CPU: dict[str, Any] = {
     "eval_length": 2048,
     "eval_windows": 512,
 }
+
+LEAST_GROWTH = 1e-3  # in nats per token, that the picture shows
 
 CONFIG_FILE = "config.toml"
 HEADER = "# Written by householder: the settings of the models in this folder.\n"
@@ -334,7 +337,10 @@ def run(
         raise ConfigError("length-extrapolation: runs in one process; start it without torchrun")
     stop = stop or StopRequest()
     _open_folder(extrapolation, folder, resume=resume, overwrite=overwrite)
-    held_out = _held_out(extrapolation, folder)
+    if not (folder / "corpus").exists():
+        with observe(extrapolation.configs[0]) as observer:
+            _make_corpus(extrapolation, folder / "corpus", observer)
+    held_out = _held_out(extrapolation, folder / "corpus")
     found = []
     for config in extrapolation.configs:
         run_folder = folder / run_name(config)
@@ -436,24 +442,27 @@ def standard_library() -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if not others & set(path.parts))
 
 
-def _texts(text: Sequence[str]) -> Iterator[str]:
+def _make_corpus(extrapolation: Extrapolation, folder: Path, observer: TextObserver) -> None:
+    text, config = extrapolation.text, extrapolation.configs[0]
     files = text_files([Path(name) for name in text]) if text else standard_library()
-    return documents(files, skipped=lambda file: None)
+    write_corpus(
+        documents(files, lambda file: observer.skipped(str(file))),
+        folder,
+        make_tokenizer(config.tokenizer),
+        validation=config.validation,
+        source={"text": list(text)},
+        progress=observer.tokenizing,
+        max_tokens=config.max_tokens,
+    )
 
 
-def _held_out(extrapolation: Extrapolation, folder: Path) -> Any:
-    """Return the held-out tokens of the corpus, which is made if it is not there."""
-    config, path = extrapolation.configs[0], folder / "corpus"
-    if not path.exists():
-        write_corpus(
-            _texts(extrapolation.text),
-            path,
-            make_tokenizer(config.tokenizer),
-            validation=config.validation,
-            source={"text": list(extrapolation.text)},
-            max_tokens=config.max_tokens,
-        )
-    tokens = open_corpus(path).validation
+def _held_out(extrapolation: Extrapolation, corpus: Path) -> Any:
+    """Return the held-out tokens.
+
+    Raises:
+        ConfigError: they are fewer than a sequence needs.
+    """
+    tokens = open_corpus(corpus).validation
     needed = extrapolation.evaluation.eval_length + 1
     if len(tokens) < needed:
         raise ConfigError(
@@ -575,33 +584,68 @@ def binned(losses: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
 
 
 def losses_figure(found: Sequence[Extrapolated]) -> Figure:
-    """Draw the loss by position, means over a quarter of the training length, one curve a model."""
+    """Draw the loss by position, and below it by how much it has grown, one curve a model.
+
+    Both are means over half of the training length: over as long a part the evaluated text is the
+    same everywhere.
+    """
     from matplotlib.figure import Figure
 
     config, length = found[0].config, len(found[0].losses)
-    size = max(1, config.context // 4)
-    figure = Figure(figsize=(8.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    axes.axvspan(0, config.context, color="#f4f4f4", linewidth=0, zorder=0)
-    axes.axvline(config.context, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    size = max(1, config.context // 2)
+    figure = Figure(figsize=(8.4, 7.2), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
     curves = [binned(run.losses, size) for run in found]
-    low = min(curve.min() for curve in curves)
-    # What explodes leaves the picture, so that the others can be told apart.
-    high = low + 2.2 * max(0.1, max(run.at_training_length for run in found) - low)
-    apart = (high - low) / 17
     middles = np.minimum(np.arange(len(curves[0])) * size + size / 2, length)
-    height = -np.inf
-    colors = dict(
-        zip(map(run_name, (r.config for r in found)), cycle((*COLORS, INK)), strict=False)
+    for run, curve, color in zip(found, curves, cycle((*COLORS, INK)), strict=False):
+        above.plot(middles, curve, color=color, linewidth=2, zorder=3)
+        grown = curve[2:] - run.at_training_length
+        below.plot(middles[2:], grown, color=color, linewidth=2, zorder=3)
+    below.set_yscale("log", nonpositive="mask")
+    # Less is no growth.
+    below.set_ylim(bottom=LEAST_GROWTH)
+    for axes in (above, below):
+        axes.axvspan(0, config.context, color="#f4f4f4", linewidth=0, zorder=0)
+        axes.axvline(config.context, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+    _name_ends(above, found, [(run.at_end, f"{run.at_end:.2f}") for run in found])
+    grown_at_end = [run.at_end - run.at_training_length for run in found]
+    _name_ends(below, found, [(max(x, LEAST_GROWTH), f"{x:+.3f}") for x in grown_at_end])
+    above.set_xlim(0, length)
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    below.set_xlabel("position (tokens)", color=INK)
+    above.set_ylabel("loss (nats per token)", color=INK)
+    below.set_ylabel("growth beyond the training length", color=INK)
+    above.set_title(
+        f"Held-out loss by position, trained on {config.context:,} tokens",
+        loc="left",
+        fontsize=13,
+        fontweight="bold",
+        color=INK,
     )
-    for run, curve in sorted(zip(found, curves, strict=True), key=lambda x: x[0].at_end):
-        color = colors[run_name(run.config)]
-        axes.plot(middles, curve, color=color, linewidth=2, zorder=3)
-        height = max(min(run.at_end, high), height + apart)
+    return figure
+
+
+def _name_ends(
+    axes: Axes, found: Sequence[Extrapolated], ends: Sequence[tuple[float, str]]
+) -> None:
+    """Write the models' titles and numbers beside the ends of their curves."""
+    low, high = axes.get_ylim()
+    scale = axes.transScale.transform
+    (_, bottom), (_, top) = scale((1.0, low)), scale((1.0, high))
+    heights = [(scale((1.0, end))[1] - bottom) / (top - bottom) for end, _ in ends]
+    places = spread_apart(heights, 0.085)
+    for run, (_, number), place, color in zip(
+        found, ends, places, cycle((*COLORS, INK)), strict=False
+    ):
         axes.annotate(
-            f"{run_title(run.config)}  ({run.at_end:.2f})",
-            (length, height),
+            f"{run_title(run.config)}  ({number})",
+            (1, place),
             (8, 0),
+            xycoords="axes fraction",
             textcoords="offset points",
             va="center",
             fontsize=10,
@@ -609,32 +653,6 @@ def losses_figure(found: Sequence[Extrapolated]) -> Figure:
             color=color,
             annotation_clip=False,
         )
-    axes.annotate(
-        f"training length {config.context}",
-        (config.context, high),
-        (5, -6),
-        textcoords="offset points",
-        va="top",
-        fontsize=9,
-        color=FAINT,
-    )
-    axes.set_xlim(0, length)
-    axes.set_ylim(low - 0.03 * (high - low), high)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("position (tokens)", color=INK)
-    axes.set_ylabel("loss (nats per token)", color=INK)
-    axes.set_title(
-        f"Held-out loss by position, trained on {config.context:,} tokens",
-        loc="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-    )
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
-    return figure
 
 
 def published_beside_measured(found: Sequence[Extrapolated]) -> Table:

@@ -30,7 +30,7 @@ from rich.table import Table
 from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES, TrainConfig, takes_several
 from householder.train.errors import ConfigError
-from householder.train.plot import COLORS, FAINT, INK, to_png
+from householder.train.plot import COLORS, FAINT, INK, spread_apart, to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,7 +194,7 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
     curves = _by_mixer(found)
     ends = {title: next(iter(runs.values())).at_training_length for title, runs in curves.items()}
     colors = dict(zip(curves, cycle(COLORS), strict=False))
-    heights_of_names = _apart(list(ends.values()), 0.07)
+    heights_of_names = spread_apart(list(ends.values()), 0.07)
     # Named at their narrow end, where they differ most.
     for title, height in zip(curves, heights_of_names, strict=True):
         widths = sorted(curves[title])
@@ -236,23 +236,6 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
     axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
     axes.tick_params(axis="y", length=0)
     return figure
-
-
-def _apart(heights: Sequence[float], distance: float) -> list[float]:
-    """Return heights from 0 to 1 moved until neighbours are a distance apart.
-
-    Examples:
-        >>> [round(height, 2) for height in _apart([1.0, 0.5, 0.99, 0.5], 0.1)]
-        [1.0, 0.6, 0.9, 0.5]
-    """
-    order = sorted(range(len(heights)), key=lambda i: (heights[i], -i))
-    moved, lowest = list(heights), -distance
-    for i in order:
-        moved[i] = lowest = max(heights[i], lowest + distance)
-    highest = 1 + distance
-    for i in reversed(order):
-        moved[i] = highest = min(moved[i], highest - distance)
-    return moved
 
 
 def _pairs(config: TrainConfig) -> int:

@@ -201,3 +201,24 @@ def wilson_interval(accuracy: float, num_samples: int, z: float = 1.96) -> tuple
     spread = accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2)
     half = z * math.sqrt(spread) / shrink
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def spread_apart(heights: Sequence[float], distance: float) -> list[float]:
+    """Return heights from 0 to 1, moved until neighbours are a distance apart.
+
+    Args:
+        heights: of names beside curves.
+        distance: as much as keeps two names from touching.
+
+    Examples:
+        >>> [round(height, 2) for height in spread_apart([1.0, 0.5, 0.99, 0.5], 0.1)]
+        [1.0, 0.6, 0.9, 0.5]
+    """
+    order = sorted(range(len(heights)), key=lambda i: (heights[i], -i))
+    moved, lowest = list(heights), -distance
+    for i in order:
+        moved[i] = lowest = max(heights[i], lowest + distance)
+    highest = 1 + distance
+    for i in reversed(order):
+        moved[i] = highest = min(moved[i], highest - distance)
+    return moved

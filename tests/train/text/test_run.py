@@ -296,9 +296,9 @@ def test_two_processes_train_as_one_and_one_resumes_them(texts, tmp_path):
 def test_compiled_blocks_learn_the_same(texts, tmp_path, monkeypatch):
     compile_, compiled = torch.nn.Module.compile, []
 
-    def by_dynamo_alone(module):
+    def by_dynamo_alone(module, **options):
         compiled.append(type(module).__name__)
-        compile_(module, backend="eager", fullgraph=True)
+        compile_(module, **{**options, "backend": "eager", "fullgraph": True})
 
     # The compiler behind it takes a minute, and is PyTorch's affair.
     monkeypatch.setattr(torch.nn.Module, "compile", by_dynamo_alone)

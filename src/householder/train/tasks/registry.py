@@ -78,7 +78,8 @@ def make_task(name: str, **options: Any) -> Task:
     elif family and family[1] in _FAMILIES:
         make = partial(_word_problem, _FAMILIES[family[1]], int(family[2]))
     elif recall := _MQAR.fullmatch(name):
-        make = partial(_recall, name, **{k: int(v) for k, v in recall.groupdict().items() if v})
+        numbers: dict[str, Any] = {k: int(v) for k, v in recall.groupdict().items() if v}
+        make = partial(_recall, name, **numbers)
     else:
         raise ValueError(
             f"make_task: `name` must be one of {', '.join(task_names())}, got {name!r}; choose one "
