@@ -280,7 +280,7 @@ class Store:
         return self._weigh_values(weights, rows, slice(first, t + 1)).reshape(-1, 1, H * G, V)
 
     def _attend_recent(self, at: Group, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest token to the triangles.
+        """Add the newest token's rows to T W and T Y.
 
         Returns:
             The logits of its query `[b, H, G, K]` against recent keys, without gates, and the query
@@ -414,7 +414,7 @@ class Store:
         self._make_blocks(at, count, keys.view(-1, H, size, K), f.view(-1, H, count, K, K))
 
     def make_block(self, at: Group) -> None:
-        """Make a block of the first recent tokens, from the triangles, and drop them there."""
+        """Make a block of the first recent tokens, from T W and T Y, and drop them there."""
         rows, rest = at.rows, at.recent + at.new - BLOCK
         if self.made_anew:
             self.make_blocks(at, 1)
@@ -479,7 +479,7 @@ class Store:
             x.narrow(dim, 0, rest).copy_(x.narrow(dim, size, rest).clone())
 
     def make_triangles(self, at: Group) -> None:
-        """Make the triangles of the recent tokens anew."""
+        """Make T W and T Y of the recent tokens anew."""
         rows, r = at.rows, at.recent
         w = self.w[rows, :, :r].to(self.exact)
         k = self.keys[rows, :, at.old : at.old + r].to(self.exact)

@@ -27,7 +27,8 @@ from householder.ops.path_attention.cache.triton.enter import enter_kernel, ente
 OVERLAP = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
-# Recent tokens at a time, and warps, of `enter`; of a path's columns; of the others.
+# Tiles and warps, measured on an H200: recent tokens of `enter` at a time; columns of a path;
+# recent tokens, and others, of `attend`, and its registers where more programs come than fit.
 ENTER_BC, ENTER_WARPS = 64, 8
 PATH_COLUMNS = 64
 RECENT_TILE = 32
@@ -117,7 +118,7 @@ def decode(
     # More queries at a time would not fit the registers.
     wide = max(BK, BV) > 128
     BG = power_of_two(N * G, most=16 if wide else 64)
-    # Whether programs wait for one another: more of them then have to fit a multiprocessor.
+    # Whether programs wait for others to end: then more of them have to fit a multiprocessor.
     many = B * H * num_parts > FILLED
     chunks, chunks_of_16 = -(-N * G // BG), -(-N * G // 16)
     fetched = FETCHED // (2 * B * H * chunks * num_parts)

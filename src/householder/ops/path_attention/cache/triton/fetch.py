@@ -1,4 +1,4 @@
-"""What both kernel files use."""
+"""Early reads, for both kernel files."""
 
 from __future__ import annotations
 
