@@ -367,6 +367,7 @@ def main() -> None:
         if listing:
             (options.results / f"{case}-{variant}.txt").write_text(f"{listing}\n")
             parts = {"case": case, "variant": variant, **breakdown_of(str(listing))}
+            parts["commit"] = options.commit
             append(options.results / BREAKDOWN, tuple(parts), parts)
             print(parts, flush=True)
         row |= {
