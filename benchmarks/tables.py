@@ -162,11 +162,93 @@ def path_figures(row: dict[str, str] | None, kind: str) -> str:
     return " / ".join(three_digits(row[x]) if row[x] else why for x in columns)
 
 
+MIXERS = {
+    "gated_delta_net": "Gated DeltaNet",
+    "gated_delta_product": "Gated DeltaProduct, N = 2",
+    "delta_net": "DeltaNet",
+    "delta_product": "DeltaProduct, N = 2",
+}
+VARIANTS = {"householder-compiled": "householder", "householder": "householder, not compiled"}
+
+
+def language_model(case: str) -> str:
+    """Return the model and the precision that a case's name tells."""
+    mixer, *others = case.split("-340m-")[1].split("-")
+    return ", ".join([MIXERS[mixer], *(x for x in others if x in ("autocast", "bfloat16"))])
+
+
+def training_table() -> str:
+    """Training steps of language models."""
+    rows = read("language-model-gpu.csv")
+    lines = []
+    for (case, variant), row in sorted(rows.items(), key=lambda item: item[0][0]):
+        if not row["tokens_per_second"]:
+            continue
+        peer = rows.get((case, "fla"))
+        ratio = "–"
+        if peer and peer["tokens_per_second"] and variant != "fla":
+            ratio = f"{float(row['tokens_per_second']) / float(peer['tokens_per_second']):.2f}"
+        name = VARIANTS.get(variant, variant)
+        speed = f"{int(row['tokens_per_second']):,}"
+        bold = f"**{speed}**" if variant == "householder-compiled" else speed
+        lines.append(
+            [
+                language_model(case),
+                name,
+                bold,
+                ratio,
+                row["step_ms"],
+                row["peak_gib"],
+                row["commit"],
+            ]
+        )
+    return markdown(
+        "model | code | tokens per second | of fla's | step, ms | peak GiB | commit", lines
+    )
+
+
+def breakdown_table() -> str:
+    """Where the time of training steps goes."""
+    rows = read("language-model-breakdown-gpu.csv")
+    kinds = [
+        name for name in next(iter(rows.values())) if name not in ("case", "variant", "commit")
+    ]
+    lines = [
+        [language_model(case), VARIANTS.get(variant, variant), *(row[kind] for kind in kinds)]
+        for (case, variant), row in sorted(rows.items(), key=lambda item: item[0][0])
+    ]
+    return markdown(f"model | code | {' | '.join(kinds)}", lines)
+
+
+def writing_table() -> str:
+    """Tokens written per second, by batch size."""
+    rows = read("language-model-decoding-gpu.csv")
+    batches = sorted({int(case.rsplit("-", 1)[1]) for case, _ in rows})
+    lines = []
+    for batch in batches:
+        case = next(case for case, _ in rows if case.endswith(f"-batch-{batch}"))
+        ours, peer = (rows.get((case, name)) for name in ("householder", "fla"))
+        ratio = "–"
+        if ours and peer and peer["tokens_per_second"]:
+            ratio = f"{float(ours['tokens_per_second']) / float(peer['tokens_per_second']):.1f}"
+        cells = [
+            f"{int(row['tokens_per_second']):,} ({row['ms_per_token']} ms)"
+            if row and row["tokens_per_second"]
+            else "–"
+            for row in (ours, peer)
+        ]
+        lines.append([str(batch), f"**{cells[0]}**", cells[1], ratio])
+    return markdown("batch | householder, tokens per second (ms per token) | fla | ratio", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "path-attention-gpu": path_attention_table,
     "delta-product-gpu": delta_product_table,
     "delta-product-gpu-step": step_table,
     "delta-product-gpu-first-call": first_call_table,
+    "language-model-training": training_table,
+    "language-model-breakdown": breakdown_table,
+    "language-model-writing": writing_table,
 }
 
 

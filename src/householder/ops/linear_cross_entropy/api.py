@@ -41,7 +41,8 @@ def linear_cross_entropy(
     Args:
         x: `[..., D]`, M vectors in all.
         weight: W `[V, D]`, one row per token of the vocabulary.
-        labels: int64 `[...]`, from 0 to V − 1, or −100 where nothing is asked.
+        labels: int64 `[...]`, from 0 to V − 1, or −100 where nothing is asked. Another number is an
+            error on the CPU, and on a GPU makes the loss NaN.
         logits_at_once: how many logits may be in memory; None for 2²⁴, on a GPU 2²⁷.
         impl: `"chunk"` (in blocks, on any device), `"triton"` (the same with one GPU kernel for all
             that is not a product, for float32, bfloat16 and float16), `"reference"` (all logits at

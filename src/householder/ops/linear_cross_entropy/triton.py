@@ -23,7 +23,8 @@ def softmax_gradient_kernel(
     label = tl.load(labels + i_m)
     meant = label != ignore
     # Before anything is overwritten: the sums below wait for every warp.
-    at_label = tl.load(p_row + label, mask=meant, other=0.0).to(tl.float32)
+    exists = (label >= 0) & (label < V)
+    at_label = tl.load(p_row + label, mask=exists, other=float("nan")).to(tl.float32)
     o_v = tl.arange(0, BLOCK)
     largest = -float("inf")
     total = 0.0
