@@ -67,7 +67,7 @@ EXPERIMENTS = (
         "256 (a figure).",
         where="Parallelizing Linear Transformers with the Delta Rule over Sequence Length (Yang, "
         "Wang, Zhang, Shen, Kim, 2024), https://arxiv.org/abs/2406.06484",
-        cost="--size cpu: minutes on two cores; --size gpu: one GPU",
+        cost="--size cpu: minutes on two cores; --size gpu: one GPU, hours",
         command="householder reproduce recall",
     ),
     Experiment(
