@@ -13,7 +13,6 @@ transformers. Before it is timed, a graph's logits are compared with those of se
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import time
@@ -158,12 +157,7 @@ def main() -> None:
                     "torch": torch.__version__,
                     "commit": options.commit,
                 }
-                new = not path.exists()
-                with path.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                lm_gpu.append(path, COLUMNS, row)
                 print(*(f"{row.get(c, '')}" for c in COLUMNS[1:8]), sep="  ", flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()

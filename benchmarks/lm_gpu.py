@@ -27,9 +27,10 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ COLUMNS = (
 MIXERS = ("gated_delta_net", "gated_delta_product", "delta_net", "delta_product")
 VARIANTS = ("householder-compiled", "fla", "fla-compiled", "householder")
 PRECISIONS = ("autocast", "bfloat16")
+BREAKDOWN = "language-model-breakdown-gpu.csv"
+# By names of kernels, the first that fits; a compiler's names list what it has fused.
+KINDS = {
+    "products": "nvjet|gemm|cutlass|cublas",
+    "optimizer": "multi_tensor",
+    "softmax of the head": "softmax_gradient|SoftMax|cross_entropy|nll_loss",
+    "convolutions": "conv",
+    "recurrence": "hopper_|walk_|prepare_|activate_|gate_k|table_|segment|chunk_|wy_|w_u_|l2norm",
+    "norms": "norm",
+    "gates": "swiglu|silu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +210,17 @@ def measure(
     }
 
 
+def breakdown_of(listing: str) -> dict[str, float]:
+    """Return the milliseconds of each kind of work among `kernels`, and of all of it."""
+    total, *lines = listing.splitlines()
+    kinds = {"all": float(total.split()[0])} | dict.fromkeys((*KINDS, "elementwise"), 0.0)
+    for line in lines:
+        milliseconds, _, name = line.split(maxsplit=2)
+        kind = next((k for k, names in KINDS.items() if re.search(names, name)), "elementwise")
+        kinds[kind] += float(milliseconds)
+    return {kind: round(milliseconds, 1) for kind, milliseconds in kinds.items()}
+
+
 def kernels(step: Callable[[], Tensor], count: int = 60) -> str:
     """Return the kernels that take most of a step's time: milliseconds, calls, name."""
     from torch.profiler import ProfilerActivity, profile
@@ -299,6 +322,16 @@ def rows(
         process.join()
 
 
+def append(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
+    """Add a row to a file of them."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mixers", nargs="*", default=MIXERS, help=f"of {', '.join(MIXERS)}")
@@ -333,6 +366,10 @@ def main() -> None:
         listing = row.pop("kernels", "")
         if listing:
             (options.results / f"{case}-{variant}.txt").write_text(f"{listing}\n")
+            parts = {"case": case, "variant": variant, **breakdown_of(str(listing))}
+            parts["commit"] = options.commit
+            append(options.results / BREAKDOWN, tuple(parts), parts)
+            print(parts, flush=True)
         row |= {
             "date": datetime.date.today().isoformat(),
             "case": case,
@@ -341,12 +378,7 @@ def main() -> None:
             "torch": torch.__version__,
             "commit": options.commit,
         }
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(path, COLUMNS, row)
         print(*(f"{row.get(c, '')}" for c in COLUMNS[1:10]), sep="  ", flush=True)
 
 

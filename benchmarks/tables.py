@@ -109,16 +109,16 @@ def step_table() -> str:
 def first_call_table() -> str:
     """Seconds of the first calls of each configuration."""
     rows = read("delta-product-gpu.csv")
-    slowest: dict[tuple[str, ...], dict[str, str]] = {}
+    newest: dict[tuple[str, ...], dict[str, str]] = {}
     for (case, variant), row in rows.items():
         if variant != "householder" or not row["first_backward_s"]:
             continue
         (_, T, _, D), n, gate = sizes(case)
         dtype = case.split("-")[4] if case.count("-") > 3 else "bf16"
-        slowest[dtype, str(D), n, gate, "yes" if T > 4096 else "no"] = row
+        newest[dtype, str(D), n, gate, "yes" if T > 4096 else "no"] = row
     lines = [
         [*key, figures(row, "first_forward_s", "first_backward_s")]
-        for key, row in sorted(slowest.items(), key=lambda item: (item[0][0], int(item[0][1])))
+        for key, row in sorted(newest.items(), key=lambda item: (int(item[0][1]), item[0]))
     ]
     return markdown("dtype | K = V | N | gate | in segments | forward / backward, s", lines)
 

@@ -79,3 +79,17 @@ def test_training_of_a_small_model_is_measured():
         row = lm_gpu.measure("gated_delta_product", "householder", precision, sizes, False, "cpu")
         assert row["tokens_per_second"] > 0
         assert row["loss"] == pytest.approx(3.9, abs=0.2)
+
+
+def test_kernels_are_counted_by_what_they_do():
+    lm_gpu = importlib.import_module("lm_gpu")
+    listing = "   20.50 ms on the device\n    9.00    24 nvjet_sm90_tst\n    3.00     8 walk_kernel\n"
+    listing += "    2.00     8 triton_poi_fused_mul_silu_8\n    1.50     1 void at::native::add\n"
+    parts = lm_gpu.breakdown_of(listing)
+    assert parts.pop("all") == 20.5
+    assert {kind: ms for kind, ms in parts.items() if ms} == {
+        "products": 9.0,
+        "recurrence": 3.0,
+        "gates": 2.0,
+        "elementwise": 1.5,
+    }

@@ -52,6 +52,7 @@ def test_greedy_and_left_padded(model):
     assert torch.equal(together[1:], expected)
 
 
+@pytest.mark.slow
 def test_beams_do_not_depend_on_the_cache(model):
     prompt = tokens(2, 40)
     options = {**GREEDY, "num_beams": 3}
@@ -59,6 +60,7 @@ def test_beams_do_not_depend_on_the_cache(model):
     assert torch.equal(cached, whole)
 
 
+@pytest.mark.slow
 def test_assisted_is_greedy(model):
     prompt = tokens(1, 20).repeat(1, 2)
     expected = greedy(model, prompt)

@@ -1,4 +1,4 @@
-"""Whether kernels of `path_attention` are compiled again for other lengths: nothing runs here."""
+"""Which kernels of `path_attention` run, and what they are compiled for: nothing runs here."""
 
 import os
 from collections import defaultdict
@@ -34,18 +34,39 @@ def compiled(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", ["portable", "gated", "for Hopper"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_longer_sequences_compile_nothing_anew(lengths, gated, compiled):
+def test_longer_sequences_compile_nothing_anew(lengths, form, compiled, monkeypatch):
     from householder.ops.path_attention import triton
+    from householder.ops.path_attention.triton import problem
 
+    monkeypatch.setattr(problem, "is_hopper", lambda device: form == "for Hopper")
+    K, dtype = (128, torch.bfloat16) if form == "for Hopper" else (32, torch.float32)
     numbers = []
     for T in lengths:
-        q, k, v, w = (torch.zeros(2, T, 4, 32) for _ in range(4))
+        q, k, v, w = (torch.zeros(2, T, 4, K, dtype=dtype) for _ in range(4))
         beta = torch.zeros(2, T, 4)
-        inputs = q, k, v, w, beta, beta if gated else None, None, 0.3, None, None
+        inputs = q, k, v, w, beta, beta if form == "gated" else None, None, 0.3, None, None
         o, lse = triton.forward(*inputs)
         triton.backward(torch.zeros_like(o), *inputs, o, lse)
         numbers.append({kernel: len(variants) for kernel, variants in compiled.items()})
-    assert len(numbers[0]) > 6
+    assert len(numbers[0]) > 4
     assert numbers[-1] == numbers[0]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["half reflectors", "float32 reflectors"])
+def test_forms_that_copy_reflectors_beside_keys_want_them_in_one_dtype(wide, compiled, monkeypatch):
+    from householder.ops.path_attention import triton
+    from householder.ops.path_attention.triton import problem
+
+    monkeypatch.setattr(problem, "is_hopper", lambda device: True)
+    q, k, v, w = (torch.zeros(1, 700, 4, 128, dtype=torch.bfloat16) for _ in range(4))
+    beta = torch.zeros(1, 700, 4)
+    inputs = q, k, v, w.float() if wide else w, beta, None, None, 0.3, None, None
+    assert problem.make_problem(*inputs).precision == "bf16"
+    o, lse = triton.forward(*inputs)
+    grads = triton.backward(torch.zeros_like(o), *inputs, o, lse)
+    assert grads[3].dtype == inputs[3].dtype
+    portable = {"pairs_kernel", "solve_kernel", "columns_kernel", "values_kernel"}
+    assert portable & set(compiled) == (portable if wide else set())
+    assert ("chunk_kernel" in compiled) != wide

@@ -133,6 +133,7 @@ class RotaryAttention(KeyValueAttention):
         return_state: bool,
     ) -> tuple[Tensor, KeyValueState]:
         if cu_seqlens is not None and flash_takes(q):
+            cu_seqlens = cu_seqlens.to(q.device)
             position = packed_positions(cu_seqlens, q.shape[1])
             q, k = (rotate(y, position, self.base) for y in (q, k))
             return packed_attention(q, k, v, cu_seqlens, self.window), KeyValueState(k, v, None)
@@ -327,7 +328,7 @@ def packed_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         >>> packed_positions(torch.tensor([0, 3, 3, 5]), 5)
         tensor([0, 1, 2, 0, 1])
     """
-    index = torch.arange(num_tokens, device=cu_seqlens.device)
+    index = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
 
 

@@ -180,10 +180,10 @@ def store_tile_t(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def cast_operand(x, PRECISION: tl.constexpr):
-    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or others.
+    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or "fp16".
 
-    "fp16" is for what has norms of about 1, as products of reflections: it keeps three bits more
-    than bfloat16 at the same cost. "fp64" is for small triangles whose errors would add up.
+    The latter is for what has norms of about 1, as products of reflections: it keeps three bits
+    more than bfloat16 at the same cost.
     """
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
@@ -191,19 +191,15 @@ def cast_operand(x, PRECISION: tl.constexpr):
         return x.to(tl.float16)
     elif PRECISION == "tf32":
         return round_to_tf32(x.to(tl.float32))
-    elif PRECISION == "fp64":
-        return x.to(tl.float64)
     else:
         return x.to(tl.float32)
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """Multiply two tiles that went through `cast_operand`, into float32 (of "fp64", float64)."""
+    """Multiply two tiles that went through `cast_operand`, into float32."""
     if PRECISION == "bf16" or PRECISION == "fp16":
         return tl.dot(a, b)
-    elif PRECISION == "fp64":
-        return tl.dot(a, b, out_dtype=tl.float64)
     elif PRECISION == "tf32x3":
         return dot_in_parts(a, b)
     else:
@@ -215,8 +211,6 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
     """Return `acc + a b`."""
     if PRECISION == "bf16" or PRECISION == "fp16":
         return tl.dot(a, b, acc)
-    elif PRECISION == "fp64":
-        return tl.dot(a, b, acc, out_dtype=tl.float64)
     elif PRECISION == "tf32x3":
         return acc + dot_in_parts(a, b)
     else:
@@ -278,9 +272,7 @@ def join_all(blocks):
 
 @triton.jit
 def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
-    """Return `(I + m)⁻¹` for a strictly lower triangular tile `m [R, R]`, R = 16, 32 or 64.
-
-    The tile is float32, or float64 with PRECISION "fp64".
+    """Return `(I + m)⁻¹` for a strictly lower triangular float32 tile `m [R, R]`, R = 16, 32 or 64.
 
     The diagonal blocks of 16 are inverted all at once, then joined pairwise by
     `[[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [−D⁻¹ C A⁻¹, D⁻¹]]`. With X the inverse of the block diagonal
@@ -298,19 +290,18 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
     o_b = tl.arange(0, R // 16)
     on_diagonal = o_b[:, None, None, None] == o_b[None, None, :, None]
     blocks = tl.sum(tl.where(on_diagonal, tl.reshape(m, (R // 16, 16, R // 16, 16)), 0.0), axis=2)
-    exact: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "fp64"
-    x = substitute(blocks) if exact else join_all(blocks)
+    x = substitute(blocks) if PRECISION == "tf32x3" else join_all(blocks)
     x = tl.where(on_diagonal, tl.reshape(x, (R // 16, 16, 1, 16)), 0.0)
     x = tl.reshape(x, (R, R))
     for level in tl.static_range(R // 32):
         beside = tl.where(beside_diagonal(o_r, 16 << level), -m, 0.0)
-        if exact:
+        if PRECISION == "tf32x3":
             product = dot(x, beside, PRECISION)
             x = dot_add(product, x, x, PRECISION)
         else:
             right = x.to(tl.float16)
             x = tl.dot(tl.dot(right, beside.to(tl.float16)).to(tl.float16), right, x)
-    if not exact:
+    if PRECISION != "tf32x3":
         right = x.to(tl.float16)
         x = right.to(tl.float32)
         high = (-m).to(tl.float16)

@@ -35,7 +35,7 @@ def store_rows(x, b_x, o_m, o_d, M, D):
 
 
 @triton.jit
-def forward_kernel(
+def gated_norm_kernel(
     x, gate, weight, y, eps, M, D, x_m, gate_m, BM: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Normalise and gate a tile of rows."""
@@ -50,7 +50,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gated_norm_gradient_kernel(
     dy, x, gate, weight, dx, dgate, dweight, eps, M, D, x_m, gate_m,
     BM: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     M, D = x.shape
     BM, BD = _tile(D)
     if M:
-        forward_kernel[(-(-M // BM),)](
+        gated_norm_kernel[(-(-M // BM),)](
             x, gate, weight.contiguous(), y, eps, M, D, x.stride(0), gate.stride(0),
             BM=BM, BD=BD, num_warps=WARPS,
         )  # fmt: skip
@@ -115,7 +115,7 @@ def backward(
     parts = -(-M // (BM * TILES))
     dweight = torch.empty(parts, D, dtype=torch.float32, device=x.device)
     if M:
-        backward_kernel[(parts,)](
+        gated_norm_gradient_kernel[(parts,)](
             dy, x, gate, weight.contiguous(), dx, dgate, dweight, eps, M, D, x.stride(0),
             gate.stride(0), BM=BM, BD=BD, TILES=TILES, num_warps=WARPS,
         )  # fmt: skip

@@ -118,8 +118,8 @@ def householder_frame(
         impl: as in `householder_product`.
 
     Returns:
-        `[*, D, M]`, in the dtype of `reflectors` (complex if `beta` is). In float32, on the CPU,
-        ‖QᵀQ − I‖₂ of an orthogonal product (`beta=None`, N ≤ D) is at most 4 √D times
+        `[*, D, M]`, in the dtype of `reflectors` (complex if `beta` is). In float32, on CPU and
+        CUDA, ‖QᵀQ − I‖₂ of an orthogonal product (`beta=None`, N ≤ D) is at most 4 √D times
         float32's ε, however close the reflectors are to one another: Q changes the square of no
         vector's length by more. A float32 `beta` is as near to 2 / ‖k‖² as it is rounded.
 

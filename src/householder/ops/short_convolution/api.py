@@ -86,7 +86,7 @@ def short_convolution(
                 "sequence in front of it"
             )
         position = _positions(cu_seqlens, T)
-    if runs_triton(op, impl, x.device, lambda: why_not_triton(**tensors)):
+    if runs_triton(op, impl, x.device, lambda: why_not_triton(weight.shape[-1], tensors)):
         return apply(Convolve, x, weight, history, position, silu)
     return reference.forward(x, weight, history, position, silu)
 
@@ -138,7 +138,7 @@ def short_convolution_step_(
             f"{op}: a state that is changed has no gradients, and gradients are on; use "
             "torch.no_grad(), or short_convolution with `history`"
         )
-    if runs_triton(op, impl, x.device, lambda: why_not_triton(**tensors)):
+    if runs_triton(op, impl, x.device, lambda: why_not_triton(weight.shape[-1], tensors)):
         return short_convolution_step_op(x, weight, state, silu)
     y = reference.forward(x.unsqueeze(1), weight, state, None, silu).squeeze(1)
     state.copy_(

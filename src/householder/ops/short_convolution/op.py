@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from householder.ops._dispatch import (
 TRITON_MAX_WIDTH = 4
 
 
-def why_not_triton(weight: Tensor, **others: Tensor | None) -> str | None:
+def why_not_triton(width: int, tensors: Mapping[str, Tensor | None]) -> str | None:
     """Return why the Triton form cannot take these inputs, or None if it can."""
-    if weight.shape[-1] > TRITON_MAX_WIDTH:
-        return f"W must be at most {TRITON_MAX_WIDTH}, got {weight.shape[-1]}"
-    return _dispatch.why_not_triton({"weight": weight, **others}, {})
+    if width > TRITON_MAX_WIDTH:
+        return f"W must be at most {TRITON_MAX_WIDTH}, got {width}"
+    return _dispatch.why_not_triton(tensors, {})
 
 
 def _kernels() -> Any:

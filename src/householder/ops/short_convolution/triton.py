@@ -13,7 +13,7 @@ from householder.ops._triton import addressable, on_its_device, power_of_two
 # as with other tiles of 16 to 32 tokens.
 TOKENS, CHANNELS, WARPS = 16, 128, 4
 # The same of one warp that goes through a sequence, and for how many tiles.
-LONG_TOKENS, LONG_CHANNELS, TILES = 4, 256, 16
+LONG_TOKENS, LONG_CHANNELS, TILES = 8, 128, 16
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def convolve(
 
 
 @triton.jit
-def forward_kernel(
+def convolution_kernel(
     x, weight, history, position, y, T, D, x_b, x_t,
     W: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def forward_kernel(
 
 
 @triton.jit
-def activation_gradient_kernel(
+def convolution_activation_gradient_kernel(
     x, weight, history, position, dy, du, T, D, x_b, x_t,
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def activation_gradient_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def convolution_gradient_kernel(
     du, x, weight, history, position, dx, dhistory, dweight, T, D, x_b, x_t,
     W: tl.constexpr, PAST: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def step_kernel(
+def convolution_step_kernel(
     x, weight, state, y, D, x_b, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Convolve one token's channels and move the state on by it; every thread has its own."""
@@ -187,7 +187,7 @@ def forward(
     B, T, D = x.shape
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     if y.numel():
-        forward_kernel[_grid(B, T, D)](
+        convolution_kernel[_grid(B, T, D)](
             x, weight, None if history is None else history.contiguous(), position, y, T, D,
             x.stride(0), x.stride(1), W=weight.shape[-1], SILU=silu, BT=TOKENS, BD=CHANNELS,
             num_warps=WARPS,
@@ -220,12 +220,12 @@ def backward(
         du = dy
         if silu:
             du = torch.empty_like(dy)
-            activation_gradient_kernel[_grid(B, T, D)](
+            convolution_activation_gradient_kernel[_grid(B, T, D)](
                 x, flat, history, position, dy, du, T, D, x.stride(0), x.stride(1),
                 W=W, BT=TOKENS, BD=CHANNELS, num_warps=WARPS,
             )  # fmt: skip
         block = power_of_two(D, most=LONG_CHANNELS)
-        gradient_kernel[(parts, -(-D // block))](
+        convolution_gradient_kernel[(parts, -(-D // block))](
             du, x, flat, history, position, dx, dhistory, dweight, T, D, x.stride(0), x.stride(1),
             W=W, PAST=past, BT=LONG_TOKENS, BD=block, TILES=TILES, num_warps=1,
         )  # fmt: skip
@@ -246,7 +246,7 @@ def step_(x: Tensor, weight: Tensor, state: Tensor, silu: bool) -> Tensor:
     y = torch.empty(B, D, dtype=x.dtype, device=x.device)
     if B:
         block = 256
-        step_kernel[(B, -(-D // block))](
+        convolution_step_kernel[(B, -(-D // block))](
             x, weight.contiguous(), state, y, D, x.stride(0), W=weight.shape[-1], SILU=silu,
             BD=block, num_warps=WARPS,
         )  # fmt: skip

@@ -13,7 +13,7 @@ BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
-def forward_kernel(gate, up, y, size, BLOCK: tl.constexpr):
+def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
     """Gate a range of numbers."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
@@ -23,7 +23,7 @@ def forward_kernel(gate, up, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
+def swiglu_gradient_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
     """Write the gradients of a range of numbers."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
@@ -42,7 +42,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(up)
     if size := y.numel():
-        forward_kernel[(-(-size // BLOCK),)](gate, up, y, size, BLOCK=BLOCK, num_warps=WARPS)
+        swiglu_kernel[(-(-size // BLOCK),)](gate, up, y, size, BLOCK=BLOCK, num_warps=WARPS)
     return y
 
 
@@ -52,7 +52,7 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     if size := dy.numel():
-        backward_kernel[(-(-size // BLOCK),)](
+        swiglu_gradient_kernel[(-(-size // BLOCK),)](
             dy, gate, up, dgate, dup, size, BLOCK=BLOCK, num_warps=WARPS
         )
     return dgate, dup

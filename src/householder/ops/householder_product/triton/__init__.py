@@ -14,11 +14,7 @@ from householder.ops._triton import addressable, dot_precision, on_its_device, o
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.apply import inner, outer, update
 from householder.ops.householder_product.triton.gradient import reflector_gradients
-from householder.ops.householder_product.triton.prepare import (
-    Triangles,
-    prepare,
-    triangle_precision,
-)
+from householder.ops.householder_product.triton.prepare import Triangles, prepare
 from householder.ops.householder_product.triton.product import product
 
 __all__ = ["backward", "forward", "saved_shapes"]
@@ -67,8 +63,7 @@ def forward(
     if x is not None and is_fused(True, k.shape[1]):
         precision = dot_precision(k)
         x = addressable(x)
-        # Triangles of another precision than the rows' have inner products of their own.
-        p, gram = inner(x, k, precision, with_gram=triangle_precision(k) != "fp64")
+        p, gram = inner(x, k, precision, with_gram=k.dtype != torch.float32)
         triangles = prepare(k, beta, operand_dtype(precision), gram)
         y = update(x, p, triangles.right if transpose else triangles.left, precision)
     else:

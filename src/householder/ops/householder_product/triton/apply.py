@@ -15,6 +15,7 @@ from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import cast_operand, dot, dot_add, operand_dtype
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
+from householder.ops.householder_product.triton.launch import launch
 
 
 @triton.jit
@@ -94,12 +95,13 @@ def inner(x: Tensor, k: Tensor, precision: str, with_gram: bool) -> tuple[Tensor
     R = config.block_size(N)
     p = x.new_empty(G, M, N, dtype=operand_dtype(precision))
     gram = x.new_empty(G, 1, 1, R, R, dtype=torch.float32) if with_gram else None
-    launch = config.inner_launch(R, precision)
-    rows = launch.tiles["BM"]
+    tiling = config.inner_launch(R, precision)
+    rows = tiling.tiles["BM"]
     programs = cdiv(M, rows) + (cdiv(R, rows) if with_gram else 0)
-    inner_kernel[(G * programs,)](
-        x, k, p, gram, M, N, D, *x.stride()[:2], *k.stride()[:2],
-        R=R, GRAM=with_gram, PRECISION=precision, **launch.options,
+    launch(
+        inner_kernel, (G * programs,), x, k, p, gram, M=M, N=N, D=D,
+        x_g=x.stride(0), x_m=x.stride(1), k_g=k.stride(0), k_n=k.stride(1),
+        R=R, GRAM=with_gram, PRECISION=precision, **tiling.options,
     )  # fmt: skip
     return p, gram
 
@@ -110,11 +112,12 @@ def update(x: Tensor, p: Tensor, w: Tensor, precision: str) -> Tensor:
     N = p.shape[2]
     y = contiguous_like(x)
     R = config.block_size(N)
-    launch = config.update_launch(R, precision)
-    tiles = cdiv(M, launch.tiles["BM"]) * cdiv(D, launch.tiles["BD"])
-    update_kernel[(G * tiles,)](
-        x, p, w, y, M, N, D, *x.stride()[:2], R=R, PRECISION=precision, **launch.options
-    )
+    tiling = config.update_launch(R, precision)
+    tiles = cdiv(M, tiling.tiles["BM"]) * cdiv(D, tiling.tiles["BD"])
+    launch(
+        update_kernel, (G * tiles,), x, p, w, y, M=M, N=N, D=D, x_g=x.stride(0), x_m=x.stride(1),
+        R=R, PRECISION=precision, **tiling.options,
+    )  # fmt: skip
     return y
 
 
@@ -203,16 +206,17 @@ def outer(
     G, M, D = x.shape
     N = v.shape[2]
     R, splits = config.block_size(N), config.outer_splits(M)
-    launch = config.outer_launch(R, precision)
+    tiling = config.outer_launch(R, precision)
     out = torch.empty(2, splits, G, N, D, dtype=torch.float32, device=x.device)
     parts = None
     if p.dtype == x.dtype:
         parts = torch.empty(G, 1, splits, R, R, dtype=torch.float32, device=x.device)
-    columns = launch.tiles["BD"]
+    columns = tiling.tiles["BD"]
     programs = 2 * cdiv(D, columns) + (0 if parts is None else cdiv(R, columns))
-    outer_kernel[(G * programs, splits)](
-        v, x, p, dy, out, parts, M, N, D, *x.stride()[:2], *dy.stride()[:2], G,
+    launch(
+        outer_kernel, (G * programs, splits), v, x, p, dy, out, parts, M=M, N=N, D=D,
+        x_g=x.stride(0), x_m=x.stride(1), dy_g=dy.stride(0), dy_m=dy.stride(1), G=G,
         R=R, SPLITS=splits, PARTS=parts is not None, TRANSPOSE=transpose,
-        PRECISION=precision, **launch.options,
+        PRECISION=precision, **tiling.options,
     )  # fmt: skip
     return out[0], out[1], parts

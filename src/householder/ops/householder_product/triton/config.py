@@ -82,6 +82,14 @@ def cross_splits(D: int) -> int:
     return cdiv(D, CROSS_COLUMNS)
 
 
+def wide_columns(D: int) -> int:
+    """Return how many columns one program of the float64 sums over D takes.
+
+    They come in at most eight parts, which one program of each block adds up.
+    """
+    return max(128, cdiv(D, 64) * 8)
+
+
 def outer_splits(M: int) -> int:
     """Return among how many programs a sum over M rows is shared out."""
     return max(1, min(MAX_OUTER_SPLITS, M // OUTER_ROWS))
@@ -129,12 +137,6 @@ def product_launch(M: int, N: int, K: int) -> Launch:
     if min(M, N) <= MAX_BLOCK and K <= 1024:
         return Launch({"BM": 32, "BN": 32, "BK": 64}, 4, 3)
     return Launch({"BM": 64, "BN": 64, "BK": 32}, 4, 3)
-
-
-@functools.cache
-def cross_launch(precision: str) -> Launch:
-    """Parameters of the inner products of reflectors; columns at a time."""
-    return Launch({"BD": 32 if precision == "fp64" else 64}, 4, 2)
 
 
 @functools.cache

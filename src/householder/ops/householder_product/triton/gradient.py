@@ -20,9 +20,9 @@ from householder.ops._dispatch import contiguous_like
 from householder.ops._triton import dot_add
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
-from householder.ops.householder_product.triton.prepare import (
-    Triangles,
-    cross,
+from householder.ops.householder_product.triton.launch import launch
+from householder.ops.householder_product.triton.prepare import Triangles, cross
+from householder.ops.householder_product.triton.tiles import (
     load_rows,
     on_diagonal,
     store_rows,
@@ -163,15 +163,16 @@ def reflector_gradients(
     h, symmetric = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
     dbeta = None if beta is None else contiguous_like(beta)
     dk = contiguous_like(k)
-    triangle_back_kernel[(G * blocks,)](
-        parts, triangles.inverse, triangles.gram, triangles.beta, h, symmetric, dbeta, N,
-        BLOCKS=blocks, R=R, TILE=tile, SPLITS=parts.shape[2],
-        GIVEN=beta is not None, num_warps=4, num_stages=1,
+    launch(
+        triangle_back_kernel, (G * blocks,), parts, triangles.inverse, triangles.gram,
+        triangles.beta, h, symmetric, dbeta, N=N, BLOCKS=blocks, R=R, TILE=tile,
+        SPLITS=parts.shape[2], GIVEN=beta is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
-    launch = config.square_launch()
-    reflector_back_kernel[(G * blocks * (R // tile), cdiv(D, launch.tiles["BD"]))](
-        a, b, k, triangles.inverse, triangles.beta, symmetric, dk, N, D,
-        a.stride(0), b.stride(0), *k.stride()[:2],
-        BLOCKS=blocks, R=R, TILE=tile, SUMS_A=a.shape[0], SUMS_B=b.shape[0], **launch.options,
+    tiling = config.square_launch()
+    launch(
+        reflector_back_kernel, (G * blocks * (R // tile), cdiv(D, tiling.tiles["BD"])),
+        a, b, k, triangles.inverse, triangles.beta, symmetric, dk, N=N, D=D,
+        a_s=a.stride(0), b_s=b.stride(0), k_g=k.stride(0), k_n=k.stride(1),
+        BLOCKS=blocks, R=R, TILE=tile, SUMS_A=a.shape[0], SUMS_B=b.shape[0], **tiling.options,
     )  # fmt: skip
     return dk, dbeta

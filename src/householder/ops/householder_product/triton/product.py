@@ -9,6 +9,7 @@ from torch import Tensor
 from householder.ops._triton import cast_operand, dot_add
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
+from householder.ops.householder_product.triton.launch import launch
 
 
 @triton.jit
@@ -93,13 +94,18 @@ def product(
     """
     G, M, K = a.shape
     N = b.shape[2]
-    launch = config.product_launch(M, N, K)
+    tiling = config.product_launch(M, N, K)
     parts = out if out.dim() == 4 else out.unsqueeze(0)
-    tiles = cdiv(N, launch.tiles["BN"]) * cdiv(M, launch.tiles["BM"])
-    product_kernel[(G * tiles, parts.shape[0])](
-        a, b, plus, out, M, N, K, *a.stride(), *b.stride(),
-        *((0, 0, 0) if plus is None else plus.stride()), *parts.stride(),
+    tiles = cdiv(N, tiling.tiles["BN"]) * cdiv(M, tiling.tiles["BM"])
+    a_g, a_m, a_k = a.stride()
+    b_g, b_k, b_n = b.stride()
+    c0_g, c0_m, c0_n = (0, 0, 0) if plus is None else plus.stride()
+    c_s, c_g, c_m, c_n = parts.stride()
+    launch(
+        product_kernel, (G * tiles, parts.shape[0]), a, b, plus, out, M=M, N=N, K=K,
+        a_g=a_g, a_m=a_m, a_k=a_k, b_g=b_g, b_k=b_k, b_n=b_n,
+        c0_g=c0_g, c0_m=c0_m, c0_n=c0_n, c_s=c_s, c_g=c_g, c_m=c_m, c_n=c_n,
         SPLITS=parts.shape[0], MINUS=minus, IDENTITY=plus_identity,
-        TRIANGLE=triangle, LOWER=lower, **launch.options,
+        TRIANGLE=triangle, LOWER=lower, **tiling.options,
     )  # fmt: skip
     return out

@@ -204,7 +204,7 @@ def forward(
     o = v.new_empty(B, T, HQ, V)
     lse = v.new_empty(B, T, HQ, dtype=torch.float32)
     tree = build_tree_and_begin(p, o, lse)
-    if p.suits_roles:
+    if o.numel() and p.suits_roles:
         from householder.ops.path_attention.triton import hopper_attend
 
         hopper_attend.attend(p, tree.q, tree.k, tree.f, o, lse)

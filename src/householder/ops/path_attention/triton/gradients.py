@@ -29,7 +29,12 @@ from householder.ops.path_attention.triton.descend import (
     sum_kernel,
 )
 from householder.ops.path_attention.triton.gates_back import gate_kernel, totals_kernel
-from householder.ops.path_attention.triton.problem import Problem, make_problem, strides
+from householder.ops.path_attention.triton.problem import (
+    Problem,
+    has_near_heads,
+    make_problem,
+    strides,
+)
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
 # Chunks whose sums of the gates' gradients are loaded at once.
@@ -265,7 +270,8 @@ def backward(
         return dq, dk, dv, dw, dbeta, dg, dsinks
     do, o, lse = addressable(do), addressable(o), lse.contiguous()
     if p.suits_hopper:
-        do, o = (x if has_wide_rows(x) else x.contiguous() for x in (do, o))
+        suitable = (has_wide_rows(x) and has_near_heads(x) for x in (do, o))
+        do, o = (x if ok else x.contiguous() for x, ok in zip((do, o), suitable, strict=True))
     dtype = torch.bfloat16 if p.precision == "bf16" else torch.float32
 
     tree = build_tree(p, inverse=True)

@@ -86,6 +86,11 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_{letter}": x.stride(i) for i, letter in enumerate("bth")}
 
 
+def has_near_heads(x: Tensor) -> bool:
+    """Return whether offsets of heads of `x [B, T, H, D]` fit into 31 bits."""
+    return x.shape[2] * x.stride(2) < 2**31
+
+
 class Problem(NamedTuple):
     """The op's inputs as the kernels read them, and what follows from their shapes."""
 
@@ -152,21 +157,30 @@ class Problem(NamedTuple):
     def suits_roles(self) -> bool:
         """Whether the kernels whose warps have roles take the inputs too.
 
-        They copy whole squares of 64 columns, by 32-bit numbers of rows and columns.
+        They copy whole squares of 64 columns, by 32-bit numbers of rows and columns. So many rows
+        as these do not count fit into no memory: what a sequence gives is left to its own sizes.
         """
         most = max(2 * self.chunks * self.k.shape[-1], self.num_levels * self.rows)
-        columns = self.v.shape[2] * max(self.v.stride(2), self.v.stride(1))
         return (
             self.suits_hopper
             and self.num_levels > 0
             and {self.k.shape[-1], self.v.shape[-1]} <= {64, 128}
-            and max(most * self.heads, columns) < 2**31
+            and most * self.heads < 2**31
+            and has_near_heads(self.v)
         )
+
+    @property
+    def suits_squares(self) -> bool:
+        """Whether the forms for Hopper that copy all of a chunk into shared memory take the inputs.
+
+        They multiply reflectors and keys as they are, and so want them in one dtype.
+        """
+        return self.suits_hopper and self.heads == self.k.shape[2] and self.w.dtype == self.k.dtype
 
     @property
     def fuses_chunks(self) -> bool:
         """Whether one kernel makes all gradients inside the chunks."""
-        return self.suits_hopper and self.precision == "bf16" and self.heads == self.k.shape[2]
+        return self.suits_squares and self.precision == "bf16"
 
     @property
     def constants(self) -> dict[str, Any]:

@@ -340,7 +340,7 @@ def prepare(p: Problem, tree: Tree, o: Tensor | None, lse: Tensor | None) -> Non
     V, L = p.v.shape[-1], p.num_levels
     tensors = (("q", p.q), ("k", p.k), ("v", p.v), ("w", p.w), ("beta", p.beta))
     steps = {name: step for x in tensors for name, step in strides(*x).items()}
-    if p.suits_hopper and p.heads == H and p.w.dtype == p.k.dtype:
+    if p.suits_squares:
         from householder.ops.path_attention.triton import hopper_prepare
 
         launch = config.hopper_prepare_launch(K, V)

@@ -1,8 +1,8 @@
 """New tokens on a GPU, one or a few: Triton kernels over the tensors of a `Store`.
 
-Three kernels. `enter` puts the tokens behind the recent ones and brings their queries to the end of
-the newest block; `attend` lets them meet recent keys, and brings them on to the block of each span
-of tokens and lets them meet its keys, side by side; `finish` joins the parts of the softmax and
+Four kernels. `enter` puts the tokens behind the recent ones and brings their queries to the end of
+the newest block; `paths` brings these to the end of every other block; `attend` lets queries meet
+recent keys, and those of blocks in spans side by side; `finish` joins the parts of the softmax and
 counts the tokens. How many tokens there are is read from the device, so that a captured graph can
 be replayed as the cache grows; and a span has the same tokens whatever the batch, so that a row's
 output does not depend on the others.
@@ -23,19 +23,17 @@ from householder.ops.path_attention.cache.triton.attend import (
 )
 from householder.ops.path_attention.cache.triton.enter import enter_kernel, enter_one_kernel
 
-# New tokens of a sequence at most.
-MAX_NEW = 16
-TILE = 32
-STAGES = 3
+# Whether a kernel starts while the one before it ends, where a GPU can do so.
 OVERLAP = True
-# Query heads of a key head for which sums are faster than tiles.
+# Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
-ENTER_BC, ENTER_WARPS, ENTER_REGS = 64, 8, None
+# Recent tokens at a time, and warps, of `enter`; of a path's columns; of the others.
+ENTER_BC, ENTER_WARPS = 64, 8
 PATH_COLUMNS = 64
 RECENT_TILE = 32
-ATTEND_WARPS, ATTEND_REGS, FINISH_WARPS = 4, None, 4
-# Keys and values that are brought to the L2 cache before the queries are there, in bytes: as much
-# as fits it together, and at most so much for each program.
+TILE, STAGES, ATTEND_WARPS, ATTEND_REGS = 32, 3, 4, 128
+# Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
+# programs that can wait at a time.
 FETCHED = 25 << 20
 # Keys of the smallest block, as in the store.
 BLOCK = 64
@@ -102,36 +100,35 @@ def decode(
     keys, values, paths = store["keys"], store["values"], store["paths"]
     room, recent_room, triangle_room = keys.shape[2], store["w"].shape[2], store["ty"].shape[2]
     gated = g is not None
-    # Blocks that any row may have, but the newest.
-    num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
-    size = keys.element_size()
     BK, BV = power_of_two(K), power_of_two(V)
-    # More queries at a time would not fit the registers.
-    BG = power_of_two(N * G, most=32 if max(BK, BV) > 128 else 64)
-    chunks = -(-N * G // BG)
-    SPAN = span(N * G)
-    levels = (SPAN // BLOCK).bit_length() - 1
-    num_parts = 1 + num_tokens // SPAN + levels
+    size = keys.element_size()
     # From Hopper on a kernel can start while the one before it ends, and wait inside for it.
     overlap = OVERLAP and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     early = {"launch_pdl": True} if overlap else {}
-    fetched = 0
-    if overlap and BLOCK * min(K, V) * size >= 512:
-        fetched = min(SPAN * min(K, V) * size, FETCHED // (2 * B * H * chunks * num_parts))
-        fetched = 1 << fetched.bit_length() - 1 if fetched >= 512 else 0
-    memory = partial(q.new_empty, dtype=torch.float32)
+
+    SPAN = span(N * G)
+    levels = (SPAN // BLOCK).bit_length() - 1
+    num_parts = 1 + num_tokens // SPAN + levels
+    # Blocks that any row may have, but the newest.
+    num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
     num_queries = 2 + num_paths
+    # More queries at a time would not fit the registers.
+    wide = max(BK, BV) > 128
+    BG = power_of_two(N * G, most=16 if wide else 64)
+    chunks, chunks_of_16 = -(-N * G // BG), -(-N * G // 16)
+    fetched = FETCHED // (2 * B * H * chunks * num_parts)
+
+    memory = partial(q.new_empty, dtype=torch.float32)
     queries = memory(B, H, num_queries, N * G, K)
-    wk = memory(B, H, 16, triangle_room)
     along = memory(2 if gated else 1, B, H, N * G, triangle_room)
+    wk = memory(B, H, 16, triangle_room)
+    decays, shifts = (along[1], memory(B, H, N * G)) if gated else (None, None)
     parts = memory(B, H, N * G, num_parts, V)
     tops = memory(2, B, H, N * G, num_parts)
-    decays = along[1] if gated else None
-    shifts = memory(B, H, N * G) if gated else None
     o = v.new_empty(B, N, HQ, V)
-    shape = {"G": G, "V": V, "BV": BV, "BLOCK": BLOCK, "OVERLAP": overlap}
+
     single = N == 1 and MAX_SUMMED >= G
-    enter, programs = (enter_one_kernel, 3) if single else (enter_kernel, -(-N * G // 16) + 2)
+    enter, programs = (enter_one_kernel, 3) if single else (enter_kernel, chunks_of_16 + 2)
     enter[(B * H, programs)](
         q, k, v, w, beta, g, counts, new,
         keys, values, store["w"], store["beta"], store.get("g"), store["tw"], store["ty"],
@@ -139,31 +136,32 @@ def decode(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
         scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room,
-        G=G, K=K, V=V, BK=BK, BV=BV, BC=ENTER_BC, BR=power_of_two(triangle_room),
-        GATED=gated, FETCHED=BLOCK * BK * w.element_size() if fetched else 0, OVERLAP=overlap,
-        **({} if single else {"SINGLE": N == 1}),
-        num_warps=ENTER_WARPS, num_stages=1, maxnreg=ENTER_REGS,
+        G=G, K=K, V=V, BK=BK, BV=BV, BC=ENTER_BC // 2 if wide else ENTER_BC,
+        BR=power_of_two(triangle_room), GATED=gated, OVERLAP=overlap,
+        **({} if single else {"SINGLE": N == 1}), num_warps=ENTER_WARPS, num_stages=1,
     )  # fmt: skip
     if num_paths:
-        paths_kernel[(B * H * -(-N * G // 16), num_paths * -(-K // PATH_COLUMNS))](
+        columns = PATH_COLUMNS // 2 if wide else PATH_COLUMNS
+        paths_kernel[(B * H * chunks_of_16, num_paths * -(-K // columns))](
             paths, counts, new, queries, B, H, N, num_queries,
-            G=G, K=K, BK=BK, KC=PATH_COLUMNS, BLOCK=BLOCK, PRECISION=precision(paths),
+            G=G, K=K, BK=BK, KC=columns, BLOCK=BLOCK, PRECISION=precision(paths),
             OVERLAP=overlap, num_warps=4, **early,
         )  # fmt: skip
-    tile_bytes = TILE * (BK + BV) * size
     attend_kernel[(num_parts, B * H * chunks)](
         keys, values, store.get("block_decay"), store["ty"], store.get("path_decays"),
         counts, new, queries, along, wk, decays, shifts, parts, tops,
-        0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
-        **shape, K=K, BK=BK, BG=BG, BC=RECENT_TILE, SPAN=SPAN, LEVELS=levels, TILE=TILE,
-        FETCHED=fetched, GATED=gated, WINDOWED=window is not None,
-        PRECISION=precision(keys), VALUE_PRECISION=precision(values),
-        STAGES=STAGES if tile_bytes <= 1 << 15 else 2,
-        num_warps=ATTEND_WARPS, num_stages=1, maxnreg=ATTEND_REGS, **early,
+        0 if window is None else window, fetched, B, H, N, num_queries, num_parts, room,
+        triangle_room,
+        G=G, K=K, V=V, BK=BK, BV=BV, BG=BG, BC=RECENT_TILE // 2 if wide else RECENT_TILE,
+        SPAN=SPAN, LEVELS=levels, TILE=TILE, BLOCK=BLOCK, GATED=gated,
+        WINDOWED=window is not None, PRECISION=precision(keys), VALUE_PRECISION=precision(values),
+        OVERLAP=overlap, STAGES=STAGES if TILE * (BK + BV) * size <= 1 << 15 else 2,
+        num_warps=2 * ATTEND_WARPS if wide else ATTEND_WARPS, num_stages=1,
+        maxnreg=ATTEND_REGS if BG == 16 and size == 2 else None, **early,
     )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
         parts, tops, sinks, counts, new, o, B, H, N, num_parts,
-        **shape, PARTS=(1 << 13) // BV, SPAN=SPAN, WITH_SINKS=sinks is not None,
-        num_warps=FINISH_WARPS, **early,
+        G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
+        WITH_SINKS=sinks is not None, OVERLAP=overlap, num_warps=4, **early,
     )  # fmt: skip
     return o

@@ -9,6 +9,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from householder.ops._triton import cast_operand, dot, dot_add
 from householder.ops.path_attention.cache.triton.fetch import fetch_to_l2
 
+# Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
+NOT_SPECIAL = ["B", "H", "N", "num_queries", "num_parts", "room"]
+
 
 @triton.jit
 def weigh(weights, values, acc, PRECISION: tl.constexpr):
@@ -103,15 +106,17 @@ def paths_kernel(
     tl.store(p_query + o_c[None, :], q, mask=m_g[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["window", "B", "H", "N", "num_queries", "num_parts", "room"])
+@triton.jit(
+    do_not_specialize=["window", "fetched", "B", "H", "N", "num_queries", "num_parts", "room"]
+)
 def attend_kernel(
     p_keys, p_values, p_block_decay, p_ty, p_path_decays, p_counts, p_new,
     p_queries, p_along, p_wk, p_decays, p_shifts, p_parts, p_tops,
-    window, B, H, N, num_queries, num_parts, room, triangle_room,
+    window, fetched, B, H, N, num_queries, num_parts, room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    FETCHED: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
     VALUE_PRECISION: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row and key head and part of the queries): attend to the i-th part of the keys.
@@ -207,11 +212,11 @@ def attend_kernel(
     else:
         p_keys += (head * room + first) * K
         p_values += (head * room + first) * V
-        if FETCHED:
+        if OVERLAP:
             # They come while the kernel before this one still runs.
             bytes_of: tl.constexpr = p_keys.dtype.element_ty.primitive_bitwidth // 8
-            fetch_to_l2(p_keys, size * K * bytes_of, FETCHED)
-            fetch_to_l2(p_values, size * V * bytes_of, FETCHED)
+            fetch_to_l2(p_keys, tl.minimum(size * K * bytes_of, fetched), 1 << 16)
+            fetch_to_l2(p_values, tl.minimum(size * V * bytes_of, fetched), 1 << 16)
         # As many blocks are newer as there are ones behind the first binary digit in which its
         # number differs from the number of blocks.
         behind = blocks ^ (first // BLOCK)

@@ -95,7 +95,7 @@ def enter_one_kernel(
     scale, B, H, N, num_queries, room, recent_room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    GATED: tl.constexpr, FETCHED: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Do what `enter_kernel` does for one token and few query heads a key head.
 
@@ -109,9 +109,9 @@ def enter_one_kernel(
     p_ws += head * recent_room * K
     p_tw += head * triangle_room * K
     p_ty += head * triangle_room * triangle_room
-    if FETCHED:
+    if OVERLAP:
         # Before the counts have come.
-        fetch_to_l2(p_ws, BC * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), FETCHED)
+        fetch_to_l2(p_ws, BC * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), BC * BK * 4)
         fetch_to_l2(p_tw, BC * K * 4, BC * BK * 4)
     n = N
     if p_new is not None:
@@ -194,7 +194,7 @@ def enter_kernel(
     scale, B, H, N, num_queries, room, recent_room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    SINGLE: tl.constexpr, GATED: tl.constexpr, FETCHED: tl.constexpr, OVERLAP: tl.constexpr,
+    SINGLE: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (row and key head, i): bring the i-th 16 queries to the end of the newest block.
 
@@ -209,9 +209,9 @@ def enter_kernel(
     p_ws += head * recent_room * K
     p_tw += head * triangle_room * K
     p_ty += head * triangle_room * triangle_room
-    if FETCHED:
+    if OVERLAP:
         # Before the counts have come.
-        fetch_to_l2(p_ws, BC * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), FETCHED)
+        fetch_to_l2(p_ws, BC * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), BC * BK * 4)
         fetch_to_l2(p_tw, BC * K * 4, BC * BK * 4)
     n = N
     if p_new is not None:

@@ -7,14 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
-def fetch_to_l2(pointer, size, BYTES: tl.constexpr):
-    """Ask for the first BYTES of `size` bytes at `pointer` to be brought to the L2 cache.
+def fetch_to_l2(pointer, size, MOST: tl.constexpr):
+    """Ask for `size` bytes at `pointer`, MOST at most, to be brought to the L2 cache.
 
-    In pieces of 512, each thread its own; a pointer that is not a multiple of 16 is rounded down.
+    In pieces of 512, each thread its own; a pointer that is not a multiple of 16 is rounded down,
+    and what is left over at the end is left out.
     """
-    offset = tl.minimum(tl.arange(0, BYTES // 512) * 512, size - 512)
+    offset = tl.arange(0, MOST // 512) * 512
     address = (pointer.to(tl.int64) + offset) & -16
+    wanted = (offset + 512 <= size).to(tl.int32)
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.b32 $0, 0;",
-        "=r,l", [address], tl.int32, False, 1,
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], 512; mov.b32 $0, 0; }",
+        "=r,l,r", [address, wanted], tl.int32, False, 1,
     )  # fmt: skip
