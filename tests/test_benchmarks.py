@@ -83,7 +83,9 @@ def test_training_of_a_small_model_is_measured():
 
 def test_kernels_are_counted_by_what_they_do():
     lm_gpu = importlib.import_module("lm_gpu")
-    listing = "   20.50 ms on the device\n    9.00    24 nvjet_sm90_tst\n    3.00     8 walk_kernel\n"
+    listing = (
+        "   20.50 ms on the device\n    9.00    24 nvjet_sm90_tst\n    3.00     8 walk_kernel\n"
+    )
     listing += "    2.00     8 triton_poi_fused_mul_silu_8\n    1.50     1 void at::native::add\n"
     parts = lm_gpu.breakdown_of(listing)
     assert parts.pop("all") == 20.5

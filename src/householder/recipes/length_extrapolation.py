@@ -599,11 +599,11 @@ def losses_figure(found: Sequence[Extrapolated]) -> Figure:
     middles = np.minimum(np.arange(len(curves[0])) * size + size / 2, length)
     for run, curve, color in zip(found, curves, cycle((*COLORS, INK)), strict=False):
         above.plot(middles, curve, color=color, linewidth=2, zorder=3)
-        grown = curve[2:] - run.at_training_length
+        # Less is no growth, and lies on the axis.
+        grown = np.maximum(curve[2:] - run.at_training_length, LEAST_GROWTH)
         below.plot(middles[2:], grown, color=color, linewidth=2, zorder=3)
-    below.set_yscale("log", nonpositive="mask")
-    # Less is no growth.
-    below.set_ylim(bottom=LEAST_GROWTH)
+    below.set_yscale("log")
+    below.set_ylim(LEAST_GROWTH, max(below.get_ylim()[1], 10 * LEAST_GROWTH))
     for axes in (above, below):
         axes.axvspan(0, config.context, color="#f4f4f4", linewidth=0, zorder=0)
         axes.axvline(config.context, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
