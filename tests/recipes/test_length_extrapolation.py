@@ -164,6 +164,9 @@ def test_files_table_and_picture(done):
     assert loss[3] == f"RoPE  ({exploded.at_end:.2f})"
     assert growth[3] == f"RoPE  ({exploded.at_end - exploded.at_training_length:+.3f})"
     assert len(loss) == len(growth) == 4
+    # Where nothing grows there is a picture all the same.
+    still = [dataclasses.replace(run, losses=np.ones(64, np.float32)) for run in found]
+    assert recipe.losses_figure(still).axes[1].get_ylim()[0] == recipe.LEAST_GROWTH
     console = Console(width=200, file=io.StringIO())
     console.print(recipe.published_beside_measured(found))
     text = console.file.getvalue()

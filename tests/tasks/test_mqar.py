@@ -36,25 +36,6 @@ def test_each_key_is_asked_once_and_its_value_is_the_label(num_pairs, length, ra
             assert set(others) <= {0}
 
 
-def test_shorter_sequences_have_pairs_in_proportion():
-    task = make_task("mqar", num_pairs=8, vocab_size=64, power=1.0, min_length=6)
-    tokens, labels = task.sample(400, 64, rng())
-    counts = (labels != IGNORE_INDEX).sum(1)
-    assert counts.min() == 1
-    assert counts.max() == 8
-    # Lengths 6, 8, …, 64 alike, and of each two or more as many pairs as eighths, at least one.
-    expected = torch.tensor([max(1, n // 8) for n in range(6, 65, 2)]).double()
-    assert abs(counts.double().mean() - expected.mean()) < 5 * expected.std() / 20
-    for row, row_labels, count in zip(
-        tokens.tolist(), labels.tolist(), counts.tolist(), strict=True
-    ):
-        memory = dict(zip(row[0 : 2 * count : 2], row[1 : 2 * count : 2], strict=True))
-        asked = [t for t, label in enumerate(row_labels) if label != IGNORE_INDEX]
-        assert all(2 * count <= t < 8 * (count + 1) and t % 2 == 0 for t in asked)
-        assert {row[t]: row_labels[t] for t in asked} == memory
-        assert not any(row[t] for t in range(2 * count, 64) if t not in asked)
-
-
 def gaps_of_keys(task, num, length, seed):
     """The slot g_i at which each key is asked, [num, N]."""
     tokens, labels = task.sample(num, length, rng(seed))
@@ -120,7 +101,6 @@ def test_sizes_and_metric():
         ({"vocab_size": 10, "num_pairs": 5}, "from 1 to 4"),
         ({"num_pairs": 0}, "from 1 to 4095"),
         ({"power": 0.0}, "positive"),
-        ({"min_length": 3}, "at least 4, a pair and its query, got 3"),
     ],
 )
 def test_refuses_options_out_of_range(options, complaint):

@@ -67,7 +67,7 @@ EXPERIMENTS = (
         "256 (a figure).",
         where="Parallelizing Linear Transformers with the Delta Rule over Sequence Length (Yang, "
         "Wang, Zhang, Shen, Kim, 2024), https://arxiv.org/abs/2406.06484",
-        cost="--size cpu: minutes on two cores; --size gpu: one GPU",
+        cost="--size cpu: minutes on two cores; --size gpu: one GPU, hours",
         command="householder reproduce recall",
     ),
     Experiment(
@@ -75,7 +75,7 @@ EXPERIMENTS = (
         what="Train small language models on source code and measure their loss at every position "
         "to eight times the length they were trained at.",
         published="From 4,096 to about 30,000 tokens of code (figures): DeltaNet 3.03 to 3.37, "
-        "DeltaProduct N = 2 2.95 to 3.05, N = 3 2.95 to 2.97; RoPE explodes, PaTH-FoX does not.",
+        "DeltaProduct N = 2 2.95 to 3.05, N = 3 2.95 to 2.97; RoPE explodes, PaTH extrapolates.",
         where="DeltaProduct (2025), https://arxiv.org/abs/2502.10297; PaTH Attention (Yang et al., "
         "2025), https://arxiv.org/abs/2505.16381",
         cost="--size cpu: minutes on two cores; --size gpu: one GPU",

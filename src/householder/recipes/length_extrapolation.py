@@ -2,8 +2,8 @@
 
 Published, as figures: models trained on 4,096 tokens and read on to about 30,000. On CodeParrot's
 source code the loss of DeltaNet grows from 3.03 to 3.37, that of DeltaProduct with N = 2 from 2.95
-to 3.05 and with N = 3 from 2.95 to 2.97 (nats per token, read off); softmax attention with rotary
-positions explodes, with PaTH it grows, with PaTH's forget gates (PaTH-FoX) it does not.
+to 3.05 and with N = 3 from 2.95 to 2.97 (nats per token, read off). That of softmax attention with
+rotary positions explodes; with PaTH, and with PaTH's forget gates (PaTH-FoX), it extrapolates.
 
 Here: models of some 30 million parameters on the bytes of source code, by default the standard
 library of the Python that runs. Files stand one behind the other in one stream, in training as in
@@ -84,8 +84,8 @@ PUBLISHED = {
 # What is published about the others is on other text.
 PUBLISHED_IN_WORDS = {
     "rotary_attention": "explodes",
-    "path_attention": "grows",
-    "forgetting_path_attention": "does not grow",
+    "path_attention": "extrapolates",
+    "forgetting_path_attention": "extrapolates",
 }
 
 SIZES = ("cpu", "gpu")
@@ -599,11 +599,11 @@ def losses_figure(found: Sequence[Extrapolated]) -> Figure:
     middles = np.minimum(np.arange(len(curves[0])) * size + size / 2, length)
     for run, curve, color in zip(found, curves, cycle((*COLORS, INK)), strict=False):
         above.plot(middles, curve, color=color, linewidth=2, zorder=3)
-        grown = curve[2:] - run.at_training_length
+        # Less is no growth, and lies on the axis.
+        grown = np.maximum(curve[2:] - run.at_training_length, LEAST_GROWTH)
         below.plot(middles[2:], grown, color=color, linewidth=2, zorder=3)
-    below.set_yscale("log", nonpositive="mask")
-    # Less is no growth.
-    below.set_ylim(bottom=LEAST_GROWTH)
+    below.set_yscale("log")
+    below.set_ylim(LEAST_GROWTH, max(below.get_ylim()[1], 10 * LEAST_GROWTH))
     for axes in (above, below):
         axes.axvspan(0, config.context, color="#f4f4f4", linewidth=0, zorder=0)
         axes.axvline(config.context, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)

@@ -265,8 +265,7 @@ class _Run:
         count = self.task.num_supervised
         if count is None:
             return self.model(batch.tokens), batch.labels
-        # As many in each row, so that nothing waits for the device to count them; a row with fewer
-        # has some without a label among them.
+        # As many in each row, so that nothing waits for the device to count them.
         supervised = (batch.labels != IGNORE_INDEX).byte()
         places = supervised.topk(count, dim=1, sorted=False).indices
         hidden = self.model.hidden(batch.tokens).take_along_dim(places[..., None], dim=1)

@@ -43,8 +43,8 @@ class Task(ABC):
         chance: accuracy of guessing uniformly among the possible answers, the r of
             `householder.train.tasks.metrics.scaled_accuracy`.
         min_length: the smallest `length` that `sample` takes.
-        num_supervised: how many positions of a sequence are supervised at most, where that is a
-            small part of them; training then makes the logits of so many alone. `None` elsewhere.
+        num_supervised: how many positions of every sequence are supervised, where they are few;
+            training then makes the logits of these alone. `None` elsewhere.
     """
 
     name: str

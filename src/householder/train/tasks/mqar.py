@@ -25,10 +25,6 @@ class MultiQueryAssociativeRecall(Task):
         power: the exponent a of the gap distribution, > 0.
         random_filler: fill the places between queries with uniform tokens of the whole vocabulary
             instead of 0.
-        min_length: draw each sequence's length uniformly from the even numbers from it to L,
-            with pairs in proportion to it, at least one; the places behind its end are filled as
-            those between queries. `None` for length L and N pairs throughout. With long lists alone
-            it takes long until anything is learnt.
 
     Raises:
         ValueError: an argument is out of its range, or (in `sample`) `length` is odd or below 4N.
@@ -58,7 +54,6 @@ class MultiQueryAssociativeRecall(Task):
         vocab_size: int = 8192,
         power: float = 0.01,
         random_filler: bool = False,
-        min_length: int | None = None,
     ) -> None:
         if vocab_size < 4 or vocab_size % 2:
             raise ValueError(
@@ -74,12 +69,6 @@ class MultiQueryAssociativeRecall(Task):
             raise ValueError(
                 f"mqar: `power` must be positive, got {power}; the published one is 0.01"
             )
-        if min_length is not None and min_length < 4:
-            raise ValueError(
-                f"mqar: `min_length` must be at least 4, a pair and its query, got {min_length}; "
-                "take a larger one"
-            )
-        self.shortest = min_length
         self.num_pairs = num_pairs
         self.vocab_size = vocab_size
         self.power = power
@@ -98,50 +87,26 @@ class MultiQueryAssociativeRecall(Task):
         half, N = self.vocab_size // 2, self.num_pairs
         keys = 1 + _draw_distinct(half - 1, N, num, generator)
         values = half + _draw_distinct(half, N, num, generator)
-        pairs, space = self._draw_sizes(num, length, generator)
 
-        # The column behind the last takes what shorter sequences do not have.
-        tokens = torch.zeros(num, length + 1, dtype=torch.int64, device=device)
+        tokens = torch.zeros(num, length, dtype=torch.int64, device=device)
         if self.random_filler:
             tokens.random_(self.vocab_size, generator=generator)
-        there = torch.arange(N, device=device) < pairs
-        places = 2 * torch.arange(N, device=device).expand(num, N)
-        tokens.scatter_(1, places.where(there, length), keys)
-        tokens.scatter_(1, (places + 1).where(there, length), values)
-        queries = 2 * pairs + 2 * self._draw_gaps(space, num, generator)
-        queries = queries.where(there, length)
+        tokens[:, 0 : 2 * N : 2] = keys
+        tokens[:, 1 : 2 * N : 2] = values
+        queries = 2 * N + 2 * self._draw_gaps((length - 2 * N) // 2, num, generator)
         tokens.scatter_(1, queries, keys)
         labels = torch.full_like(tokens, IGNORE_INDEX).scatter_(1, queries, values)
-        return Batch(tokens[:, :length].contiguous(), labels[:, :length].contiguous())
+        return Batch(tokens, labels)
 
-    def _draw_sizes(
-        self, num: int, length: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Draw for each row how many pairs and how many slots for queries it has, `[num, 1]`."""
-        shape = (num, 1)
-        if self.shortest is None:
-            halves = torch.full(shape, length // 2, device=generator.device)
-            pairs = torch.full_like(halves, self.num_pairs)
-            return pairs, halves - pairs
-        low = (min(self.shortest, length) + 1) // 2
-        halves = torch.randint(
-            low, length // 2 + 1, shape, generator=generator, device=generator.device
-        )
-        pairs = (2 * halves * self.num_pairs // length).clamp(min=1)
-        return pairs, halves - pairs
-
-    def _draw_gaps(self, space: Tensor, num: int, generator: torch.Generator) -> Tensor:
-        """Draw N of `space [num, 1]` slots per row, one after the other by p(g), each once.
+    def _draw_gaps(self, space: int, num: int, generator: torch.Generator) -> Tensor:
+        """Draw N of `space` slots per row, one after the other by p(g), without replacement.
 
         The slots that finish first in a race of exponential clocks with rates p(g) are exactly such
-        a sequence of draws, in the order in which they finish. Rows with fewer pairs and slots use
-        the first of them.
+        a sequence of draws, in the order in which they finish.
         """
-        device = generator.device
-        slots = torch.arange(1, int(space.max()) + 1, dtype=torch.float64, device=device)
-        clocks = torch.empty(num, len(slots), dtype=torch.float64, device=device)
+        slots = torch.arange(1, space + 1, dtype=torch.float64, device=generator.device)
+        clocks = torch.empty(num, space, dtype=torch.float64, device=generator.device)
         clocks.exponential_(generator=generator).mul_(slots ** (1 - self.power))
-        clocks = clocks.where(slots <= space, torch.inf)
         return clocks.topk(self.num_pairs, largest=False, sorted=True).indices
 
 

@@ -106,14 +106,9 @@ def _recall(
     vocab_size: int = 8192,
     power: float = 0.01,
     random_filler: bool = False,
-    min_length: int | None = None,
 ) -> Task:
     task = MultiQueryAssociativeRecall(
-        num_pairs=num_pairs,
-        vocab_size=vocab_size,
-        power=power,
-        random_filler=random_filler,
-        min_length=min_length,
+        num_pairs=num_pairs, vocab_size=vocab_size, power=power, random_filler=random_filler
     )
     task.name = name
     return task
