@@ -222,7 +222,8 @@ def test_kernels_and_products_agree(dtype, monkeypatch):
             if i % 2:
                 patch.setattr(Store, "has_kernels", lambda self: False)
             expected = other.append(*part(inputs, lo, lo + n), **options)
-        assert relative_error(o, expected) < 4 * torch.finfo(dtype).eps
+        # The errors of both: in float32 each is about 3e-7.
+        assert relative_error(o, expected) < 8 * torch.finfo(dtype).eps
         lo += n
         other._counts_known = False
 
