@@ -16,8 +16,8 @@ NAMES = ("q", "k", "v", "w", "beta", "g", "sinks")
 # rounding of sums of 64 terms.
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2.5e-3, torch.float32: 5e-6}
 # Thousands of reflections with β‖w‖² = 2, as in the outputs' test: on an H200 dw was 4.5e-3 off in
-# float16, and dq 1.2e-5 in float32.
-REFLECTION_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 7e-3, torch.float32: 3e-5}
+# float16, and in float32 dq 1.2e-5 and dw 3.0e-5.
+REFLECTION_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 7e-3, torch.float32: 5e-5}
 
 # Sizes and options of `path_attention_inputs`, and `window`: all that gradient_config.py tells
 # apart, trees of up to six levels, and what the kernels have branches for.
@@ -242,10 +242,12 @@ def test_sequences_of_131072_tokens_train(kernels):
     leaves.append(torch.full((1, T, H), 2.0, device="cuda", dtype=torch.bfloat16))
     leaves = [x.requires_grad_() for x in leaves]
     o = path_attention(*leaves, impl="triton")
-    # Only the last queries have a gradient, and give one to all keys.
+    # Only the last queries have a gradient, and give one to all values, and to the keys that they
+    # still see: 65,536 such reflections shorten what passes them by hundreds of powers of ten.
     do = torch.zeros_like(o)
     do[:, -300:].normal_()
     grads = torch.autograd.grad(o, leaves, do)
     assert all(x.isfinite().all() for x in grads)
-    assert all(x[:, :300].any() for x in grads[1:3])
+    assert grads[2][:, :300].any()
+    assert all(x[:, -600:-300].any() for x in grads[1:5])
     assert not grads[0][:, :-300].any()

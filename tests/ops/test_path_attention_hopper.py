@@ -1,0 +1,312 @@
+"""What the Gluon kernels of `path_attention` compute, in float64 on a CPU (see gluon_arrays.py).
+
+The rectangles are compared with loops over chunks and levels, what chunks have to themselves with
+autograd through its definition.
+"""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+FILE = Path(__file__).with_name("gluon_arrays.py")
+SPECIFICATION = importlib.util.spec_from_file_location("gluon_arrays", FILE)
+gluon = importlib.util.module_from_spec(SPECIFICATION)
+sys.modules["gluon_arrays"] = gluon
+SPECIFICATION.loader.exec_module(gluon)
+
+from householder.ops.path_attention.triton import (  # noqa: E402 - it imports triton
+    hopper_attend,
+    hopper_chunk_back,
+    hopper_key_back,
+    hopper_leaf,
+    hopper_query_back,
+)
+
+LOG2_E = math.log2(math.e)
+CLOSE = 1e-13
+
+# B, T, H, query heads per key head, K, V. More query heads than tiles in flight; a last tile of one
+# chunk and of two, full and not; a sequence of two chunks.
+CASES = [
+    (1, 100, 1, 1, 16, 16),
+    (2, 64 * 9, 1, 1, 16, 32),
+    (1, 700, 2, 1, 32, 16),
+    (1, 330, 1, 6, 16, 16),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def product_of(f, batch, tiles, level, block):
+    """Return the product of a block of one head."""
+    return f[4 * batch * tiles // 2 + ((2 * block + 1) << level) - 1]
+
+
+class Rectangles:
+    """Queries, keys and products of all levels, and what attention needs beside them."""
+
+    def __init__(self, B, T, H, group, K, V):
+        self.sizes = B, T, H, group, K, V
+        self.tiles = -(-T // 128)
+        self.chunks = -(-T // 64)
+        self.levels = max(self.chunks - 1, 0).bit_length()
+        self.rows = rows = B * self.tiles * 128
+        heads = H * group
+        self.q = 0.3 * torch.randn(self.levels, heads, rows, K)
+        self.k = 0.3 * torch.randn(self.levels, H, rows, K)
+        self.f = 0.2 * torch.randn(H, rows // 32, K, K)
+        self.v, self.do = torch.randn(B, T, H, V), torch.randn(B, T, heads, V)
+        self.lse = torch.full((heads, rows), math.inf)
+        self.delta = torch.zeros(heads, rows)
+        for b in range(B):
+            inside = slice(b * self.tiles * 128, b * self.tiles * 128 + T)
+            behind = slice(inside.stop, (b + 1) * self.tiles * 128)
+            self.lse[:, inside], self.delta[:, inside] = torch.randn(2, heads, T)
+            self.q[:, :, behind] = self.k[:, :, behind] = 0.0
+
+    def places(self):
+        """Yield batch row, key head, chunk and the chunk's rows."""
+        B, _, H, *_ = self.sizes
+        for b in range(B):
+            for h in range(H):
+                for c in range(self.chunks):
+                    start = b * self.tiles * 128 + c * 64
+                    yield b, h, c, slice(start, start + 64)
+
+    def tokens(self, x, b, h):
+        """Return a head's rows of `x [B, T, ·, D]`, with zeros to the end of the last tile."""
+        return torch.nn.functional.pad(x[b, :, h], (0, 0, 0, self.tiles * 128 - self.sizes[1]))
+
+    def rectangle(self, b, h, hq, level, first_query, last_query, first_key, last_key):
+        """Return P and dA of one rectangle, given in chunks of the sequence."""
+        origin = b * self.tiles * 128
+        queries, keys = (
+            slice(64 * first_query, 64 * last_query),
+            slice(64 * first_key, 64 * last_key),
+        )
+        of_q = slice(origin + queries.start, origin + queries.stop)
+        of_k = slice(origin + keys.start, origin + keys.stop)
+        logits = self.q[level, hq, of_q] @ self.k[level, h, of_k].mT
+        p = torch.exp2(logits * LOG2_E - self.lse[hq, of_q, None])
+        dp = self.tokens(self.do, b, hq)[queries] @ self.tokens(self.v, b, h)[keys].mT
+        return p, p * (dp - self.delta[hq, of_q, None]), of_q, of_k, queries
+
+    def described(self, *names):
+        """Return tensors by their names as what copies read: a matrix, or `[B, T, H · D]`."""
+        B, T, *_ = self.sizes
+        for name in names:
+            x = getattr(self, name)
+            rows = x.view(B, T, -1) if name in ("v", "do") else x.flatten(0, -2)
+            yield gluon.Description(rows)
+
+
+def empty(*shape):
+    return torch.full(shape, torch.nan)
+
+
+def assert_close(actual, expected):
+    """Compare where something is expected."""
+    there = ~expected.isnan()
+    assert (actual[there] - expected[there]).abs().max() < CLOSE * expected[there].abs().max()
+
+
+@pytest.mark.parametrize("sizes", CASES)
+def test_gradients_of_queries(sizes):
+    x = Rectangles(*sizes)
+    B, T, H, group, K, V = sizes
+    heads = H * group
+    expected, expected_levels = empty(heads, x.rows, K), empty(x.levels, heads, x.rows, K)
+    for b, h, c, rows in x.places():
+        for hq in range(h * group, (h + 1) * group):
+            dq = torch.zeros(64, K)
+            levels = [level for level in reversed(range(x.levels)) if (c >> level) % 2]
+            for level in levels:
+                left = (c >> level) - 1
+                if level != levels[0]:
+                    expected_levels[level, hq, rows] = dq
+                    dq = dq @ product_of(x.f[h], b, 2 * x.tiles, level, left).mT
+                keys = left << level, (left + 1) << level
+                _, da, _, of_k, _ = x.rectangle(b, h, hq, level, c, c + 1, *keys)
+                dq = dq + da @ x.k[level, h, of_k]
+            expected[hq, rows] = dq
+    actual, actual_levels = torch.empty_like(expected), torch.empty_like(expected_levels)
+    gluon.run(
+        hopper_query_back.query_kernel, B * x.tiles * heads, *x.described("q", "k", "v", "do", "f"),
+        *map(gluon.Pointer, (x.lse, x.delta, actual_levels, actual)), None, None, None, T,
+        B * x.tiles, H, V, V, group, K, V, False, 2,
+    )  # fmt: skip
+    assert_close(actual, expected)
+    if not expected_levels.isnan().all():
+        assert_close(actual_levels, expected_levels)
+
+
+@pytest.mark.parametrize("sizes", CASES)
+def test_gradients_of_keys_and_values(sizes):
+    x = Rectangles(*sizes)
+    B, T, H, group, K, V = sizes
+    expected, expected_values = empty(H, x.rows, K), empty(H, x.rows, V)
+    expected_levels = empty(x.levels, H, x.rows, K)
+    for b, h, c, rows in x.places():
+        dk, dv = torch.zeros(64, K), torch.zeros(64, V)
+        levels = [
+            level
+            for level in reversed(range(x.levels))
+            if (c >> level) % 2 == 0 and ((c >> level) + 1) << level < x.chunks
+        ]
+        for level in levels:
+            right = (c >> level) + 1
+            if level != levels[0]:
+                expected_levels[level, h, rows] = dk
+                dk = dk @ product_of(x.f[h], b, 2 * x.tiles, level, right)
+            queries = right << level, min((right + 1) << level, x.chunks)
+            for hq in range(h * group, (h + 1) * group):
+                p, da, of_q, _, seen = x.rectangle(b, h, hq, level, *queries, c, c + 1)
+                dk = dk + da.mT @ x.q[level, hq, of_q]
+                dv = dv + p.mT @ x.tokens(x.do, b, hq)[seen]
+        expected[h, rows], expected_values[h, rows] = dk, dv
+    actual, actual_values = torch.empty_like(expected), torch.empty_like(expected_values)
+    actual_levels = torch.empty_like(expected_levels)
+    gluon.run(
+        hopper_key_back.key_kernel, B * x.tiles * H, *x.described("q", "k", "v", "do", "f"),
+        *map(gluon.Pointer, (x.lse, x.delta, actual_levels, actual, actual_values)), None, None,
+        None, T, B * x.tiles, H, V, V, group, K, V, False, 4,
+    )  # fmt: skip
+    assert_close(actual, expected)
+    assert_close(actual_values, expected_values)
+    if not expected_levels.isnan().all():
+        assert_close(actual_levels, expected_levels)
+
+
+@pytest.mark.parametrize("sizes", CASES)
+def test_attention(sizes):
+    x = Rectangles(*sizes)
+    B, T, H, group, K, V = sizes
+    heads = H * group
+    own, own_lse = torch.randn(B, T, heads, V), torch.randn(B, T, heads)
+    sinks = torch.randn(heads)
+    expected, expected_lse = empty(B, T, heads, V), empty(B, T, heads)
+    for b, h, c, rows in x.places():
+        for hq in range(h * group, (h + 1) * group):
+            inside = slice(64 * c, min(64 * (c + 1), T))
+            n = inside.stop - inside.start
+            total = torch.exp2(own_lse[b, inside, hq, None])
+            o = total * own[b, inside, hq]
+            total = total + sinks[hq].exp()
+            levels = [level for level in range(x.levels) if (c >> level) % 2]
+            if levels:
+                q = x.q[levels[0], hq, rows][:n]
+            for level in levels:
+                left = (c >> level) - 1
+                keys = slice((left << level) * 64, ((left + 1) << level) * 64)
+                of_k = slice(keys.start + b * x.tiles * 128, keys.stop + b * x.tiles * 128)
+                p = torch.exp(q @ x.k[level, h, of_k].mT)
+                o, total = o + p @ x.tokens(x.v, b, h)[keys], total + p.sum(1, keepdim=True)
+                q = q @ product_of(x.f[h], b, 2 * x.tiles, level, left)
+            expected[b, inside, hq], expected_lse[b, inside, hq] = o / total, total.log()[:, 0]
+    actual, actual_lse = own.clone(), own_lse.clone()
+    gluon.run(
+        hopper_attend.attend_kernel, B * x.tiles * heads, *x.described("q", "k", "v", "f"),
+        gluon.Description(actual.view(B, T, -1)), *map(gluon.Pointer, (sinks, actual, actual_lse)),
+        None, None, None, T, B * x.tiles, H, V, group, K, V, False, 2,
+    )  # fmt: skip
+    assert_close(actual, expected)
+    assert_close(actual_lse, expected_lse)
+
+
+@pytest.mark.parametrize("K", [64, 112, 128])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 6])
+def test_products_of_chunks(chunk, K):
+    chunks, rows = 8, 512
+    length, beside, above = rows - 20, chunk ^ 1, chunk // 2
+    levels, gradients = torch.randn(2, rows, K)
+    w, f, df = torch.randn(length, K), torch.randn(rows // 32, K, K), torch.randn(rows // 64, K, K)
+    x, dx = (y[64 * beside : 64 * beside + 64] for y in (levels, gradients))
+    passes = 0 < above < (chunks - 1) // 2
+    if chunk % 2 == 0:
+        expected = x.mT @ dx + passes * f[2 * beside].mT @ df[2 * above]
+    else:
+        expected = dx.mT @ x + passes * df[2 * above] @ f[2 * beside].mT
+    w_c = w[64 * chunk : 64 * chunk + 64]
+    wdf, wdft = empty(rows, K), empty(rows, K)
+    gluon.run(
+        hopper_leaf.leaf_kernel, chunks,
+        *map(gluon.Pointer, (levels, gradients, w, f, df, wdf, wdft)), None, None, None, length,
+        rows // 128, 1, 0, 0, K, K, False, -(-K // 64),
+    )  # fmt: skip
+    of_chunk = slice(64 * chunk, 64 * chunk + 64)
+    assert_close(wdf[of_chunk], w_c @ expected)
+    assert_close(wdft[of_chunk], w_c @ expected.mT)
+
+
+def chunk_by_definition(q, k, v, w, beta, scale, other, other_v):
+    """Return what a chunk gives: o and lse of its rows, scaled Q←, K→ and F.
+
+    The rows see one key more, of logit `other` and value `other_v`, for all that lies before.
+    """
+    m = (beta[:, None] * (w @ w.mT)).tril(-1)
+    t = torch.linalg.inv(torch.eye(64) + m)
+    e, z = t @ (beta[:, None] * (w @ k.mT).tril(-1)), t @ (beta[:, None] * w)
+    x = (q @ w.mT).tril()
+    logits = scale * (q @ k.mT - x @ e)
+    logits = logits.masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf)
+    logits = torch.cat([logits, other[:, None]], 1)
+    p = logits.softmax(1)
+    o = p[:, :64] @ v + p[:, 64:] * other_v
+    rest = (scale * (q - x @ z), k - e.mT @ w, torch.eye(w.shape[1]) - w.mT @ z)
+    return o, logits.logsumexp(1), t, rest
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "n", "chunk", "chunks"),
+    [(128, 128, 64, 1, 4), (64, 64, 64, 2, 4), (128, 64, 64, 0, 4), (64, 128, 40, 3, 4)],
+)
+def test_gradients_inside_a_chunk(K, V, n, chunk, chunks):
+    scale, length, rows = K**-0.5, 64 * (chunks - 1) + 40 if n < 64 else 64 * chunks, 64 * chunks
+    valid = (torch.arange(64) < n)[:, None]
+    q, k = valid * torch.randn(2, 64, K)
+    v, do, dv = valid * torch.randn(3, 64, V)
+    w = valid * torch.nn.functional.normalize(torch.randn(64, K), dim=1)
+    beta = 2 * torch.rand(64) * valid[:, 0]
+    inputs = [x.requires_grad_() for x in (q, k, v, w, beta)]
+    o, lse, t, rest = chunk_by_definition(*inputs, scale, torch.randn(64), torch.randn(64, V))
+    dq, dk = valid * torch.randn(2, 64, K)
+    df = torch.randn(K, K) if 0 < chunk < chunks - 1 else torch.zeros(K, K)
+    pairs = ((o, valid * do), *zip(rest, (dq, dk, df), strict=True), (v, dv))
+    expected = torch.autograd.grad(sum((x * dx).sum() for x, dx in pairs), inputs)
+
+    def at(x, size):
+        """Put rows where the chunk is, among NaN."""
+        x = x.detach().view(64, -1)[: size - 64 * chunk]
+        whole = empty(size, x.shape[1])
+        whole[64 * chunk : 64 * chunk + len(x)] = x
+        return gluon.Pointer(whole)
+
+    delta = (valid * do * o).sum(1)
+    inverse = empty(chunks, 64, 64)
+    inverse[chunk] = t.detach()
+    products = (w @ df, w @ df.mT) if df.any() else (empty(64, K), empty(64, K))
+    outputs = [empty(length, x.shape[1]) for x in (q, k, v, w)] + [empty(length, 1)]
+    lse = torch.where(valid[:, 0], lse, torch.inf)
+    tokens = [at(x, length) for x in (q, k, v, w, beta, o, do, lse)]
+    strides = (0, 0) * 4 + (0, 1, 0) + (0, 0) * 2
+    gluon.run(
+        hopper_chunk_back.chunk_kernel, chunks, *tokens, at(delta, rows), gluon.Pointer(inverse),
+        *(at(x, rows) for x in (dq, dk, dv, *products)), *map(gluon.Pointer, outputs),
+        None, None, None, scale, length, chunks // 2, 1, *strides, K, K, V, K, V, V, K, V, False,
+        K // 64, V // 64,
+    )  # fmt: skip
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_close(actual[64 * chunk : 64 * chunk + n], wanted[:n].view(n, -1))
