@@ -284,7 +284,10 @@ def language_models() -> None:
                 if source and row["tokens_per_second"]:
                     case = row["case"].removeprefix(prefix).replace("-8x4096-", ",\n")
                     case = case.replace("gated_delta_net-", "").replace("-", " ")
+                    case = case.replace("gated_delta_net", "Gated DeltaNet")
+                    case = case.replace("gated_delta_product", "Gated Delta\nProduct")
                     speeds[case][source] = float(row["tokens_per_second"])
+        speeds = dict(sorted(speeds.items(), key=lambda item: (len(item[0]), item[0])))
         for i, source in enumerate(("householder", "fla")):
             heights = [speeds[case].get(source, 0.0) for case in speeds]
             places = [x + 0.4 * i for x in range(len(speeds))]
@@ -292,6 +295,7 @@ def language_models() -> None:
             axes.bar_label(bars, [f"{h:,.0f}" if h else "" for h in heights], fontsize=8)
         axes.set_xticks([x + 0.2 for x in range(len(speeds))], list(speeds), fontsize=8)
         axes.set_ylabel(label)
+        axes.margins(y=0.15)
         finish(axes)
     both[1].set_yscale("log")
     both[0].set_title("340M parameters, H200", loc="left")
