@@ -426,7 +426,7 @@ def compute_transforms() -> dict[str, str]:
         a, e = (torch.func.jacrev(rows(impl))(stacked[1]) for impl in ("triton", "reference"))
         if not relative_error(a, e) < 2e-5:
             broken[f"jacrev, {name}"] = str(relative_error(a, e))
-    return broken | compute_saved() | compute_second_order()
+    return broken | compute_saved() | compute_second_order() | compute_unasked()
 
 
 def compute_saved() -> dict[str, str]:
@@ -449,6 +449,26 @@ def compute_second_order() -> dict[str, str]:
     except NotImplementedError as error:
         return {} if 'impl="reference"' in str(error) else {"second order": str(error)}
     return {"second order": "was not refused"}
+
+
+def compute_unasked() -> dict[str, str]:
+    """A compiled backward pass gives zeros as gradients of what the options leave out."""
+    from householder.ops.delta_product.activations import Activate
+
+    broken = {}
+    for case, (qk_eps, beta_scale) in {"no gate": (1e-6, 2.0), "unit rows": (1e-6, None)}.items():
+        x = projections({}, torch.float32, **TINY)
+        leaves = [x[name].requires_grad_() for name in ("q", "k", "beta")]
+        outputs = Activate.apply(*leaves, None, None, None, qk_eps, beta_scale)[:4]
+        zeros = [torch.zeros_like(y) for y in outputs]
+        try:
+            grads = torch.autograd.grad(outputs, leaves, zeros, allow_unused=True)
+        except Exception as error:  # whatever a kernel raises that reads what is not there
+            broken[f"{case}, unasked"] = f"{type(error).__name__}: {error}"
+            continue
+        if any(x is not None and x.any() for x in grads):
+            broken[f"{case}, unasked"] = "a gradient is not zero"
+    return broken
 
 
 def test_kernels_are_as_accurate_as_the_definition():

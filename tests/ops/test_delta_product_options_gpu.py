@@ -240,8 +240,9 @@ def test_captured_in_a_graph():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_graph_breaks():
-    x = projections((2, 100, 2, 2, 2, 64, 64), torch.bfloat16)
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_without_graph_breaks(gated):
+    x = projections((2, 100, 2, 2, 2, 64, 64), torch.bfloat16, gated)
     compiled = torch.compile(fused(), fullgraph=True)
     actual, expected = differentiate(compiled, x), differentiate(fused(), x)
     for label, e in expected.items():

@@ -278,16 +278,21 @@ class Activate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, beta, g, A_log, dt_bias, _, ctx.beta_scale = inputs
+        _, _, beta, g, A_log, dt_bias, qk_eps, ctx.beta_scale = inputs
         q, k, _, _, q_factor, k_factor = output
+        norm = qk_eps is not None
+        ctx.asked_for = (norm, norm, ctx.beta_scale is not None, A_log is not None)
         ctx.mark_non_differentiable(q_factor, k_factor)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, q_factor, k_factor, beta, g, A_log, dt_bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dq, dk, dbeta, dg, *_ = grads
-        given = (dq, dk, dbeta, dg)
+        # A compiler's graphs hold zeros as gradients of the empty tensors, too.
+        given = tuple(
+            dx if asked else None for dx, asked in zip(grads, ctx.asked_for, strict=False)
+        )
+        dg = given[3]
         results = apply(ActivateBackward, *given, *ctx.saved_tensors, ctx.beta_scale)
         *_, dt_bias = ctx.saved_tensors
         sources = (*given, dg, None if dt_bias is None else dg)
