@@ -19,8 +19,9 @@ from householder.recipes import length_extrapolation as recipe
 from householder.train import CheckpointError, ConfigError, Interrupted, OutputError
 from householder.train.interrupt import StopRequest
 from householder.train.text.corpus import open_corpus
-from householder.train.text.evaluation import circular_windows, token_losses
+from householder.train.text.evaluation import circular_windows, spaced_windows, token_losses
 from householder.train.text.observer import TextObserver
+from householder.train.text.plot import LEAST_GROWTH, losses_figure
 from householder.train.text.processes import Processes, join_processes
 
 TINY = {
@@ -80,8 +81,8 @@ def done(make, tmp_path_factory):
 
 
 def test_settings():
-    models = recipe.Extrapolation.from_settings(recipe.settings("gpu"))
-    assert [recipe.run_title(config) for config in models.configs] == [
+    extrapolation = recipe.Extrapolation.from_settings(recipe.settings("gpu"))
+    assert [recipe.run_title(config) for config in extrapolation.models.configs] == [
         "DeltaNet",
         "DeltaProduct, N = 2",
         "DeltaProduct, N = 3",
@@ -90,10 +91,10 @@ def test_settings():
         "PaTH-FoX",
         "RoPE",
     ]
-    assert {config.context for config in models.configs} == {2048}
+    assert {config.context for config in extrapolation.models.configs} == {2048}
     # Documents see one another, as they do in the evaluation.
-    assert not any(config.separate_documents for config in models.configs)
-    assert recipe.Extrapolation.from_settings(models.settings()) == models
+    assert not any(config.separate_documents for config in extrapolation.models.configs)
+    assert recipe.Extrapolation.from_settings(extrapolation.settings()) == extrapolation
     with pytest.raises(ConfigError, match=r"`size` must be one of cpu, gpu, got 'tpu'"):
         recipe.settings("tpu")
 
@@ -141,13 +142,17 @@ def test_windows_lie_evenly_on_a_circle():
 
 
 def test_early_and_late_positions_are_measured_on_the_same_text():
-    evaluation = recipe.EvaluationConfig(eval_length=64, eval_windows=10)
-    windows = recipe.evaluation_windows(np.arange(1000), 16, evaluation)
+    windows = spaced_windows(np.arange(1000), 64, 10, distance=8)
     assert windows.shape == (10, 65)
     for first in range(0, 64, 8):
         assert sorted(windows[:, first : first + 8].ravel()) == list(range(80))
-    few = recipe.evaluation_windows(np.arange(70), 16, evaluation)
+    few = spaced_windows(np.arange(70), 64, 10, distance=8)
     assert few.max() == 69
+
+
+def figure_of(found):
+    losses = {recipe.run_title(run.config): run.losses for run in found}
+    return losses_figure(losses, found[0].config.context)
 
 
 def test_files_table_and_picture(done):
@@ -159,14 +164,14 @@ def test_files_table_and_picture(done):
     np.testing.assert_allclose(column, found[3].losses, atol=1e-5)
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     exploded = dataclasses.replace(found[3], losses=found[3].losses * np.linspace(1, 50, 64))
-    figure = recipe.losses_figure([*found[:3], exploded])
+    figure = figure_of([*found[:3], exploded])
     loss, growth = ([text.get_text() for text in axes.texts] for axes in figure.axes)
     assert loss[3] == f"RoPE  ({exploded.at_end:.2f})"
     assert growth[3] == f"RoPE  ({exploded.at_end - exploded.at_training_length:+.3f})"
     assert len(loss) == len(growth) == 4
     # Where nothing grows there is a picture all the same.
     still = [dataclasses.replace(run, losses=np.ones(64, np.float32)) for run in found]
-    assert recipe.losses_figure(still).axes[1].get_ylim()[0] == recipe.LEAST_GROWTH
+    assert figure_of(still).axes[1].get_ylim()[0] == LEAST_GROWTH
     console = Console(width=200, file=io.StringIO())
     console.print(recipe.published_beside_measured(found))
     text = console.file.getvalue()
@@ -245,14 +250,6 @@ def test_files_that_are_no_text_are_named(make, text, tmp_path):
         observer=Skipping(),
     )
     assert files == [str(tmp_path / "picture.png")]
-
-
-def test_the_standard_library_is_without_installed_packages():
-    files = recipe.standard_library()
-    names = {path.name for path in files}
-    assert {"argparse.py", "abc.py"} <= names
-    assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in files)
-    assert all(path.suffix == ".py" for path in files)
 
 
 def test_the_command_takes_its_flags(text, tmp_path, capsys, monkeypatch):

@@ -17,13 +17,13 @@ from householder.cli.settings import (
     take_single,
     with_settings,
 )
-from householder.recipes.length_extrapolation import EvaluationConfig
 from householder.storage import write_atomically
 from householder.train.comparison import Comparison
 from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError
 from householder.train.interrupt import stop_on_signals
 from householder.train.text.config import TextConfig
+from householder.train.text.positions import EvaluationConfig
 from householder.train.text.processes import join_processes
 
 reproduce_app = typer.Typer(help="Repeat published experiments: published beside measured.")
@@ -210,8 +210,8 @@ def _length_extrapolation(
     given = given_settings({**settings, "mixer": mixer, "text": text})
     take_single(given, "num_layers")
     extrapolation = length_extrapolation.Extrapolation.from_settings({**base, **given})
-    console = Console()
-    with join_processes(extrapolation.configs[0].device) as processes, stop_on_signals() as stop:
+    console, device = Console(), extrapolation.models.configs[0].device
+    with join_processes(device) as processes, stop_on_signals() as stop:
         found = length_extrapolation.run(
             extrapolation,
             folder,

@@ -27,7 +27,7 @@ from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES
 from householder.train.errors import ConfigError
 from householder.train.loop import TrainResult
-from householder.train.plot import COLORS, FAINT, INK, to_png
+from householder.train.plot import COLORS, FAINT, INK, name_curve, set_title, style, to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,34 +145,15 @@ def layers_figure(results: Sequence[TrainResult]) -> Figure:
         axes.plot(list(enough), heights, color=COLORS[i], linewidth=2.4, drawstyle="steps-mid")
         end = (max(enough), heights[-1]) if enough else (1, most + 0.5)
         reach = f"to length {max(enough)}" if enough else f"at no length with {most}"
-        axes.annotate(
-            f"{MIXER_TITLES[mixer]}, {reach}",
-            end,
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            fontweight="bold",
-            color=COLORS[i],
-            annotation_clip=False,
-        )
+        name_curve(axes, f"{MIXER_TITLES[mixer]}, {reach}", end, COLORS[i], offset=6)
     axes.axvline(config.length, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(0, results[0].evaluation.lengths[-1])
     axes.set_ylim(0.5, most + 0.6)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("length of the word (elements)", color=INK)
     axes.set_ylabel("fewest layers above 90%", color=INK)
-    axes.set_title(
-        f"Words over A5, trained on {config.length} elements",
-        loc="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-    )
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+    set_title(axes, f"Words over A5, trained on {config.length} elements")
+    style(axes)
     return figure
 
 

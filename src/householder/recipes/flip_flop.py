@@ -33,7 +33,7 @@ from householder.train.data import generator_for
 from householder.train.errors import ConfigError
 from householder.train.evaluation import autocast, evaluation_mode
 from householder.train.loop import TrainResult
-from householder.train.plot import COLORS, FAINT, INK, to_png
+from householder.train.plot import COLORS, FAINT, INK, name_curve, set_title, style, to_png
 from householder.train.tasks import FlipFlop, make_task
 
 if TYPE_CHECKING:
@@ -224,17 +224,7 @@ def errors_figure(found: Sequence[ReadErrors]) -> Figure:
         axes.plot(
             middles, shares, color=color, linewidth=2.4, marker="o", markersize=4, clip_on=False
         )
-        axes.annotate(
-            title,
-            (middles[-1], shares[-1]),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            fontweight="bold",
-            color=color,
-            annotation_clip=False,
-        )
+        name_curve(axes, title, (middles[-1], shares[-1]), color)
     axes.axhline(50, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate("guessing", (1, 50), (0, 3), textcoords="offset points", fontsize=9, color=FAINT)
     axes.set_xscale("log", base=2)
@@ -242,17 +232,8 @@ def errors_figure(found: Sequence[ReadErrors]) -> Figure:
     axes.set_ylim(-1, 56)
     axes.set_xlabel("instructions since the bit was written", color=INK)
     axes.set_ylabel("wrong reads (%)", color=INK)
-    axes.set_title(
-        f"Flip-flop, {found[0].config.length} tokens: one layer, two heads",
-        loc="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-    )
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+    set_title(axes, f"Flip-flop, {found[0].config.length} tokens: one layer, two heads")
+    style(axes)
     return figure
 
 

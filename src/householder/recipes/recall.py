@@ -30,7 +30,7 @@ from rich.table import Table
 from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES, TrainConfig, takes_several
 from householder.train.errors import ConfigError
-from householder.train.plot import COLORS, FAINT, INK, spread_apart, to_png
+from householder.train.plot import COLORS, INK, name_curve, set_title, spread_apart, style, to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,18 +200,8 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
         heights = [curves[title][width].at_training_length for width in widths]
         (line,) = axes.plot(widths, heights, color=colors[title], linewidth=2.4, clip_on=False)
         line.set(marker="o", markersize=5)
-        axes.annotate(
-            f"{title}  ({ends[title]:.1%})",
-            (widths[0], height),
-            (-10, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=10,
-            fontweight="bold",
-            color=colors[title],
-            annotation_clip=False,
-        )
+        name, end = f"{title}  ({ends[title]:.1%})", (widths[0], height)
+        name_curve(axes, name, end, colors[title], offset=-10, ha="right")
     every_width = sorted({run.config.d_model for run in found})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(every_width))
@@ -221,18 +211,12 @@ def recall_figure(found: Sequence[Recalled]) -> Figure:
     axes.yaxis.tick_right()
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_xlabel("width of the model", color=INK)
-    axes.set_title(
+    set_title(
+        axes,
         f"Queries answered: {config.length} tokens, {_pairs(config)} pairs, "
         f"{config.num_layers} layers",
-        loc="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
     )
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+    style(axes)
     axes.tick_params(axis="y", length=0)
     return figure
 

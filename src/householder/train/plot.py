@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from householder.nn import MIXERS
 from householder.train.config import MIXER_TITLES, run_titles
@@ -45,6 +45,52 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def style(axes: Axes) -> None:
+    """Give axes the look of every picture: lines across, no frame, dark labels."""
+    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+
+
+def set_title(axes: Axes, title: str, pad: float | None = None) -> None:
+    """Write a picture's title above its left corner, `pad` points away."""
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=pad)
+
+
+def name_curve(
+    axes: Axes,
+    name: str,
+    end: tuple[float, float],
+    color: Any,
+    *,
+    offset: float = 8,
+    **options: Any,
+) -> None:
+    """Write a curve's name beside its end.
+
+    Args:
+        axes: with the curve.
+        name: what to write.
+        end: where, in the data's units unless `options` say otherwise.
+        color: the curve's.
+        offset: how far to the right of it, in points.
+        options: further ones of `Axes.annotate`.
+    """
+    axes.annotate(
+        name,
+        end,
+        (offset, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=10,
+        fontweight="bold",
+        color=color,
+        annotation_clip=False,
+        **options,
+    )
+
+
 def accuracy_figure(results: Sequence[TrainResult]) -> Figure:
     """Draw what `plot_accuracy` writes, as a matplotlib figure (without pyplot's global state)."""
     from matplotlib.figure import Figure
@@ -61,18 +107,15 @@ def accuracy_figure(results: Sequence[TrainResult]) -> Figure:
         _draw_curve(axes, result, color)
     _name_curves(axes, results, longest)
 
-    axes.set_title(_title(results), loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
+    set_title(axes, _title(results), pad=24)
     axes.text(0, 1.035, _subtitle(results), transform=axes.transAxes, fontsize=9, color=FAINT)
     axes.set_xlabel("position (tokens)" if metric == "prefix" else "length (tokens)", color=INK)
     axes.set_ylabel(METRIC_NAMES[metric], color=INK)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     ticks = _ticks(config.length, longest)
     axes.set_xticks(ticks, [_tick_label(tick, config.length) for tick in ticks])
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    style(axes)
     axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
     axes.tick_params(axis="y", length=0)
     return figure
 
@@ -131,17 +174,7 @@ def _name_curves(axes: Axes, results: Sequence[TrainResult], longest: int) -> No
         line = next(x for x in axes.get_lines() if x.get_label() == result.config.name)
         last = result.evaluation.accuracy[-1]
         height = max(last, height + apart)
-        axes.annotate(
-            f"{titles[place]}  ({last:.1%})",
-            (longest, height),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            fontweight="bold",
-            color=line.get_color(),
-            annotation_clip=False,
-        )
+        name_curve(axes, f"{titles[place]}  ({last:.1%})", (longest, height), line.get_color())
 
 
 def _title(results: Sequence[TrainResult]) -> str:

@@ -9,7 +9,13 @@ import pytest
 
 from householder.train import ConfigError
 from householder.train.text.batches import Windows, pack, validation_windows
-from householder.train.text.corpus import documents, open_corpus, text_files, write_corpus
+from householder.train.text.corpus import (
+    documents,
+    open_corpus,
+    standard_library,
+    text_files,
+    write_corpus,
+)
 from householder.train.text.tokenizer import ByteTokenizer, make_tokenizer
 
 SEPARATOR = ByteTokenizer.separator
@@ -200,3 +206,11 @@ def test_summary_is_json(tmp_path):
     build(tmp_path / "corpus", ["abc", "de"])
     summary = json.loads((tmp_path / "corpus" / "corpus.json").read_text())
     assert (summary["documents"], summary["tokens"]) == (2, 7)
+
+
+def test_the_standard_library_is_without_installed_packages():
+    files = standard_library()
+    names = {path.name for path in files}
+    assert {"argparse.py", "abc.py"} <= names
+    assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in files)
+    assert all(path.suffix == ".py" for path in files)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,16 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     if not files:
         raise ConfigError(f"`text`: no files in {', '.join(map(str, paths))}; name other folders")
     return files
+
+
+def standard_library() -> list[Path]:
+    """Return the sources of the running Python's standard library, its tests too if they are there.
+
+    Installed packages, which may be in a folder of it, are left out.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    others = {"site-packages", "dist-packages", "__pycache__"}
+    return sorted(path for path in folder.rglob("*.py") if not others & set(path.parts))
 
 
 def _hidden(path: Path) -> bool:

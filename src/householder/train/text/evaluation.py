@@ -111,6 +111,25 @@ def circular_windows(tokens: Any, context: int, count: int) -> np.ndarray[Any, A
     return np.stack(rows)
 
 
+def spaced_windows(tokens: Any, context: int, count: int, *, distance: int) -> np.ndarray[Any, Any]:
+    """Return windows that begin a distance apart around a circle of the first tokens.
+
+    The circle is no longer than the text and no shorter than a window, which must not meet itself;
+    the distance is then what comes of it. See `circular_windows` for what may be compared.
+
+    Args:
+        tokens: of the corpus; at least context + 1.
+        context: T.
+        count: how many windows.
+        distance: from the beginning of one to that of the next, in tokens.
+
+    Returns:
+        The tokens, `[count, context + 1]`.
+    """
+    circle = max(context + 1, min(len(tokens), count * distance))
+    return circular_windows(tokens[:circle], context, count)
+
+
 def evaluate_text(
     model: CausalLM,
     tokens: Any,

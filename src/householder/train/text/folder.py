@@ -14,6 +14,7 @@ from householder.train.text.config import TextConfig
 from householder.train.text.corpus import (
     dataset_documents,
     documents,
+    standard_library,
     text_files,
     write_corpus,
 )
@@ -85,18 +86,31 @@ def run_text(
     if processes.first:
         _open_folder(config, source, folder, resume=resume, overwrite=overwrite)
         if not (folder / "corpus").exists():
-            _make_corpus(config, source, folder / "corpus", observer or TextObserver())
+            make_corpus(config, source, folder / "corpus", observer or TextObserver())
     processes.wait()
     return train_text(config, folder, processes, resume=resume, observer=observer, stop=stop)
 
 
-def _make_corpus(
+def make_corpus(
     config: TextConfig, source: Mapping[str, Any], folder: Path, observer: TextObserver
 ) -> None:
+    """Tokenize the text of a run into a folder, as `write_corpus` does.
+
+    Args:
+        config: the tokenizer, how much to hold out and where to stop.
+        source: `dataset`, a name, or `text`, files and folders; none of them for the sources of
+            Python's standard library.
+        folder: to write; it must not exist.
+        observer: told of files that are no text, and of the tokens.
+
+    Raises:
+        ConfigError: there is no text.
+    """
     if "dataset" in source:
         texts = dataset_documents(source["dataset"])
     else:
-        files = text_files([Path(name) for name in source["text"]])
+        paths = [Path(name) for name in source["text"]]
+        files = text_files(paths) if paths else standard_library()
         texts = documents(files, lambda file: observer.skipped(str(file)))
     write_corpus(
         texts,
