@@ -15,21 +15,21 @@ import pytest
 pytest.importorskip("triton")
 
 # G, M, N, D; whether β is given, whether the rows are those of the identity, transposed or not.
+# Interpreted, a block of 128 takes seconds whatever N is, and more with D: few cases, small D.
 CASES = {
     "few": (1, 5, 3, 9, True, False, False),
     "one": (1, 3, 1, 7, False, False, False),
-    "a block of 32, two products": (2, 40, 32, 40, True, False, False),
+    "a block of 32, two products": (2, 40, 32, 20, True, False, False),
     "orthogonal, transposed": (2, 12, 20, 40, False, False, True),
     "a block of 64": (1, 10, 50, 70, True, False, True),
     "a block of 128": (1, 9, 100, 34, True, False, False),
     "a block of 128, orthogonal, transposed": (1, 9, 128, 33, False, False, True),
-    "two blocks": (1, 6, 130, 36, True, False, False),
-    "two blocks, orthogonal, transposed": (1, 6, 130, 36, False, False, True),
+    "two blocks, transposed": (1, 6, 130, 36, True, False, True),
     "frame of few": (2, 6, 3, 9, True, True, False),
     "whole frame, orthogonal": (1, 33, 20, 33, False, True, False),
-    "frame of a block of 128": (1, 20, 100, 34, True, True, False),
-    "frame of two blocks": (1, 10, 130, 36, True, True, False),
-    "more columns than a part of the sums": (1, 4, 3, 300, True, False, False),
+    "frame of a block of 64": (1, 6, 50, 10, True, True, False),
+    "frame of two blocks, orthogonal": (1, 6, 130, 24, False, True, False),
+    "frame of more columns than a part of the sums": (1, 4, 5, 257, True, True, False),
 }
 OUTPUTS = ("y", "dx", "dk", "dbeta")
 # A block solves for up to 128 reflectors at once what the definition does one by one.
@@ -52,7 +52,10 @@ def compute(case: tuple) -> dict[str, str]:
     k[:, 1::7] = k[:, :1]  # repeated reflectors
     if N > 2:
         k[:, 2] = 0.0
-    beta = torch.rand(G, N, generator=generator) * 2 if given else None
+    beta = None
+    if given:  # and behind it what is not to be read
+        beta = torch.full((G, N + 1), float("nan"))[:, :N]
+        beta.copy_(torch.rand(G, N, generator=generator) * 2)
     if beta is not None and N > 2:
         beta[:, 1] = 0.0
     x = None if identity else torch.randn(G, M, D, generator=generator)
@@ -89,9 +92,10 @@ def compute(case: tuple) -> dict[str, str]:
     declared = triton.saved_shapes(x, k, M)
     if [(tuple(t.shape), t.dtype) for t in saved] != list(declared):
         broken["saved"] = f"{[t.shape for t in saved]} is not what is declared, {declared}"
-    unsaved = triton.forward(k, beta, x, M, transpose, False)
-    if not torch.equal(unsaved[0], y) or any(t.numel() for t in unsaved[1:]):
-        broken["unsaved"] = "forward without saving differs or saves"
+    if N <= 3:  # nothing of it depends on N
+        unsaved = triton.forward(k, beta, x, M, transpose, False)
+        if not torch.equal(unsaved[0], y) or any(t.numel() for t in unsaved[1:]):
+            broken["unsaved"] = "forward without saving differs or saves"
     return broken
 
 
@@ -120,6 +124,7 @@ def compute_public() -> dict[str, str]:
             broken[name] = str(error)
 
     compare("product", householder_product, x, k, b)
+    x, k, b = x[0], k[0], b[0]
     compare("orthogonal product", householder_product, x, k)
     compare(
         "transposed", lambda *a, impl: householder_product(*a, transpose=True, impl=impl), x, k, b
@@ -127,7 +132,7 @@ def compute_public() -> dict[str, str]:
     compare("frame", lambda *a, impl: householder_frame(*a, num_columns=4, impl=impl), k, b)
     compare("orthogonal frame", householder_frame, k)
 
-    x, k = x[0, 0, 0, :4], k[0, 0, 0, :2, :4]
+    x, k = x[0, 0, :4], k[0, 0, :2, :4]
     found = {}
     for impl in ("triton", "reference"):
 
@@ -164,11 +169,10 @@ def compute_orthogonality() -> dict[str, str]:
 
     broken = {}
     for kind in ("close", "lengths"):
-        for N in (20, 40):  # a tile, and a block of several
-            k = correlated_reflectors(kind, N, 40)
-            error = orthogonality_error(householder_frame(k, impl="triton")) / 2**-23 / 40**0.5
-            if not error <= 4:
-                broken[f"{kind}, N = {N}"] = f"{error:.1f} ε √D"
+        k = correlated_reflectors(kind, 40, 40)  # a tile that is full, and one that is not
+        error = orthogonality_error(householder_frame(k, impl="triton")) / 2**-23 / 40**0.5
+        if not error <= 4:
+            broken[kind] = f"{error:.1f} ε √D"
     return broken
 
 
