@@ -44,7 +44,7 @@ ACTIVATIONS = {
 }
 NORMS = {
     "l2": lambda x: x / math.sqrt((x * x).sum().item() + 1e-6),
-    "sum": lambda x: x / (x.sum().item() + 1e-6),
+    "sum": lambda x: x / max(x.sum().item(), 1e-6),
     "none": lambda x: x,
 }
 
