@@ -15,7 +15,7 @@ from rich.text import Text
 import householder
 from householder.adapters import AdapterError
 from householder.cli.reproduce import reproduce_app
-from householder.cli.runs import resumed_settings, run_and_show
+from householder.cli.runs import refuse_both, run_chosen
 from householder.cli.settings import (
     Out,
     Overwrite,
@@ -25,7 +25,7 @@ from householder.cli.settings import (
     with_settings,
 )
 from householder.train.adapt import AdaptConfig
-from householder.train.comparison import COMPARED, Comparison
+from householder.train.comparison import COMPARED
 from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError, Interrupted, RunError
 from householder.train.interrupt import stop_on_signals
@@ -144,9 +144,7 @@ def _train(
         _train_on_text({**file, **given}, folder, resume=resume, overwrite=overwrite)
         return
     check_names({**file, **given}, field_types(TrainConfig), "settings without --text")
-    base = resumed_settings(folder, resume, overwrite)
-    comparison = Comparison.from_settings({**base, **file, **given})
-    run_and_show(comparison, folder, resume=resume, overwrite=overwrite)
+    run_chosen({}, {**file, **given}, folder, resume=resume, overwrite=overwrite)
 
 
 def _train_on_text(
@@ -260,8 +258,7 @@ def _adapt(
     from householder.train.adapt.report import results_table
     from householder.train.adapt.run import adapt_settings, run_adapt
 
-    if resume and overwrite:
-        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    refuse_both(resume, overwrite)
     folder = out or Path("householder-adapt")
     stored = adapt_settings(folder) if resume else {}
     given = {name: value for name, value in settings.items() if value is not None}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from householder.cli.runs import resumed_settings, run_and_show
+from householder.cli.runs import refuse_both, run_chosen
 from householder.cli.settings import (
     Out,
     Overwrite,
@@ -18,9 +18,7 @@ from householder.cli.settings import (
     with_settings,
 )
 from householder.storage import write_atomically
-from householder.train.comparison import Comparison
 from householder.train.config import TrainConfig
-from householder.train.errors import ConfigError
 from householder.train.interrupt import stop_on_signals
 from householder.train.text.config import TextConfig
 from householder.train.text.positions import EvaluationConfig
@@ -58,9 +56,10 @@ def _state_tracking(
     given = given_settings(settings)
     task = given.pop("task", "s3")
     folder = out or Path(f"householder-{task}-{size}")
-    base = resumed_settings(folder, resume, overwrite) or state_tracking.settings(task, size)
-    comparison = Comparison.from_settings({**base, **given, "task": task})
-    results = run_and_show(comparison, folder, resume=resume, overwrite=overwrite)
+    # A folder that is resumed need not be of the size that is the default here.
+    chosen = {} if resume else state_tracking.settings(task, size)
+    given["task"] = task
+    results = run_chosen(chosen, given, folder, resume=resume, overwrite=overwrite)
     Console().print(state_tracking.published_beside_measured(results))
 
 
@@ -83,10 +82,8 @@ def _flip_flop(
     from householder.recipes import flip_flop
 
     folder = out or Path(f"householder-flip-flop-{size}")
-    chosen = flip_flop.settings(size)
-    base = resumed_settings(folder, resume, overwrite) or chosen
-    comparison = Comparison.from_settings({**base, **given_settings(settings)})
-    results = run_and_show(comparison, folder, resume=resume, overwrite=overwrite)
+    chosen, given = flip_flop.settings(size), given_settings(settings)
+    results = run_chosen(chosen, given, folder, resume=resume, overwrite=overwrite)
     found = [errors for result in results for errors in flip_flop.measure(result, size)]
     flip_flop.write_errors(found, folder)
     for result in results:
@@ -115,10 +112,8 @@ def _a5_attention(
     from householder.recipes import a5_attention
 
     folder = out or Path(f"householder-a5-attention-{size}")
-    chosen = a5_attention.settings(size)
-    base = resumed_settings(folder, resume, overwrite) or chosen
-    comparison = Comparison.from_settings({**base, **given_settings(settings)})
-    results = run_and_show(comparison, folder, resume=resume, overwrite=overwrite)
+    chosen, given = a5_attention.settings(size), given_settings(settings)
+    results = run_chosen(chosen, given, folder, resume=resume, overwrite=overwrite)
     a5_attention.write_layers(results, folder)
     Console().print(a5_attention.layers_table(results))
 
@@ -147,13 +142,12 @@ def _recall(
     folder = out or Path(f"householder-recall-{size}")
     chosen = recall.settings(size)
     given = given_settings(settings)
-    for width in [given.pop("d_model")] if "d_model" in given else recall.WIDTHS[size]:
+    for width in [given["d_model"]] if "d_model" in given else recall.WIDTHS[size]:
         part = folder / f"d{width}"
         # A run that was stopped may not have come to this width.
         resuming = resume and part.exists()
-        base = resumed_settings(part, resuming, overwrite) or chosen
-        comparison = Comparison.from_settings({**base, **given, "d_model": width})
-        run_and_show(comparison, part, resume=resuming, overwrite=overwrite)
+        given["d_model"] = width
+        run_chosen(chosen, given, part, resume=resuming, overwrite=overwrite)
         found = recall.read_results(folder)
         recall.write_recall(found, folder)
     Console().print(recall.published_beside_measured(found))
@@ -264,8 +258,7 @@ def _adapters(
     from householder.recipes import adapters
     from householder.train.build import resolve_device
 
-    if resume and overwrite:
-        raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
+    refuse_both(resume, overwrite)
     folder = out or Path("householder-adapters")
     settings = adapters.Settings(
         images=None if images is None else str(images),

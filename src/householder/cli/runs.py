@@ -13,14 +13,23 @@ from householder.train.interrupt import stop_on_signals
 from householder.train.loop import TrainResult
 
 
-def resumed_settings(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Return the settings that a resumed run starts from: those it was started with."""
+def refuse_both(resume: bool, overwrite: bool) -> None:
+    """Refuse to continue a folder and to delete it."""
     if resume and overwrite:
         raise ConfigError("--resume continues and --overwrite deletes the same folder; give one")
-    return stored_settings(folder) if resume else {}
 
 
-def run_and_show(
+def run_chosen(
+    chosen: dict[str, Any], given: dict[str, Any], folder: Path, *, resume: bool, overwrite: bool
+) -> list[TrainResult]:
+    """Run what is `chosen`, or what a resumed folder began with, changed by what is `given`."""
+    refuse_both(resume, overwrite)
+    base = stored_settings(folder) if resume else chosen
+    comparison = Comparison.from_settings({**base, **given})
+    return _run_and_show(comparison, folder, resume=resume, overwrite=overwrite)
+
+
+def _run_and_show(
     comparison: Comparison, folder: Path, *, resume: bool, overwrite: bool
 ) -> list[TrainResult]:
     """Run a comparison, print its progress and its table, and return the results."""
