@@ -8,11 +8,12 @@ from pathlib import Path
 
 import matplotlib
 
+from recording import RESULTS
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
 
 
