@@ -12,6 +12,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
+import householder
 from householder.recipes import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,11 @@ def test_settings_of_the_examples_are_valid(example: Path) -> None:
     comparison = Comparison.from_settings(read_toml(example, field_types(TrainConfig)))
     if example.stem == "s3":
         assert comparison == Comparison.from_settings({}), "it is not what train does by itself"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {householder.__version__}" in lines
 
 
 def documented() -> set[int]:
