@@ -38,9 +38,9 @@ BELOW = {
     },
     "__main__": {"cli"},
     "testing": {"testing", "nn", "maps", "ops", ""},
-    # The package's own __init__ re-exports maps, ops and one function of hf, and names the parts that
-    # it loads when they are asked for. Only what stands above everything else may import it: below,
-    # that would be a cycle.
+    # The package's own __init__ re-exports maps, ops and one function of hf, and names the parts
+    # that it loads when they are asked for. Only what stands above everything else may import it:
+    # below, that would be a cycle.
     "": {"hf", "maps", "ops", "adapters", "models", "nn", "testing", "train"},
 }
 # Inside an op's folder: the forms know nothing of one another.

@@ -23,7 +23,11 @@ from householder.ops import (
 )
 
 if TYPE_CHECKING:
-    from householder import adapters, models, nn, testing, train
+    from householder import adapters as adapters
+    from householder import models as models
+    from householder import nn as nn
+    from householder import testing as testing
+    from householder import train as train
 
 __version__ = "0.1.0"
 
