@@ -96,17 +96,6 @@ def test_commands_and_their_flags_exist() -> None:
                 assert word.partition("=")[0] in flags, f"{line}: there is no flag {word}"
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_settings_of_the_examples_are_valid(example: Path) -> None:
-    from householder.train.comparison import Comparison
-    from householder.train.config import TrainConfig
-    from householder.train.settings import field_types, read_toml
-
-    comparison = Comparison.from_settings(read_toml(example, field_types(TrainConfig)))
-    if example.stem == "s3":
-        assert comparison == Comparison.from_settings({}), "it is not what train does by itself"
-
-
 def test_the_citation_is_of_this_version() -> None:
     lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
     assert f"version: {householder.__version__}" in lines
