@@ -27,7 +27,11 @@ __all__ = [
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ‖actual − expected‖ / ‖expected‖ in the Frobenius norm; NaN counts as infinite.
 
-    If `expected` is zero the norm of `actual` itself is returned.
+    If `expected` is zero the norm of `actual` itself is returned. Computed in float64.
+
+    Args:
+        actual: any shape and dtype.
+        expected: of the same shape.
 
     Examples:
         >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))

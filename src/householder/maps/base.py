@@ -97,7 +97,14 @@ class LinearMap(ABC):
         return self.compose(other) if isinstance(other, LinearMap) else NotImplemented
 
     def compose(self, other: LinearMap) -> LinearMap:
-        """Do what `@` does; use this inside `torch.compile`, which cannot trace `@` of objects."""
+        """Do what `@` does; use this inside `torch.compile`, which cannot trace `@` of objects.
+
+        Args:
+            other: a map to as many features as this one takes; it acts first.
+
+        Raises:
+            ValueError: the sizes do not fit.
+        """
         return Composition(self, other)
 
     def __repr__(self) -> str:
@@ -179,7 +186,15 @@ class Composition(LinearMap):
         return Composition(*(m.mT for m in reversed(self.maps)))
 
     def inverse(self, *, check: bool = True) -> LinearMap:
-        """Return the product of the factors' inverses, in reversed order."""
+        """Return the product of the factors' inverses, in reversed order.
+
+        Args:
+            check: as in `LinearMap.inverse`, of every factor.
+
+        Raises:
+            NotImplementedError: a factor is of a kind that has none.
+            ValueError: a factor is singular.
+        """
         return Composition(*(m.inverse(check=check) for m in reversed(self.maps)))
 
     def logabsdet(self) -> Tensor:

@@ -175,7 +175,11 @@ class HouseholderProduct(LinearMap):
     def frame(self, M: int) -> Tensor:
         """Return the first M columns, `[*, D, M]`, without forming the D × D matrix.
 
-        For an orthogonal product they are orthonormal: a point on the Stiefel manifold.
+        For an orthogonal product they are orthonormal: a point on the Stiefel manifold. Gradients
+        are those of `householder.householder_frame`.
+
+        Args:
+            M: how many columns, from 0 to D.
 
         Raises:
             ValueError: M is not between 0 and D.
@@ -197,7 +201,14 @@ class HouseholderProduct(LinearMap):
         return self.frame(self.shape[-1])
 
     def compose(self, other: LinearMap) -> LinearMap:
-        """Compose; two Householder products make one, with the reflectors of both."""
+        """Do what `@` does: two Householder products make one, with the reflectors of both.
+
+        Args:
+            other: any map to as many features; it acts first.
+
+        Raises:
+            ValueError: the sizes do not fit.
+        """
         if not isinstance(other, HouseholderProduct) or self.shape[-1] != other.shape[-1]:
             return Composition(self, other)  # which says so where sizes do not fit
         batch = torch.broadcast_shapes(self.shape[:-2], other.shape[:-2])

@@ -13,7 +13,7 @@ from householder.train.settings import Settings, setting
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """The settings of one training run.
+    """The settings of one training run; `householder train --help` says what each of them means.
 
     Every field is checked when the object is made; the lengths are in supervised tokens (a leading
     BOS token is not counted), the batch in sequences.
