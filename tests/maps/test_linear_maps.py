@@ -94,8 +94,11 @@ class TestComposition:
             Composition(HouseholderProduct.orthogonal(draw(2, 4)), draw(4))
 
     def test_a_tensor_is_called_and_not_multiplied(self):
+        A = HouseholderProduct.orthogonal(draw(2, 4))
+        with pytest.raises(TypeError, match="got a tensor; apply the map by calling"):
+            A @ draw(4)
         with pytest.raises(TypeError):
-            HouseholderProduct.orthogonal(draw(2, 4)) @ draw(4)
+            A @ 2
 
 
 def test_a_map_without_an_inverse_says_so():

@@ -94,6 +94,11 @@ class LinearMap(ABC):
 
     def __matmul__(self, other: LinearMap) -> LinearMap:
         """Compose: `(A @ B)(x) = A(B(x))`. To apply a map to a tensor, call it."""
+        if isinstance(other, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: `@` composes maps, got a tensor; apply the map by calling "
+                "it, A(x), which acts on the last dimension"
+            )
         return self.compose(other) if isinstance(other, LinearMap) else NotImplemented
 
     def compose(self, other: LinearMap) -> LinearMap:

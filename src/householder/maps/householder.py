@@ -60,6 +60,8 @@ class HouseholderProduct(LinearMap):
                 f"{op}: `beta` must be [*, N] with N = {reflectors.shape[-2]} as in `reflectors`, "
                 f"got shape {list(beta.shape)}; give one coefficient a reflector"
             )
+        if beta is not None:
+            _check_batches(reflectors, beta)
         self.reflectors = reflectors
         self._beta = beta
 
@@ -182,6 +184,7 @@ class HouseholderProduct(LinearMap):
             M: how many columns, from 0 to D.
 
         Raises:
+            TypeError: M is no int.
             ValueError: M is not between 0 and D.
 
         References:
@@ -189,6 +192,10 @@ class HouseholderProduct(LinearMap):
               Stiefel Matrices (Likhosherstov et al., 2021), https://arxiv.org/abs/2004.08675
         """
         D = self.shape[-1]
+        if isinstance(M, bool) or not isinstance(M, (int, torch.SymInt)):
+            raise TypeError(
+                f"HouseholderProduct.frame: `M` must be an int, got {M!r}; give a number of columns"
+            )
         if not 0 <= M <= D:
             raise ValueError(
                 f"HouseholderProduct.frame: `M` must be between 0 and D = {D}, got {M}; "
@@ -232,8 +239,11 @@ class HouseholderProduct(LinearMap):
             tau: `[*, N]`.
 
         Raises:
+            TypeError: an argument is no tensor.
             ValueError: the shapes do not fit.
         """
+        for name, x in (("a", a), ("tau", tau)):
+            _checks.check_tensor("HouseholderProduct.from_lapack", name, x)
         if a.dim() < 2 or a.shape[-1] > a.shape[-2] or tau.shape[-1:] != a.shape[-1:]:
             raise ValueError(
                 "HouseholderProduct.from_lapack: `a` must be [*, D, N] with N ≤ D and `tau` "
@@ -315,6 +325,18 @@ class HouseholderProduct(LinearMap):
             work = Q.detach().to(compute_dtype(Q), copy=True)
             _check_orthonormal(work, torch.finfo(Q.dtype).eps)
             return cls(*_factor_frame(work))
+
+
+def _check_batches(reflectors: Tensor, beta: Tensor) -> None:
+    batches = reflectors.shape[:-2], beta.shape[:-1]
+    # Counted here rather than tried out: `torch.compile` cannot trace the error of a trial.
+    pairs = zip(reversed(batches[0]), reversed(batches[1]), strict=False)
+    if any(m != n and 1 not in (m, n) for m, n in pairs):
+        raise ValueError(
+            "HouseholderProduct: the batch dimensions of `reflectors` and `beta` must broadcast, "
+            f"got {list(batches[0])} and {list(batches[1])}; give a dimension of 1 where one of "
+            "them is the same for all"
+        )
 
 
 def _squared_norm(reflectors: Tensor) -> Tensor:
