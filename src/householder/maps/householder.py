@@ -43,13 +43,8 @@ class HouseholderProduct(LinearMap):
 
     def __init__(self, reflectors: Tensor, beta: Tensor | None = None) -> None:
         op = "HouseholderProduct"
-        _checks.check_tensor(op, "reflectors", reflectors)
-        tensors = {"reflectors": reflectors}
-        if beta is not None:
-            _checks.check_tensor(op, "beta", beta)
-            tensors["beta"] = beta
-        _checks.check_floating(op, tensors, allow_complex=True)
-        _checks.check_same_device(op, tensors)
+        tensors = {"reflectors": reflectors, "beta": beta}
+        _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
         if reflectors.dim() < 2:
             raise ValueError(
                 f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
@@ -85,8 +80,7 @@ class HouseholderProduct(LinearMap):
             (tensor([[0.7500, 1.0000]]), tensor([1.2800]))
         """
         op = "HouseholderProduct.orthogonal"
-        _checks.check_tensor(op, "reflectors", reflectors)
-        _checks.check_floating(op, {"reflectors": reflectors}, allow_complex=True)
+        _checks.check_tensors(op, {"reflectors": reflectors}, allow_complex=True)
         if reflectors.numel():
             # A constant, since the product does not depend on the lengths. (Of an empty tensor
             # there is no largest entry.)
@@ -314,8 +308,7 @@ class HouseholderProduct(LinearMap):
             >>> torch.allclose(HouseholderProduct.from_orthogonal(Q).to_dense(), Q)
             True
         """
-        _checks.check_tensor("HouseholderProduct.from_orthogonal", "Q", Q)
-        _checks.check_floating("HouseholderProduct.from_orthogonal", {"Q": Q}, allow_complex=True)
+        _checks.check_tensors("HouseholderProduct.from_orthogonal", {"Q": Q}, allow_complex=True)
         if Q.dim() < 2 or Q.shape[-1] > Q.shape[-2]:
             raise ValueError(
                 "HouseholderProduct.from_orthogonal: `Q` must be [*, D, M] with M ≤ D, got shape "

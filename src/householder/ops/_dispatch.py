@@ -123,6 +123,26 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Be the `setup_context` of an `autograd.Function` that is not differentiable."""
+
+
+def first_order_only(form: str) -> Any:
+    """Return the `backward` of a gradient that is not differentiable itself: it refuses.
+
+    Args:
+        form: the op and its form, as in "swiglu: the Triton form".
+    """
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(
+            f"{form} has first-order gradients only, and a second order was asked for; use "
+            'impl="reference", which has every order'
+        )
+
+    return staticmethod(backward)
+
+
 def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
     """Keep what took time to make, until it is too much: lengths may change at every call."""
     if len(known) >= MOST_KNOWN:
