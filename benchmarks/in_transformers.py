@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import datetime
 import platform
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
@@ -21,8 +24,8 @@ from torch import Tensor
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import householder
-from recording import add_arguments, append, environment
 
+RESULTS = Path(__file__).parent / "results"
 FILE = "in-transformers.csv"
 COLUMNS = (
     "date", "case", "variant", "prefill_ms", "train_ms", "token_ms", "logits_difference",
@@ -94,10 +97,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_arguments(parser)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="")
     options = parser.parse_args()
     model, tokens = make_model(options.device)
     expected: tuple[Tensor, Tensor] | None = None
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / FILE
     for variant in ("transformers", "householder"):
         ours = variant == "householder"
         with householder.use_in_transformers() if ours else contextlib.nullcontext():
@@ -106,7 +112,7 @@ def main() -> None:
         difference = (logits - expected[0]).norm() / expected[0].norm()
         on_gpu = options.device == "cuda"
         row = {
-            **environment(options.commit, transformers=transformers.__version__),
+            "date": datetime.date.today().isoformat(),
             "case": f"qwen3-next-{options.device}-{'x'.join(map(str, tokens.shape))}",
             "variant": variant,
             **{name: f"{value:.4g}" for name, value in figures.items()},
@@ -114,8 +120,16 @@ def main() -> None:
             "same_tokens": f"{(continued == expected[1]).float().mean().item():.4f}",
             "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
             "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "commit": options.commit,
         }
-        append(options.results / FILE, COLUMNS, [row])
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
         print(*(f"{row[c]}" for c in COLUMNS[1:8]), sep="  ", flush=True)
 
 

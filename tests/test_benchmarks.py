@@ -30,7 +30,6 @@ FILES = {
     "product-gpu.csv": ("product_gpu", "triton"),
     "language-model-gpu.csv": ("lm_gpu", "torch"),
     "language-model-decoding-gpu.csv": ("lm_decode_gpu", "torch"),
-    "in-transformers.csv": ("in_transformers", "transformers"),
     "fla-checkpoints-h200.csv": ("fla_checkpoints", "transformers"),
     "apply-cpu.csv": ("run", "transformers"),
     "gated-delta-cpu.csv": ("run", "transformers"),

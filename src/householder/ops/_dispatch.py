@@ -109,20 +109,6 @@ def with_signature(function: Function) -> Function:
     return function
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call `function.apply(*args)`, at less cost where nothing is transformed or compiled.
-
-    `apply` binds the arguments to their names again, though none has a default, and that takes as
-    long as a launch. Its own last step is the one taken here; with gradients off, in a backward
-    pass too, that one comes down to `forward`.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
 def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Be the `setup_context` of an `autograd.Function` that is not differentiable."""
 
@@ -141,6 +127,20 @@ def first_order_only(form: str) -> Any:
         )
 
     return staticmethod(backward)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call `function.apply(*args)`, at less cost where nothing is transformed or compiled.
+
+    `apply` binds the arguments to their names again, though none has a default, and that takes as
+    long as a launch. Its own last step is the one taken here; with gradients off, in a backward
+    pass too, that one comes down to `forward`.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
