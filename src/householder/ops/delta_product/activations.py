@@ -23,7 +23,9 @@ from householder.ops import _checks
 from householder.ops._dispatch import (
     apply,
     contiguous_like,
+    first_order_only,
     fold_into_heads,
+    keep_nothing,
     register,
     unfold_from_heads,
     with_signature,
@@ -338,16 +340,8 @@ class ActivateBackward(torch.autograd.Function):
         saved = (q, k, q_factor, k_factor, beta, g, A_log, dt_bias)
         return activate_backward_op(dq, dk, dbeta, dg, *saved, beta_scale)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "delta_product: the Triton form has first-order gradients only, and a second order "
-            'was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("delta_product: the Triton form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from householder.ops import _dispatch
-from householder.ops._dispatch import apply, contiguous_like, register, with_signature
+from householder.ops._dispatch import (
+    apply,
+    contiguous_like,
+    first_order_only,
+    keep_nothing,
+    register,
+    with_signature,
+)
 
 
 def why_not_triton(gate: Tensor, up: Tensor) -> str | None:
@@ -96,16 +103,8 @@ class SwiGLUBackward(torch.autograd.Function):
     def forward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         return swiglu_backward_op(dy, gate, up)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "swiglu: the Triton form has first-order gradients only, and a second order was asked "
-            'for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("swiglu: the Triton form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
