@@ -49,10 +49,7 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     if impl == "auto" and torch.compiler.is_compiling():
         impl = "reference"
     tensors = {"gate": gate, "up": up}
-    for name, x in tensors.items():
-        _checks.check_tensor(op, name, x)
-    _checks.check_floating(op, tensors)
-    _checks.check_same_device(op, tensors)
+    _checks.check_tensors(op, tensors)
     _checks.check_shape(op, "up", up, "[...], as gate", gate.shape)
     if runs_triton(op, impl, gate.device, lambda: why_not_triton(gate, up)):
         return apply(SwiGLU, gate, up)
