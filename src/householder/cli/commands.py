@@ -70,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (RunError, AdapterError, OSError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; --resume continues from the last checkpoint", 130, label="stopped")
+        _fail(
+            "interrupted; a training run continues from its last checkpoint with --resume",
+            130,
+            label="stopped",
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -196,12 +200,16 @@ def _generate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="bytes, or a tokenizer.json; default: the one beside the model."),
+    ] = None,
 ) -> None:
     """Continue a text with a trained language model, token by token as they are drawn."""
     from householder.train.text.generation import continue_text
 
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt = "" if sys.stdin.isatty() else _standard_input()
     stream = continue_text(
         model,
         prompt,
@@ -212,11 +220,26 @@ def _generate(
         seed=seed,
         device=device,
         dtype=dtype,
+        tokenizer=tokenizer,
     )
     typer.echo(prompt, nl=False)
-    for piece in stream:
-        typer.echo(piece, nl=False)
-    typer.echo()
+    try:
+        for piece in stream:
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:  # the reader has seen enough
+        raise typer.Exit(130) from None
+    finally:
+        typer.echo()
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"`prompt` must be text in UTF-8, got a byte that is none of it on standard input: "
+            f"{error.reason} at {error.start}; convert the text to UTF-8"
+        ) from error
 
 
 @app.command("convert")
