@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ from householder.train.text.folder import (
 from householder.train.text.processes import join_processes
 
 app = typer.Typer(
-    help="Train sequence models whose memory is updated by products of Householder reflections.",
+    help="Products of Householder reflections in neural networks: train, generate, fine-tune, "
+    "convert, and reproduce what was published.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,7 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
         _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
-    except (RunError, AdapterError, OSError) as error:
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}cannot be read or written: {error.strerror or error}", 1)
+    except (RunError, AdapterError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail(
@@ -145,6 +153,13 @@ def _train(
     on_text = any(name in given or name in file for name in SOURCES)
     folder = _folder(out, in_file, "householder-text" if on_text else "householder-run")
     if on_text or (resume and holds_text_run(folder)):
+        for name in given:
+            if name in field_types(TrainConfig) and name not in field_types(TextConfig):
+                flag = name.replace("_", "-")
+                instead = "give --pattern instead" if name == "mixer" else f"leave --{flag} out"
+                raise ConfigError(
+                    f"`{name}` is a setting of tasks, and this is a run on text; {instead}"
+                )
         _train_on_text({**file, **given}, folder, resume=resume, overwrite=overwrite)
         return
     check_names({**file, **given}, field_types(TrainConfig), "settings without --text")

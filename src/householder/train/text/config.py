@@ -48,8 +48,8 @@ class TextConfig(Settings):
     )
     pattern: str = setting(
         "gated_delta_net",
-        "Mixers of the layers, repeated: delta, gated_delta, delta_product, gated_delta_product, "
-        "path, path_fox, rope, fox, swa, joined by commas.",
+        "Mixers of the layers, repeated: delta_net or delta, gated_delta_net or gated_delta, "
+        "delta_product, gated_delta_product, path, path_fox, rope, fox, swa, joined by commas.",
         section=_MODEL,
     )
     global_layers: str = setting(
