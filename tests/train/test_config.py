@@ -55,6 +55,13 @@ def test_toml_gives_back_the_same_settings(tmp_path):
     assert TrainConfig(**read_toml(path, KNOWN)) == config
 
 
+@pytest.mark.parametrize("text", ["a\nb\t", '"\\', "né 🏠", "\x7f\x00", "[x] # y"])
+def test_any_text_survives_toml(tmp_path, text):
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml({"prompt": text, "names": [text]}), encoding="utf-8")
+    assert read_toml(path, ["prompt", "names"]) == {"prompt": text, "names": [text]}
+
+
 def test_toml_takes_dashes_and_underscores(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("num-householder = [1, 3]\nbatch_size = 7\n")

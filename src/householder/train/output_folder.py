@@ -61,12 +61,12 @@ class OutputFolder:
         try:
             if resume:
                 check_same()
-            elif self._held() and not overwrite:
-                raise OutputError(
-                    f"{self.path}: the output folder is occupied; continue with --resume, replace "
-                    "it with --overwrite, or choose another with --out"
-                )
-            elif self._held():
+            elif self._is_occupied():
+                if not overwrite:
+                    raise OutputError(
+                        f"{self.path}: the output folder is occupied; continue with --resume, "
+                        "replace it with --overwrite, or choose another with --out"
+                    )
                 self._delete()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG_FILE, self.header + to_toml(settings))
@@ -96,6 +96,11 @@ class OutputFolder:
                 f"{self.path}: what it holds does not fit the requested settings: "
                 f"{describe_differences(different)}; drop these settings or use another folder"
             )
+
+    def _is_occupied(self) -> bool:
+        # The settings alone are what a run leaves that failed before it had anything to keep.
+        names = [path.name for path in self._held()]
+        return bool(names) and not (names == [CONFIG_FILE] and self.holds_run())
 
     def _held(self) -> list[Path]:
         # Names with a leading dot are what a kill leaves of a file being written.

@@ -191,6 +191,42 @@ def test_occupied_folders_are_kept(texts, tmp_path):
     assert timeless(tmp_path / "out")[-1]["step"] == 2
 
 
+def test_what_fails_before_it_has_anything_leaves_a_free_folder(texts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no files in"):
+        train(tmp_path / "empty", tmp_path / "out")
+    stop = StopRequest()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match=r"SIGTERM after \d+ tokens of the text"):
+        train(texts, tmp_path / "out", stop=stop)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.toml"]
+    train(texts, tmp_path / "out", steps=1)
+
+
+class StopAtEvaluation(StopAt):
+    def logged(self, record: dict[str, Any]) -> None:
+        if "loss" in record and record["step"] == self.step:  # what comes next at that step
+            self.request.signum = signal.SIGTERM
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_signal_ends_an_evaluation_and_resuming_makes_it_good(texts, tmp_path, step):
+    train(texts, tmp_path / "whole")
+    observer = StopAtEvaluation(step)
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}; saved") as raised:
+        train(texts, tmp_path / "out", observer=observer, stop=observer.request)
+    assert raised.value.signum == signal.SIGTERM
+    assert not any("validation_loss" in r and r["step"] == step for r in timeless(tmp_path / "out"))
+    assert not (tmp_path / "out" / "results.json").exists()
+    train(texts, tmp_path / "out", resume=True)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    found, expected = (
+        json.loads((tmp_path / name / "results.json").read_text())["perplexity"]
+        for name in ("out", "whole")
+    )
+    assert found == expected
+
+
 def test_resume_refuses_other_settings_text_and_folders(texts, tmp_path):
     with pytest.raises(OutputError, match="nothing to resume"):
         train(texts, tmp_path / "none", resume=True)
@@ -224,6 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(texts, tmp_path):
         ({"min_lr": 1.0}, "`min_lr` must be at most lr=0.001, got 1.0"),
         ({"eval_contexts": "64,x"}, "`eval_contexts` must be numbers"),
         ({"global_layers": "2"}, "`global_layers` must be indices from 0 to 1"),
+        ({"pattern": "rope", "head_dim": 5}, "`head_dim` must be even, got 5"),
         ({"task": "s3"}, "unknown setting `task`"),
         ({"dataset": "a/b"}, "one of them; got text, dataset"),
         ({"text": []}, "one of them; got neither"),

@@ -85,8 +85,8 @@ def train_text(
         processes: of the run, from `join_processes`.
         resume: continue from the newest checkpoint, or from the start when there is none.
         observer: told of every step; used in the first process alone.
-        stop: looked at after every step; when a signal has come to any process, the run is saved
-            and stopped.
+        stop: looked at after every step and in evaluations; when a signal has come to any process,
+            the run is saved and stopped.
         corpus: folder of the tokens; `None` for `folder/corpus`.
 
     Returns:
@@ -158,6 +158,8 @@ class _Run:
     bad_step: Tensor
     step: int = 0
     seconds: float = 0.0
+    # A signal came before the evaluation that is due at this step was done.
+    unevaluated: bool = False
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
@@ -184,7 +186,7 @@ class _Run:
             )
         separator = corpus.separator if config.separate_documents else None
         windows = Windows(corpus.train, config.context, config.seed, separator)
-        model = CausalLM(config.model_config(tokenizer.vocab_size), impl=config.impl)
+        model = config.make_model(tokenizer.vocab_size)
         model.to(processes.device).train()
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
@@ -224,6 +226,8 @@ class _Run:
         if config.compile and self.processes.several:
             loss_of = torch.compile(loss_of)  # around what gathers the parameters
         self.watch.start()
+        if self.unevaluated:
+            self._evaluate(metrics, trackers)
         while self.step < config.steps:
             loss, grad_norm = self._update(loss_of)
             self.step += 1
@@ -307,6 +311,16 @@ class _Run:
         self.observer.logged(record)
 
     def _evaluate(self, metrics: MetricsWriter, trackers: Trackers) -> None:
+        """Evaluate and draw a sample; at a signal, save and leave that to who resumes."""
+        self.unevaluated = True
+        try:
+            self._evaluate_to_the_end(metrics, trackers)
+        except Interrupted:
+            self._save(metrics)
+            raise
+        self.unevaluated = False
+
+    def _evaluate_to_the_end(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         with self.watch.paused():
             results = self._perplexities((self.config.context,))
             for result in results:
@@ -329,6 +343,7 @@ class _Run:
                 contexts,
                 max_tokens=self.config.eval_tokens,
                 separator=self.separator,
+                check=self._raise_if_stopping,
             )
 
     def _sample(self) -> str:
@@ -357,6 +372,7 @@ class _Run:
                 "config": self.config.to_dict(),
                 "corpus": self.corpus.summary,
                 "seconds": self.seconds,
+                "unevaluated": self.unevaluated,
                 "random": ckpt.random_state(self.processes.device),
                 "torch": torch.__version__,
             }
@@ -389,6 +405,7 @@ class _Run:
         text_ckpt.restore(path, self.model, self.optimizer, self.processes)
         ckpt.restore_random_state(state["random"], self.processes.device)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.unevaluated = state.get("unevaluated", False)
 
     def finish(self) -> TextResult:
         """Write the model, evaluate it, and write the results."""
@@ -412,6 +429,10 @@ class _Run:
     def _raise_if_not_finite(self) -> None:
         if bad_step := int(self.bad_step):
             raise ckpt.not_finite("text", bad_step, self.checkpoints)
+
+    def _raise_if_stopping(self) -> None:
+        if self.processes.any(self.stop.signum is not None):
+            self._raise_stopped()
 
     def _raise_stopped(self) -> None:
         # The signal may have come to another process; then its number is not known here.
