@@ -177,6 +177,13 @@ class TrainConfig(Settings):
         choices=("auto", "chunk", "reference", "triton"),
         may_change=True,
     )
+    cuda_graphs: bool = setting(
+        False,
+        "On a GPU, record the optimizer step once and replay it: several times as fast where the "
+        "model is small.",
+        section="Run",
+        may_change=True,
+    )
     threads: int | None = setting(
         None,
         "CPU threads; default: 1 for small steps, else what PyTorch chooses.",

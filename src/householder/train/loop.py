@@ -8,7 +8,7 @@ same machine, and so does a run that was killed at any moment and resumed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from householder.models import SequenceTagger
 from householder.train import checkpoint as ckpt
 from householder.train.build import build_model, cpu_threads, resolve_device
+from householder.train.capture import CapturedSteps, StepResult
 from householder.train.config import TrainConfig
 from householder.train.data import (
     FixedData,
@@ -35,7 +36,7 @@ from householder.train.evaluation import Evaluation, accuracy, autocast, evaluat
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.observer import Observer
-from householder.train.optim import learning_rate, make_optimizer
+from householder.train.optim import learning_rate, make_optimizer, make_state
 from householder.train.tasks import IGNORE_INDEX, Batch, Task
 from householder.train.tasks.metrics import token_accuracy
 
@@ -171,8 +172,12 @@ class _Run:
     stop: StopRequest
     task: Task
     model: SequenceTagger
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     data: FreshData | FixedData | GrowingPrefixes
+    # The learning rate on the device where steps are replayed, else None: then it is a number.
+    lr: Tensor | None
+    # How many steps are done, on the device.
+    done: Tensor
     # The first step whose loss or gradient was not finite, 0 while there is none. It lives on the
     # device and is read only when metrics or a checkpoint are due, because reading waits for the
     # device to catch up.
@@ -193,11 +198,26 @@ class _Run:
     ) -> _Run:
         task = make_training_task(config)
         model = build_model(config, task).to(device)
-        optimizer = make_optimizer(model, config)
+        replayed = config.cuda_graphs and device.type == "cuda"
+        lr = torch.zeros((), device=device) if replayed else None
+        optimizer = make_optimizer(model, config, lr=lr)
         data = make_data(task, config, device)
         folder.mkdir(parents=True, exist_ok=True)
-        bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(config, folder, device, observer, stop, task, model, optimizer, data, bad_step)
+        done, bad_step = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        return cls(
+            config,
+            folder,
+            device,
+            observer,
+            stop,
+            task,
+            model,
+            optimizer,
+            data,
+            lr,
+            done,
+            bad_step,
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -213,10 +233,12 @@ class _Run:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
         self.model.train()
+        take_step = self._make_step()
         self.watch.start()
         while not self.finished:
             batch = self.data.batch(self.step)
-            loss, grad_norm, logits, labels = self._update(batch)
+            self._set_learning_rate()
+            result = take_step(batch)
             self.step += 1
             self.watch.tokens += batch.tokens.numel()
             self.observer.stepped(config, self.step)
@@ -230,35 +252,57 @@ class _Run:
             if stopping or any(due.values()) or self.device.type == "cpu":
                 self._raise_if_not_finite()
             if due["log"]:
-                self._log(metrics, labels, loss, grad_norm, logits)
+                self._log(metrics, result)
             if due["evaluate"]:
                 self._evaluate(metrics)
             if due["save"] or stopping or self.finished:
                 self._save(metrics)
             self.raise_if_stopped()
 
-    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take one optimizer step; return loss, gradient norm, and logits with their labels.
+    def _make_step(self) -> Callable[[Batch], StepResult]:
+        """Return what takes an optimizer step on a batch."""
+        if self.lr is None:
+            return self._update
+        make_state(self.optimizer)  # what a graph allocates begins anew in every replay
+        return CapturedSteps(self._update, self._warm_up, self.device)
 
-        All are still on the device.
-        """
+    def _set_learning_rate(self) -> None:
+        lr = learning_rate(self.config, self.step)
+        if self.lr is not None:
+            self.lr.fill_(lr)
+            return
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        with autocast(self.config, self.device):
-            logits, labels = self._predict(batch)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
-        )
+            group["lr"] = lr
+
+    def _update(self, batch: Batch) -> StepResult:
+        """Take one optimizer step, without a word from the device."""
         self.optimizer.zero_grad()
+        loss, logits, labels = self._loss(batch)
         loss.backward()
         # An infinite limit clips nothing and still gives the norm.
         limit = self.config.grad_clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
 
+        self.done += 1
         first = (self.bad_step == 0) & ~(loss.isfinite() & grad_norm.isfinite())
-        self.bad_step = torch.where(first, self.step + 1, self.bad_step)
-        return loss.detach(), grad_norm, logits.detach(), labels
+        self.bad_step.copy_(torch.where(first, self.done, self.bad_step))
+        return StepResult(loss.detach(), grad_norm, logits.detach(), labels)
+
+    def _warm_up(self, batch: Batch) -> None:
+        """Run forward and backward for nothing."""
+        loss, _, _ = self._loss(batch)
+        loss.backward()
+        self.optimizer.zero_grad()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, and the logits and labels it is of."""
+        with autocast(self.config, self.device):
+            logits, labels = self._predict(batch)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        return loss, logits, labels
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits and labels, of the supervised tokens alone where they are few."""
@@ -271,24 +315,17 @@ class _Run:
         hidden = self.model.hidden(batch.tokens).take_along_dim(places[..., None], dim=1)
         return self.model.head(hidden), batch.labels.gather(1, places)
 
-    def _log(
-        self,
-        metrics: MetricsWriter,
-        labels: Tensor,
-        loss: Tensor,
-        grad_norm: Tensor,
-        logits: Tensor,
-    ) -> None:
+    def _log(self, metrics: MetricsWriter, result: StepResult) -> None:
         seconds, tokens = self.watch.lap()
         self.seconds += seconds
-        predictions = logits.argmax(dim=-1)
+        predictions = result.logits.argmax(dim=-1)
         record = {
             "step": self.step,
             "length": training_length(self.config, self.step - 1),
-            "loss": loss.item(),
-            "accuracy": accuracy(self.task, predictions, labels),
-            "token_accuracy": token_accuracy(predictions, labels),
-            "grad_norm": grad_norm.item(),
+            "loss": result.loss.item(),
+            "accuracy": accuracy(self.task, predictions, result.labels),
+            "token_accuracy": token_accuracy(predictions, result.labels),
+            "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.config, self.step - 1),
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
@@ -348,6 +385,7 @@ class _Run:
         ckpt.restore_optimizer(self.model, self.optimizer, checkpoint.optimizer)
         ckpt.restore_random_state(state["random"], self.device)
         self.step = checkpoint.step
+        self.done.fill_(self.step)
         self.solved_in_a_row, self.seconds = state["solved_in_a_row"], state["seconds"]
 
     def _raise_if_not_finite(self) -> None:

@@ -6,7 +6,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class OptimizerSettings(Protocol):
@@ -22,7 +22,9 @@ class OptimizerSettings(Protocol):
     def beta2(self) -> float: ...
 
 
-def make_optimizer(model: nn.Module, config: OptimizerSettings) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, config: OptimizerSettings, *, lr: Tensor | None = None
+) -> torch.optim.AdamW:
     """Make AdamW, with weight decay on matrices only.
 
     Biases, gains and the gates' parameters have one dimension and are not decayed; neither is a
@@ -31,6 +33,8 @@ def make_optimizer(model: nn.Module, config: OptimizerSettings) -> torch.optim.A
     Args:
         model: the module to train.
         config: `lr`, `weight_decay`, `beta1`, `beta2`.
+        lr: the learning rate on the GPU, in place of the config's, for steps that are recorded in a
+            CUDA graph; what is written there is the learning rate of the next step.
 
     Returns:
         The optimizer. Its update is one fused pass over the parameters, on the CPU too.
@@ -44,10 +48,23 @@ def make_optimizer(model: nn.Module, config: OptimizerSettings) -> torch.optim.A
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.lr,
+        lr=config.lr if lr is None else lr,
         betas=(config.beta1, config.beta2),
         fused=True,
+        capturable=lr is not None,
     )
+
+
+def make_state(optimizer: torch.optim.AdamW) -> None:
+    """Allocate the moments that an optimizer's first step would, where there are none yet."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 class Schedule(Protocol):
