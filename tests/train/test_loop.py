@@ -1,33 +1,14 @@
-import signal
-
 import pytest
 import torch
 from torch import nn
 
-from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, loop, train
+from householder.train import CheckpointError, ConfigError, NonFiniteError, loop, train
 from householder.train import checkpoint as ckpt
-from householder.train.interrupt import StopRequest
 from householder.train.metrics import read_metrics
 from householder.train.observer import Observer
+from householder.train.optim import make_optimizer, make_state
 
-from .conftest import assert_same_run, final_state, timeless_metrics
-
-
-class StopAt(Observer):
-    """Send a signal's request at a step."""
-
-    def __init__(self, step):
-        self.step, self.request = step, StopRequest()
-
-    def stepped(self, config, step):
-        if step == self.step:
-            self.request.signum = signal.SIGTERM
-
-
-def interrupt(config, folder, step, **options):
-    observer = StopAt(step)
-    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}; saved"):
-        train(config, folder, observer=observer, stop=observer.request, **options)
+from .conftest import assert_same_run, final_state, interrupt, timeless_metrics
 
 
 def test_same_seed_same_bits(tiny, tmp_path):
@@ -221,3 +202,28 @@ def test_few_supervised_tokens_give_the_loss_of_all_logits(tiny, tmp_path, monke
     for one, other in zip(few, everything, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["accuracy"] == other["accuracy"]
+
+
+def test_replayed_steps_are_for_a_gpu(tiny, tmp_path):
+    train(tiny(), tmp_path / "one")
+    train(tiny(cuda_graphs=True), tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_moments_that_are_made_ahead_are_those_of_a_first_step(tiny):
+    def step(make_ahead):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = make_optimizer(model, tiny())
+        for _ in range(2):
+            if make_ahead:
+                make_state(optimizer)  # the second time there is nothing to make
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+        return ckpt.optimizer_tensors(model, optimizer), model.state_dict()
+
+    for ahead, alone in zip(step(True), step(False), strict=True):
+        assert ahead.keys() == alone.keys()
+        for name, value in ahead.items():
+            assert value.dtype == alone[name].dtype
+            assert torch.equal(value, alone[name]), name
