@@ -6,7 +6,7 @@ from householder.train import CheckpointError, ConfigError, NonFiniteError, loop
 from householder.train import checkpoint as ckpt
 from householder.train.metrics import read_metrics
 from householder.train.observer import Observer
-from householder.train.optim import make_optimizer, make_state
+from householder.train.optim import as_made, make_optimizer, make_recordable
 
 from .conftest import assert_same_run, final_state, interrupt, timeless_metrics
 
@@ -210,20 +210,35 @@ def test_replayed_steps_are_for_a_gpu(tiny, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_moments_that_are_made_ahead_are_those_of_a_first_step(tiny):
-    def step(make_ahead):
+def test_a_recordable_optimizer_takes_the_steps_of_another(tiny):
+    def steps(recordable):
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
         optimizer = make_optimizer(model, tiny())
-        for _ in range(2):
-            if make_ahead:
-                make_state(optimizer)  # the second time there is nothing to make
-            model(torch.ones(3)).sum().backward()
+        for lr in (0.5, 0.25):
+            if recordable:
+                make_recordable(optimizer, torch.tensor(lr))  # the second time moments are there
+                for group in optimizer.param_groups:
+                    group["capturable"] = False  # which a CPU refuses
+            else:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            model(torch.ones(3)).square().sum().backward()
             optimizer.step()
         return ckpt.optimizer_tensors(model, optimizer), model.state_dict()
 
-    for ahead, alone in zip(step(True), step(False), strict=True):
-        assert ahead.keys() == alone.keys()
-        for name, value in ahead.items():
-            assert value.dtype == alone[name].dtype
-            assert torch.equal(value, alone[name]), name
+    for ours, plain in zip(steps(True), steps(False), strict=True):
+        assert ours.keys() == plain.keys()
+        for name, value in ours.items():
+            assert value.dtype == plain[name].dtype
+            assert torch.equal(value, plain[name]), name
+
+
+def test_an_optimizer_is_as_made_while_it_is_saved(tiny):
+    optimizer = make_optimizer(nn.Linear(3, 2), tiny())
+    options = [dict(group, params=None) for group in optimizer.param_groups]
+    rate = torch.tensor(0.5)
+    make_recordable(optimizer, rate)
+    with as_made(optimizer, lr=options[0]["lr"]):
+        assert [dict(group, params=None) for group in optimizer.param_groups] == options
+    assert all(group["lr"] is rate and group["capturable"] for group in optimizer.param_groups)

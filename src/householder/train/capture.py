@@ -7,7 +7,8 @@ launch. Recorded once and replayed, they cost the host one launch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,29 +21,17 @@ KEPT_GRAPHS = 2
 WARM_UPS = 2
 
 
-class StepResult(NamedTuple):
-    """What an optimizer step leaves on the device.
-
-    Attributes:
-        loss: of the batch, before the step.
-        grad_norm: of all gradients, before they were clipped.
-        logits: `[B, L, num_classes]`, of the supervised tokens.
-        labels: int64 `[B, L]`.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    logits: Tensor
-    labels: Tensor
+Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
 
-class _Recorded(NamedTuple):
+@dataclass(frozen=True)
+class _Recorded(Generic[Result]):
     graph: torch.cuda.CUDAGraph
     batch: Batch
-    result: StepResult
+    result: Result
 
 
-class CapturedSteps:
+class CapturedSteps(Generic[Result]):
     """Take optimizer steps by replaying CUDA graphs, one per shape of batch.
 
     What a step reads beside its batch (weights, the optimizer's state, learning rate) must be
@@ -59,19 +48,19 @@ class CapturedSteps:
 
     def __init__(
         self,
-        update: Callable[[Batch], StepResult],
+        update: Callable[[Batch], Result],
         warm_up: Callable[[Batch], None],
         device: torch.device,
     ) -> None:
         self._update, self._warm_up = update, warm_up
-        self._recorded: dict[torch.Size, _Recorded] = {}
+        self._recorded: dict[torch.Size, _Recorded[Result]] = {}
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, batch: Batch) -> StepResult:
+    def __call__(self, batch: Batch) -> Result:
         """Take a step.
 
         Args:
-            batch: on the GPU; all of one shape have as many supervised tokens.
+            batch: on the GPU.
 
         Returns:
             Tensors that the next step overwrites.
@@ -87,7 +76,7 @@ class CapturedSteps:
         recorded.graph.replay()
         return recorded.result
 
-    def _record(self, batch: Batch) -> _Recorded:
+    def _record(self, batch: Batch) -> _Recorded[Result]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._stream.device):
             current = torch.cuda.current_stream()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from householder.models import SequenceTagger
 from householder.train import checkpoint as ckpt
 from householder.train.build import build_model, cpu_threads, resolve_device
-from householder.train.capture import CapturedSteps, StepResult
+from householder.train.capture import CapturedSteps
 from householder.train.config import TrainConfig
 from householder.train.data import (
     FixedData,
@@ -36,7 +37,7 @@ from householder.train.evaluation import Evaluation, accuracy, autocast, evaluat
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.observer import Observer
-from householder.train.optim import learning_rate, make_optimizer, make_state
+from householder.train.optim import learning_rate, make_optimizer, make_recordable
 from householder.train.tasks import IGNORE_INDEX, Batch, Task
 from householder.train.tasks.metrics import token_accuracy
 
@@ -161,6 +162,22 @@ class Stopwatch:
             self._since += time.perf_counter() - begun
 
 
+class _Step(NamedTuple):
+    """What an optimizer step leaves on the device.
+
+    Attributes:
+        loss: of the batch, before the step.
+        grad_norm: of all gradients, before they were clipped.
+        logits: `[B, L, num_classes]`, of the supervised tokens.
+        labels: int64 `[B, L]`.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
 @dataclass
 class _Run:
     """The moving parts of a run, and how far it has come."""
@@ -200,7 +217,9 @@ class _Run:
         model = build_model(config, task).to(device)
         replayed = config.cuda_graphs and device.type == "cuda"
         lr = torch.zeros((), device=device) if replayed else None
-        optimizer = make_optimizer(model, config, lr=lr)
+        if config.compile:
+            model.compile_blocks(dynamic=False)
+        optimizer = make_optimizer(model, config)
         data = make_data(task, config, device)
         folder.mkdir(parents=True, exist_ok=True)
         done, bad_step = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
@@ -259,11 +278,11 @@ class _Run:
                 self._save(metrics)
             self.raise_if_stopped()
 
-    def _make_step(self) -> Callable[[Batch], StepResult]:
+    def _make_step(self) -> Callable[[Batch], _Step]:
         """Return what takes an optimizer step on a batch."""
         if self.lr is None:
             return self._update
-        make_state(self.optimizer)  # what a graph allocates begins anew in every replay
+        make_recordable(self.optimizer, self.lr)
         return CapturedSteps(self._update, self._warm_up, self.device)
 
     def _set_learning_rate(self) -> None:
@@ -274,7 +293,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _update(self, batch: Batch) -> StepResult:
+    def _update(self, batch: Batch) -> _Step:
         """Take one optimizer step, without a word from the device."""
         self.optimizer.zero_grad()
         loss, logits, labels = self._loss(batch)
@@ -287,7 +306,7 @@ class _Run:
         self.done += 1
         first = (self.bad_step == 0) & ~(loss.isfinite() & grad_norm.isfinite())
         self.bad_step.copy_(torch.where(first, self.done, self.bad_step))
-        return StepResult(loss.detach(), grad_norm, logits.detach(), labels)
+        return _Step(loss.detach(), grad_norm, logits.detach(), labels)
 
     def _warm_up(self, batch: Batch) -> None:
         """Run forward and backward for nothing."""
@@ -315,7 +334,7 @@ class _Run:
         hidden = self.model.hidden(batch.tokens).take_along_dim(places[..., None], dim=1)
         return self.model.head(hidden), batch.labels.gather(1, places)
 
-    def _log(self, metrics: MetricsWriter, result: StepResult) -> None:
+    def _log(self, metrics: MetricsWriter, result: _Step) -> None:
         seconds, tokens = self.watch.lap()
         self.seconds += seconds
         predictions = result.logits.argmax(dim=-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,9 +24,7 @@ class OptimizerSettings(Protocol):
     def beta2(self) -> float: ...
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimizerSettings, *, lr: Tensor | None = None
-) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerSettings) -> torch.optim.AdamW:
     """Make AdamW, with weight decay on matrices only.
 
     Biases, gains and the gates' parameters have one dimension and are not decayed; neither is a
@@ -33,8 +33,6 @@ def make_optimizer(
     Args:
         model: the module to train.
         config: `lr`, `weight_decay`, `beta1`, `beta2`.
-        lr: the learning rate on the GPU, in place of the config's, for steps that are recorded in a
-            CUDA graph; what is written there is the learning rate of the next step.
 
     Returns:
         The optimizer. Its update is one fused pass over the parameters, on the CPU too.
@@ -48,16 +46,24 @@ def make_optimizer(
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.lr if lr is None else lr,
+        lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=True,
-        capturable=lr is not None,
     )
 
 
-def make_state(optimizer: torch.optim.AdamW) -> None:
-    """Allocate the moments that an optimizer's first step would, where there are none yet."""
+def make_recordable(optimizer: torch.optim.AdamW, lr: Tensor) -> None:
+    """Make an optimizer ready for steps that a CUDA graph records.
+
+    Such a step reads on the device what differs from one to the next, and allocates nothing: its
+    moments are made here where there are none yet.
+
+    Args:
+        optimizer: of parameters on one GPU.
+        lr: the learning rate, float32 there; what is written to it is that of the next step.
+    """
     for group in optimizer.param_groups:
+        group.update(lr=lr, capturable=True)
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
                 optimizer.state[parameter] = {
@@ -65,6 +71,24 @@ def make_state(optimizer: torch.optim.AdamW) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+@contextmanager
+def as_made(optimizer: torch.optim.AdamW, lr: float) -> Iterator[None]:
+    """Give an optimizer's groups the options they had before `make_recordable`, for a while.
+
+    Args:
+        optimizer: made recordable or not.
+        lr: the learning rate as a number.
+    """
+    before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.update(lr=lr, capturable=False)
+    try:
+        yield
+    finally:
+        for group, (rate, capturable) in zip(optimizer.param_groups, before, strict=True):
+            group.update(lr=rate, capturable=capturable)
 
 
 class Schedule(Protocol):
