@@ -37,7 +37,8 @@ from householder.train.evaluation import Evaluation, accuracy, autocast, evaluat
 from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.observer import Observer
-from householder.train.optim import learning_rate, make_optimizer, make_recordable
+from householder.train.optim import learning_rate, make_optimizer
+from householder.train.step_state import StepState
 from householder.train.tasks import IGNORE_INDEX, Batch, Task
 from householder.train.tasks.metrics import token_accuracy
 
@@ -191,14 +192,7 @@ class _Run:
     model: SequenceTagger
     optimizer: torch.optim.AdamW
     data: FreshData | FixedData | GrowingPrefixes
-    # The learning rate on the device where steps are replayed, else None: then it is a number.
-    lr: Tensor | None
-    # How many steps are done, on the device.
-    done: Tensor
-    # The first step whose loss or gradient was not finite, 0 while there is none. It lives on the
-    # device and is read only when metrics or a checkpoint are due, because reading waits for the
-    # device to catch up.
-    bad_step: Tensor
+    state: StepState
     step: int = 0
     solved_in_a_row: int = 0
     seconds: float = 0.0
@@ -215,28 +209,13 @@ class _Run:
     ) -> _Run:
         task = make_training_task(config)
         model = build_model(config, task).to(device)
-        replayed = config.cuda_graphs and device.type == "cuda"
-        lr = torch.zeros((), device=device) if replayed else None
         if config.compile:
             model.compile_blocks(dynamic=False)
         optimizer = make_optimizer(model, config)
         data = make_data(task, config, device)
         folder.mkdir(parents=True, exist_ok=True)
-        done, bad_step = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        return cls(
-            config,
-            folder,
-            device,
-            observer,
-            stop,
-            task,
-            model,
-            optimizer,
-            data,
-            lr,
-            done,
-            bad_step,
-        )
+        state = StepState.of(optimizer, device, replayed=config.cuda_graphs)
+        return cls(config, folder, device, observer, stop, task, model, optimizer, data, state)
 
     @property
     def num_parameters(self) -> int:
@@ -256,7 +235,7 @@ class _Run:
         self.watch.start()
         while not self.finished:
             batch = self.data.batch(self.step)
-            self._set_learning_rate()
+            self.state.set_learning_rate(learning_rate(config, self.step))
             result = take_step(batch)
             self.step += 1
             self.watch.tokens += batch.tokens.numel()
@@ -280,18 +259,10 @@ class _Run:
 
     def _make_step(self) -> Callable[[Batch], _Step]:
         """Return what takes an optimizer step on a batch."""
-        if self.lr is None:
+        self.state.prepare(self.step)
+        if not self.state.recorded:
             return self._update
-        make_recordable(self.optimizer, self.lr)
         return CapturedSteps(self._update, self._warm_up, self.device)
-
-    def _set_learning_rate(self) -> None:
-        lr = learning_rate(self.config, self.step)
-        if self.lr is not None:
-            self.lr.fill_(lr)
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def _update(self, batch: Batch) -> _Step:
         """Take one optimizer step, without a word from the device."""
@@ -302,10 +273,7 @@ class _Run:
         limit = self.config.grad_clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
-
-        self.done += 1
-        first = (self.bad_step == 0) & ~(loss.isfinite() & grad_norm.isfinite())
-        self.bad_step.copy_(torch.where(first, self.done, self.bad_step))
+        self.state.count(loss, grad_norm)
         return _Step(loss.detach(), grad_norm, logits.detach(), labels)
 
     def _warm_up(self, batch: Batch) -> None:
@@ -404,11 +372,10 @@ class _Run:
         ckpt.restore_optimizer(self.model, self.optimizer, checkpoint.optimizer)
         ckpt.restore_random_state(state["random"], self.device)
         self.step = checkpoint.step
-        self.done.fill_(self.step)
         self.solved_in_a_row, self.seconds = state["solved_in_a_row"], state["seconds"]
 
     def _raise_if_not_finite(self) -> None:
-        if bad_step := int(self.bad_step):
+        if bad_step := int(self.state.bad_step):
             raise ckpt.not_finite(self.config.name, bad_step, self.checkpoints)
 
     def raise_if_stopped(self) -> None:

@@ -33,7 +33,8 @@ from householder.train.evaluation import not_compiled
 from householder.train.interrupt import StopRequest
 from householder.train.loop import Stopwatch, global_state
 from householder.train.metrics import MetricsWriter
-from householder.train.optim import as_made, learning_rate, make_optimizer, make_recordable
+from householder.train.optim import as_made, learning_rate, make_optimizer
+from householder.train.step_state import StepState
 from householder.train.tasks import Batch
 from householder.train.text import checkpoint as text_ckpt
 from householder.train.text.batches import TextBatch, Windows
@@ -165,13 +166,7 @@ class _Run:
     optimizer: torch.optim.AdamW
     num_parameters: int
     flops_per_token: float
-    # The learning rate on the device where steps are replayed, else None: then it is a number.
-    lr: Tensor | None
-    # How many steps are done, on the device.
-    done: Tensor
-    # The first step whose loss or gradient was not finite, 0 while there is none; on the device,
-    # and read only when something is due.
-    bad_step: Tensor
+    state: StepState
     step: int = 0
     seconds: float = 0.0
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -210,10 +205,7 @@ class _Run:
             model.compile_blocks(fullgraph=False)  # some read the bounds of packed documents
         processes.shard(model)
         optimizer = make_optimizer(model, config)
-        device = processes.device
-        replayed = config.cuda_graphs and device.type == "cuda"
-        lr = torch.zeros((), device=device) if replayed else None
-        done, bad_step = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        state = StepState.of(optimizer, processes.device, replayed=config.cuda_graphs)
         return cls(
             config,
             folder,
@@ -227,9 +219,7 @@ class _Run:
             optimizer,
             num_parameters,
             3 * flops,
-            lr,
-            done,
-            bad_step,
+            state,
         )
 
     @property
@@ -249,7 +239,7 @@ class _Run:
         take_step = self._make_step(loss_of)
         self.watch.start()
         while self.step < config.steps:
-            self._set_learning_rate()
+            self.state.set_learning_rate(learning_rate(config, self.step))
             loss, grad_norm = take_step()
             self.step += 1
             self.watch.tokens += config.batch_size * config.context
@@ -274,7 +264,8 @@ class _Run:
 
     def _make_step(self, loss_of: Loss) -> Callable[[], _Step]:
         """Return what takes the next optimizer step."""
-        if self.lr is None:
+        self.state.prepare(self.step)
+        if not self.state.recorded:
             return lambda: self._update(loss_of, self._parts())
 
         def update(batch: Batch) -> _Step:
@@ -286,7 +277,6 @@ class _Run:
             loss.backward()
             self.optimizer.zero_grad()
 
-        make_recordable(self.optimizer, self.lr)
         captured = CapturedSteps(update, warm_up, self.processes.device)
 
         def take_step() -> _Step:
@@ -294,14 +284,6 @@ class _Run:
             return captured(Batch(part.tokens, part.labels))
 
         return take_step
-
-    def _set_learning_rate(self) -> None:
-        lr = learning_rate(self.config, self.step)
-        if self.lr is not None:
-            self.lr.fill_(lr)
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def _update(self, loss_of: Loss, parts: Iterable[TextBatch]) -> _Step:
         """Take one optimizer step, without a word from the device."""
@@ -319,9 +301,7 @@ class _Run:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.optimizer.step()
         total = self.processes.mean(total)
-        self.done += 1
-        first = (self.bad_step == 0) & ~(total.isfinite() & norm.isfinite())
-        self.bad_step.copy_(torch.where(first, self.done, self.bad_step))
+        self.state.count(total, norm)
         return _Step(total, norm)
 
     def _parts(self) -> Iterable[TextBatch]:
@@ -445,7 +425,6 @@ class _Run:
         text_ckpt.restore(path, self.model, self.optimizer, self.processes)
         ckpt.restore_random_state(state["random"], self.processes.device)
         self.step, self.seconds = state["step"], state["seconds"]
-        self.done.fill_(self.step)
 
     def finish(self) -> TextResult:
         """Write the model, evaluate it, and write the results."""
@@ -467,7 +446,7 @@ class _Run:
         return TextResult(self.config, self.model, results, self.step, self.seconds)
 
     def _raise_if_not_finite(self) -> None:
-        if bad_step := int(self.bad_step):
+        if bad_step := int(self.state.bad_step):
             raise ckpt.not_finite("text", bad_step, self.checkpoints)
 
     def _raise_stopped(self) -> None:
