@@ -30,6 +30,7 @@ KNOWN = field_types(TrainConfig)
         ({"length": 8, "min_length": 9}, "`min_length` must be at most length=8, got 9"),
         ({"length": 8, "start_length": 9}, "`start_length` must be at most length=8, got 9"),
         ({"growth_steps": 9}, "`growth_steps` needs `start_length`"),
+        ({"start_length": 9, "compile": True}, "`compile` must be left out with `start_length`"),
         ({"mixer": "delta_net", "num_householder": 2}, "must be 1 with mixer=delta_net, got 2"),
         ({"epochs": 3}, "`epochs` needs `num_samples`"),
         ({"epochs": 3, "num_samples": 10, "batch_size": 4, "steps": 8}, "contradict"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from .conftest import TINY
 
 def train(texts: Path, folder: Path, *, resume=False, overwrite=False, **settings: Any):
     observer, stop = settings.pop("observer", None), settings.pop("stop", None)
-    with join_processes("cpu") as processes:
+    with join_processes(settings.get("device", TINY["device"])) as processes:
         return run_text(
             {**TINY, "text": [str(texts)], **settings},
             folder,
@@ -46,9 +47,8 @@ def train(texts: Path, folder: Path, *, resume=False, overwrite=False, **setting
 def timeless(folder: Path) -> list[dict[str, Any]]:
     records = read_metrics(folder / "metrics.jsonl")
     assert records
-    return [
-        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records
-    ]
+    timings = ("seconds", "tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in timings} for r in records]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,6 +155,43 @@ def test_compiled_run_has_the_losses_of_a_plain_one(texts, tmp_path, monkeypatch
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+REPLAYED: dict[str, Any] = {
+    "device": "cuda",
+    "separate_documents": False,
+    "cuda_graphs": True,
+    "d_model": 32,
+    "head_dim": 16,
+    "mlp_width": 32,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pattern": "gated_delta_net,rope", "dtype": "bfloat16"}, {"pattern": "path_fox"}],
+    ids=["product and path", "gated and rotary", "path_fox"],
+)
+def test_replayed_run_has_the_losses_of_a_plain_one_and_resumes(texts, tmp_path, settings):
+    chosen = {**REPLAYED, **settings}
+    train(texts, tmp_path / "plain", **{**chosen, "cuda_graphs": False})
+    train(texts, tmp_path / "whole", **chosen)
+    observer = StopAt(5)
+    with pytest.raises(Interrupted, match="SIGTERM at step 5"):
+        train(texts, tmp_path / "parts", observer=observer, stop=observer.request, **chosen)
+    train(texts, tmp_path / "parts", resume=True, **chosen)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    whole, plain = (
+        [r["loss"] for r in timeless(tmp_path / name) if "loss" in r] for name in ("whole", "plain")
+    )
+    assert whole == pytest.approx(plain, rel=1e-2 if "dtype" in settings else 1e-4)
+    # What a replayed run has saved, a plain one takes up, and the other way round.
+    for name, cuda_graphs in (("whole", False), ("plain", True)):
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000008")
+        train(texts, tmp_path / name, resume=True, **{**chosen, "cuda_graphs": cuda_graphs})
+        last = [r["loss"] for r in timeless(tmp_path / name) if "loss" in r][-1]
+        assert last == pytest.approx(plain[-1], rel=1e-2)
+
+
 def test_perplexity_is_that_of_the_logits(texts, tmp_path):
     result = train(texts, tmp_path / "out", steps=1)
     model = result.model.eval()
@@ -257,6 +294,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(texts, tmp_path):
     [
         ({"pattern": "mamba"}, "`pattern` must be one of"),
         ({"accumulate": 3}, "`accumulate` must divide batch_size=4, got 3"),
+        ({"cuda_graphs": True}, "separate_documents=True, accumulate=1"),
+        (
+            {"cuda_graphs": True, "separate_documents": False, "accumulate": 2},
+            "separate_documents=False, accumulate=2",
+        ),
         ({"min_lr": 1.0}, "`min_lr` must be at most lr=0.001, got 1.0"),
         ({"eval_contexts": "64,x"}, "`eval_contexts` must be numbers"),
         ({"global_layers": "2"}, "`global_layers` must be indices from 0 to 1"),

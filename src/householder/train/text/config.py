@@ -155,6 +155,13 @@ class TextConfig(Settings):
         choices=("float32", "bfloat16"),
     )
     compile: bool = setting(False, "Compile the model.", section=_RUN, may_change=True)
+    cuda_graphs: bool = setting(
+        False,
+        "On a GPU, record the optimizer step once and replay it: for small models, and windows "
+        "whose documents see one another.",
+        section=_RUN,
+        may_change=True,
+    )
     checkpoint_activations: bool = setting(
         False,
         "Run blocks again in the backward pass to save memory.",
@@ -193,6 +200,12 @@ class TextConfig(Settings):
             raise ConfigError(
                 f"`accumulate` must divide batch_size={self.batch_size}, got {self.accumulate}; "
                 "the parts of a step have equally many windows"
+            )
+        if self.cuda_graphs and (self.separate_documents or self.accumulate > 1):
+            raise ConfigError(
+                "`cuda_graphs` must be left out with separate documents, whose bounds differ from "
+                f"step to step, and with accumulate > 1, got separate_documents="
+                f"{self.separate_documents}, accumulate={self.accumulate}"
             )
         if self.min_lr > self.lr:
             raise ConfigError(f"`min_lr` must be at most lr={self.lr}, got {self.min_lr}")
