@@ -198,6 +198,14 @@ def without_autocast(function: Function) -> Function:
     return wrapped  # type: ignore[return-value]
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which autocast makes products on the device, or None where it is off."""
+    # Some devices, as "meta", have no autocast.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def contiguous_like(x: Tensor, **options: Any) -> Tensor:
     """Return an uninitialised contiguous tensor of x's shape, whatever x's strides are."""
     return torch.empty_like(x, memory_format=torch.contiguous_format, **options)
