@@ -1,6 +1,7 @@
 """The Triton kernels of `delta_product` on a GPU: every configuration, against float64."""
 
 import importlib
+import threading
 
 import pytest
 import torch
@@ -105,16 +106,42 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
             assert torch.equal(a, b), f"{label} changes from run to run"
 
 
-@pytest.mark.parametrize("name", ["gated delta rule", "five reflections", "packed"])
+@pytest.mark.parametrize(
+    "name", ["gated delta rule", "five reflections", "packed", "long", "long, gated"]
+)
 def test_portable_forward_agrees_with_float64(name, kernels, monkeypatch):
     """Where a chip has forms of its own, the portable ones run too."""
-    forward = importlib.import_module("householder.ops.delta_product.triton.forward")
-    monkeypatch.setattr(forward, "suits_hopper", lambda p, *tiles: False)
+    for module in ("forward", "segments"):
+        module = importlib.import_module(f"householder.ops.delta_product.triton.{module}")
+        monkeypatch.setattr(module, "suits_hopper", lambda p, *tiles: False)
     inputs = arrange(SHAPES[name], torch.bfloat16)
     actual, expected = run(kernels, inputs), run(chunk, inputs, torch.float64)
     for label, a, e in zip(OUTPUTS, actual, expected, strict=True):
         if e is not None and e.numel():
             assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+
+
+@pytest.mark.parametrize("name", ["gated delta rule", "long, gated", "long and wide"])
+def test_the_first_call_compiles_its_kernels_side_by_side(name, kernels, monkeypatch, tmp_path):
+    import triton
+
+    B, T, N, H, _, *others = SHAPES[name]
+    # Numbers of heads that no other test has: strides are constants of kernels.
+    shape = (B, T, N, H + 2, 3 * (H + 2), *others)
+    compilers = []
+
+    def listen(*, src, cache_hit, **_):
+        compilers.append(threading.current_thread().name)
+        assert not cache_hit, src.name
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    inputs = arrange(shape, torch.bfloat16)
+    first = run(kernels, inputs)
+    assert len(compilers) >= 3
+    assert all(thread.startswith("householder-compiler") for thread in compilers)
+    for a, b in zip(first, run(kernels, inputs), strict=True):
+        assert a is None if b is None else torch.equal(a, b)
 
 
 def test_rows_need_not_start_at_multiples_of_16_bytes(kernels):

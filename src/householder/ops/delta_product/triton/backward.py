@@ -28,6 +28,7 @@ is a product of its own.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from householder.ops._triton import (
     Launcher,
     addressable,
     cast_operand,
+    compiled_together,
     dot,
     dot_add,
     dot_precision,
@@ -57,6 +59,7 @@ from householder.ops.delta_product.triton.chunks import (
     TOKEN_FROM_START,
     Problem,
     attention,
+    kind_of_call,
     locate_chunk,
     locate_sequence,
     make_problem,
@@ -429,7 +432,16 @@ def overwrites_u(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     return sweep_launch(dot_precision(q, k, v), *sizes, scale, v.device) is not None
 
 
+def _kind(
+    do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
+    g: Tensor | None, scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    *_: Any,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(k, v, g, cu_seqlens, dfinal_state is None, initial_state is None)
+
+
 @on_its_device
+@compiled_together(_kind)
 def backward(
     do: Tensor,
     dfinal_state: Tensor | None,

@@ -8,7 +8,7 @@ from small tables made on the device, so that nothing waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -335,6 +335,16 @@ def make_problem(
         num_chunks=plan.num_chunks,
         plan=plan,
     )
+
+
+def kind_of_call(
+    k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, *others: Hashable
+) -> Hashable:
+    """Return what the programs of a call depend on, whatever its length and batch."""
+    T, N, HV, V = v.shape[1:]
+    cut = config.segment_chunks(T, N, HV, V) > 0
+    packed = cu_seqlens is not None
+    return k.device, k.dtype, v.dtype, k.shape[2:], (HV, V), g is None, packed, cut, *others
 
 
 def suits_hopper(p: Problem, do: Tensor | None = None) -> bool:

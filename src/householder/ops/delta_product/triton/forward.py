@@ -15,6 +15,8 @@ the shadow of the products that do, than written and read.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from torch import Tensor
 from householder.ops._triton import (
     Launcher,
     cast_operand,
+    compiled_together,
     dot,
     dot_add,
     inverse_unit_lower,
@@ -41,6 +44,7 @@ from householder.ops.delta_product.triton.chunks import (
     Problem,
     attention,
     empty_table,
+    kind_of_call,
     locate_chunk,
     locate_sequence,
     make_problem,
@@ -227,7 +231,15 @@ def _walk_launcher(
     )  # fmt: skip
 
 
+def _kind(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, save: bool = False,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(k, v, g, cu_seqlens, initial_state is None, save)
+
+
 @on_its_device
+@compiled_together(_kind)
 def forward(
     q: Tensor,
     k: Tensor,

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from householder.ops._triton import (
+    Launcher,
     cast_operand,
     dot,
     dot_add,
@@ -416,12 +417,20 @@ def _chain(
     visible: Tensor,
     reverse: bool,
 ) -> None:
+    launch = p.plan.launcher(
+        ("chain", reverse, outer is None), lambda: _chain_launcher(p, s, reverse)
+    )
+    launch(states, outer, maps, visible, s.bounds, s.first)
+
+
+def _chain_launcher(p: Problem, s: Segments, reverse: bool) -> Launcher:
     sizes = p.sizes
     K, V = sizes["K"], sizes["V"]
     launch = config.chain_launch(K)
-    chain_kernel[(p.num_sequences * p.heads * -(-V // config.CHAIN_COLUMNS),)](
-        states, outer, maps, visible, s.bounds, s.first, p.v.shape[1],
-        HV=p.heads, K=K, V=V, C=sizes["C"], GATED=p.g is not None, PACKED=s.first is not None,
+    return Launcher(
+        chain_kernel, (p.num_sequences * p.heads * -(-V // config.CHAIN_COLUMNS),),
+        T=p.v.shape[1], HV=p.heads, K=K, V=V, C=sizes["C"],
+        GATED=p.g is not None, PACKED=s.first is not None,
         # Between segments TF32 rounds far less than bfloat16 did at every chunk.
         PRECISION="tf32" if p.precision == "bf16" else p.precision,
         SEGMENT=s.chunks, REVERSE=reverse, BK=launch.block, BV=config.CHAIN_COLUMNS,
@@ -433,6 +442,7 @@ def _carry_constants(p: Problem, s: Segments) -> dict[str, Any]:
     K = p.sizes["K"]
     return {
         **p.constants,
+        "T": p.v.shape[1],
         "HV": p.heads,
         "SEGMENT": s.chunks,
         "BS": power_of_two(s.chunks, least=1),
@@ -472,17 +482,10 @@ def segment_starts(
     K, V = p.sizes["K"], p.sizes["V"]
     starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     visible = growth[p.num_chunks * p.heads :]
-    launch, carry, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
-    if suits_hopper(p):
-        from householder.ops.delta_product.triton import hopper_segments
-
-        launch, carry = config.hopper_carry_launch(), hopper_segments.carry_kernel
-        ahead = {"STAGES": launch.num_stages}
-    carry[(s.number * p.heads * -(-(V + K) // launch.block),)](
-        p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables, p.v.shape[1],
-        **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s),
-        BV=launch.block, **ahead, **launch.options,
-    )  # fmt: skip
+    for_hopper = suits_hopper(p)
+    key = "carry", for_hopper, initial is None
+    launch = p.plan.launcher(key, lambda: _carry_launcher(p, s, for_hopper))
+    launch(p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables)
     _chain(p, s, starts, initial, maps, visible, reverse=False)
     return starts
 
@@ -501,20 +504,45 @@ def segment_ends(
     """Return the gradient of the state at every segment's end, `[number, HV, K, V]`."""
     K, V = p.sizes["K"], p.sizes["V"]
     dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
-    launch, carry, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
     # The form for Hopper divides by the scale.
-    if suits_hopper(p, do) and 1e-4 < abs(scale) < 1e4:
+    for_hopper = suits_hopper(p, do) and 1e-4 < abs(scale) < 1e4
+    key = "carry back", scale, do.stride(), for_hopper, dfinal is None
+    launch = p.plan.launcher(key, lambda: _carry_back_launcher(p, s, do, scale, for_hopper))
+    launch(do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables)
+    _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
+    return dends
+
+
+def _carry_launcher(p: Problem, s: Segments, for_hopper: bool) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    launch, kernel, ahead = config.carry_launch(K, V, p.precision), carry_kernel, {}
+    if for_hopper:
         from householder.ops.delta_product.triton import hopper_segments
 
-        launch, carry = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
+        launch, kernel = config.hopper_carry_launch(), hopper_segments.carry_kernel
         ahead = {"STAGES": launch.num_stages}
-    carry[(s.number * p.heads * -(-V // launch.block),)](
-        do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables, scale, p.v.shape[1],
+    return Launcher(
+        kernel, (s.number * p.heads * -(-(V + K) // launch.block),),
+        **strides("k", p.k), **strides("v", p.v), **_carry_constants(p, s),
+        BV=launch.block, **ahead, **launch.options,
+    )  # fmt: skip
+
+
+def _carry_back_launcher(
+    p: Problem, s: Segments, do: Tensor, scale: float, for_hopper: bool
+) -> Launcher:
+    K, V = p.sizes["K"], p.sizes["V"]
+    launch, kernel, ahead = config.walk_launch(K, V, p.precision), carry_back_kernel, {}
+    if for_hopper:
+        from householder.ops.delta_product.triton import hopper_segments
+
+        launch, kernel = config.hopper_carry_back_launch(V), hopper_segments.carry_back_kernel
+        ahead = {"STAGES": launch.num_stages}
+    return Launcher(
+        kernel, (s.number * p.heads * -(-V // launch.block),), scale=scale,
         **strides("do", do), **strides("q", p.q), **strides("k", p.k),
         **_carry_constants(p, s), BV=launch.block, **ahead, **launch.options,
     )  # fmt: skip
-    _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
-    return dends
 
 
 def of_sequences(s: Segments, p: Problem, states: Tensor, last: bool) -> Tensor:
