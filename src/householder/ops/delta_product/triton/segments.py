@@ -417,9 +417,8 @@ def _chain(
     visible: Tensor,
     reverse: bool,
 ) -> None:
-    launch = p.plan.launcher(
-        ("chain", reverse, outer is None), lambda: _chain_launcher(p, s, reverse)
-    )
+    key = "chain", s.chunks, reverse, outer is None
+    launch = p.plan.launcher(key, lambda: _chain_launcher(p, s, reverse))
     launch(states, outer, maps, visible, s.bounds, s.first)
 
 
@@ -483,7 +482,7 @@ def segment_starts(
     starts = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     visible = growth[p.num_chunks * p.heads :]
     for_hopper = suits_hopper(p)
-    key = "carry", for_hopper, initial is None
+    key = "carry", s.chunks, for_hopper, initial is None
     launch = p.plan.launcher(key, lambda: _carry_launcher(p, s, for_hopper))
     launch(p.k, p.v, table, ut, growth, initial, starts, maps, visible, *s.tables)
     _chain(p, s, starts, initial, maps, visible, reverse=False)
@@ -506,7 +505,7 @@ def segment_ends(
     dends = torch.empty(s.number, p.heads, K, V, dtype=torch.float32, device=p.v.device)
     # The form for Hopper divides by the scale.
     for_hopper = suits_hopper(p, do) and 1e-4 < abs(scale) < 1e4
-    key = "carry back", scale, do.stride(), for_hopper, dfinal is None
+    key = "carry back", s.chunks, scale, do.stride(), for_hopper, dfinal is None
     launch = p.plan.launcher(key, lambda: _carry_back_launcher(p, s, do, scale, for_hopper))
     launch(do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables)
     _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
