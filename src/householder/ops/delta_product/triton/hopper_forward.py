@@ -39,7 +39,14 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
 )
-from householder.ops.delta_product.triton.hopper_tiles import add, buffers, exp, pick, tile_rows
+from householder.ops.delta_product.triton.hopper_tiles import (
+    add,
+    buffers,
+    exp,
+    locate_walk,
+    pick,
+    tile_rows,
+)
 
 
 @gluon.jit
@@ -195,24 +202,9 @@ def walk_kernel(
     i_sh = (gl.program_id(0) // num_v).to(gl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    if PACKED:
-        batch = gl.to_tensor(0).to(gl.int64)
-        first = gl.load(cu_seqlens + i_s)
-        length = gl.load(cu_seqlens + i_s + 1) - first
-        first = first.to(gl.int64)
-        chunk = gl.load(first_chunk + i_s).to(gl.int64)
-    elif SEGMENT:
-        per_row = (gl.to_tensor(T) + (SEGMENT * C - 1)) // (SEGMENT * C)
-        batch = i_s // per_row
-        index = i_s % per_row
-        first = index * (SEGMENT * C)
-        length = gl.minimum(T - first, SEGMENT * C).to(gl.int32)
-        chunk = batch * ((gl.to_tensor(T) + C - 1) // C) + index * SEGMENT
-    else:
-        batch = i_s
-        first = gl.to_tensor(0).to(gl.int64)
-        length = gl.to_tensor(T)
-        chunk = i_s * ((length + C - 1) // C)
+    batch, first, length, chunk = locate_walk(
+        i_s, gl.to_tensor(T), cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     num_chunks = (length + C - 1) // C
 
     p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
