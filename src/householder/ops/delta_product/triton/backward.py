@@ -93,9 +93,6 @@ def walk_back_kernel(
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )
-    batch = tl.cast(batch, tl.int64)
-    first = tl.cast(first, tl.int64)
-    chunk = tl.cast(chunk, tl.int64)
 
     o_r = tl.arange(0, R)
     o_c = tl.arange(0, BC)
@@ -171,8 +168,6 @@ def gradient_kernel(
     batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
     if n <= 0:
         return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
     o_r = tl.arange(0, R)
     o_c = tl.arange(0, BC)
     token = o_r // N

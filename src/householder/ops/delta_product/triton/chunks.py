@@ -67,12 +67,15 @@ def locate_chunk(
     """
     if PACKED:
         i_s = tl.load(chunk_sequence + i_chunk)
+        batch = 0
         start = tl.load(cu_seqlens + i_s) + (i_chunk - tl.load(first_chunk + i_s)) * C
-        return 0, start, tl.minimum(tl.load(cu_seqlens + i_s + 1) - start, C)
+        n = tl.minimum(tl.load(cu_seqlens + i_s + 1) - start, C)
     else:
         per_row = tl.cdiv(T, C)
+        batch = i_chunk // per_row
         start = (i_chunk % per_row) * C
-        return i_chunk // per_row, start, tl.minimum(T - start, C)
+        n = tl.minimum(T - start, C)
+    return tl.cast(batch, tl.int64), start.to(tl.int64), n
 
 
 @triton.jit
@@ -84,17 +87,23 @@ def locate_sequence(
     With SEGMENT, a number of chunks, it is a segment of a sequence (see `segments.py`).
     """
     if PACKED:
+        batch = 0
         start = tl.load(cu_seqlens + i_s)
-        return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_chunk + i_s)
+        length = tl.load(cu_seqlens + i_s + 1) - start
+        chunk = tl.load(first_chunk + i_s)
     elif SEGMENT:
         per_row = tl.cdiv(T, SEGMENT * C)
-        row = i_s // per_row
+        batch = i_s // per_row
         index = i_s % per_row
         start = index * (SEGMENT * C)
         length = tl.minimum(T - start, SEGMENT * C).to(tl.int32)
-        return row, start, length, row * tl.cdiv(T, C) + index * SEGMENT
+        chunk = batch * tl.cdiv(T, C) + index * SEGMENT
     else:
-        return i_s, 0, T, i_s * tl.cdiv(T, C)
+        batch = i_s
+        start = 0
+        length = T
+        chunk = i_s * tl.cdiv(T, C)
+    return tl.cast(batch, tl.int64), tl.cast(start, tl.int64), length, tl.cast(chunk, tl.int64)
 
 
 @triton.jit
@@ -156,8 +165,6 @@ def table_kernel(
     batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
     if n <= 0:
         return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
     o_h = (tl.program_id(1) * BH + tl.arange(0, BH)[None, :]).to(tl.int64)
     o_r = tl.arange(0, R)[:, None].to(tl.int64)
     token = o_r // N

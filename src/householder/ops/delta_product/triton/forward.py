@@ -82,8 +82,6 @@ def prepare_kernel(
     batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
     if n <= 0:
         return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
     o_r = tl.arange(0, R)
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
@@ -122,9 +120,6 @@ def walk_kernel(
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )
-    batch = tl.cast(batch, tl.int64)
-    first = tl.cast(first, tl.int64)
-    chunk = tl.cast(chunk, tl.int64)
 
     o_r = tl.arange(0, R)
     o_c = tl.arange(0, BC)

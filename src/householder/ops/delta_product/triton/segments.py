@@ -154,9 +154,6 @@ def carry_kernel(
     if (index == 0) & (i_v >= V):
         return
     batch, first, length, chunk = locate_sequence(i_s, T, bounds, first_chunk, C, PACKED, SEGMENT)
-    batch = tl.cast(batch, tl.int64)
-    first = tl.cast(first, tl.int64)
-    chunk = tl.cast(chunk, tl.int64)
     num_chunks = tl.cdiv(length, C)
 
     begin = 0
@@ -241,9 +238,6 @@ def carry_back_kernel(
     if index >= count:
         return
     batch, first, length, chunk = locate_sequence(i_s, T, bounds, first_chunk, C, PACKED, SEGMENT)
-    batch = tl.cast(batch, tl.int64)
-    first = tl.cast(first, tl.int64)
-    chunk = tl.cast(chunk, tl.int64)
     num_chunks = tl.cdiv(length, C)
 
     end = num_chunks
