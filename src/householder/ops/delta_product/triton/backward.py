@@ -151,6 +151,43 @@ def walk_back_kernel(
 
 
 @triton.jit
+def crossing_to_rows(
+    p_k, offsets, valid, b_p, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    PRECISION: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return what row s gives to the read of row r, summed over r from each row on, s before it."""
+    o_r = tl.arange(0, R)
+    token = o_r // N
+    kk = tl.zeros((R, R), tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        k_tile = cast_operand(load_tile(p_k, offsets, valid, i_k * BK, K, BK), PRECISION)
+        kk = dot_add(k_tile, tl.trans(k_tile), kk, PRECISION)
+    kk = cast_operand(kk * b_p, PRECISION)
+    from_here_on = tl.where(o_r[:, None] <= o_r[None, :], 1.0, 0.0)
+    kk = dot(cast_operand(from_here_on, PRECISION), kk, PRECISION)
+    return tl.sum(tl.where(token[None, :] < token[:, None], kk, 0.0), axis=1)
+
+
+@triton.jit
+def crossing_to_queries(
+    p_k, offsets, valid, p_q, q_offsets, q_valid, b_at, N: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the same for what it gives to outputs, by tokens."""
+    o_c = tl.arange(0, BC)
+    token = tl.arange(0, R) // N
+    kq = tl.zeros((R, BC), tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        k_tile = cast_operand(load_tile(p_k, offsets, valid, i_k * BK, K, BK), PRECISION)
+        q_tile = cast_operand(load_tile(p_q, q_offsets, q_valid, i_k * BK, K, BK), PRECISION)
+        kq = dot_add(k_tile, tl.trans(q_tile), kq, PRECISION)
+    kq = cast_operand(kq * b_at, PRECISION)
+    from_here_on = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
+    crossing = dot(kq, cast_operand(from_here_on, PRECISION), PRECISION)
+    return tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
+
+
+@triton.jit
 def gradient_kernel(
     do, q, k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
     cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,
@@ -222,15 +259,7 @@ def gradient_kernel(
     b_p = tl.where(below, b_p, 0.0)
     b_dg = tl.zeros((BC,), tl.float32)
     if GATED:
-        # What row s gives to the read of row r, summed over r from a token on and s before it.
-        kk = tl.zeros((R, R), tl.float32)
-        for i_k in range(num_k):
-            k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
-            kk = dot_add(k_tile, tl.trans(k_tile), kk, PRECISION)
-        kk = cast_operand(kk * b_p, PRECISION)
-        from_here_on = tl.where(o_r[:, None] <= o_r[None, :], 1.0, 0.0)
-        kk = dot(cast_operand(from_here_on, PRECISION), kk, PRECISION)
-        crossing = tl.sum(tl.where(token[None, :] < token[:, None], kk, 0.0), axis=1)
+        crossing = crossing_to_rows(p_k, o_krows, m_r, b_p, N, K, R, PRECISION, BK)
         b_dg += tl.sum(tl.where(o_c[:, None] * N == o_r[None, :], crossing[None, :], 0.0), axis=1)
     b_p = cast_operand(b_p, PRECISION)
 
@@ -252,17 +281,10 @@ def gradient_kernel(
             b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
         b_at = dot_add(b_u, tl.trans(b_do), b_at, PRECISION)
     if GATED:
-        # The same for what it gives to the output of token t.
-        kq = tl.zeros((R, BC), tl.float32)
-        for i_k in range(num_k):
-            k_tile = cast_operand(load_tile(p_k, o_krows, m_r, i_k * BK, K, BK), PRECISION)
-            q_tile = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
-            kq = dot_add(k_tile, tl.trans(q_tile), kq, PRECISION)
         b_at *= scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
-        kq = cast_operand(kq * b_at, PRECISION)
-        from_here_on = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
-        crossing = dot(kq, cast_operand(from_here_on, PRECISION), PRECISION)
-        b_dg += tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
+        b_dg += crossing_to_queries(
+            p_k, o_krows, m_r, p_q, o_c * q_t, m_c, b_at, N, K, R, BC, PRECISION, BK
+        )
     else:
         b_at *= scale
     b_at = cast_operand(tl.where(seen, b_at, 0.0), PRECISION)
