@@ -57,7 +57,9 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
+    Gradients,
     Problem,
+    Saved,
     attention,
     kind_of_call,
     locate_chunk,
@@ -375,33 +377,28 @@ def sweep(
     p: Problem,
     segments: Segments,
     do: Tensor,
-    table: Tensor,
     scale: float,
-    ut: Tensor,
-    states: Tensor,
-    u: Tensor,
+    saved: Saved,
     dfinal: Tensor | None,
     dinitial: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbeta: Tensor,
-    dg: Tensor | None,
+    out: Gradients,
 ) -> None:
-    """Run both kernels: the gradients are written where the last arguments are."""
-    dstates = torch.empty_like(states)
+    """Run both kernels: the gradients are written to `dinitial` and `out`."""
+    dstates = torch.empty_like(saved.states)
     key = segments.chunks, scale, do.stride(), dfinal is None, dinitial is None
     if p.num_sequences:
         launch = p.plan.launcher(
             ("walk back", *key), lambda: _walk_launcher(p, segments, do, scale)
         )
         launch(
-            do, p.q, p.k, table, ut, dfinal, dinitial, dstates, dv,
+            do, p.q, p.k, saved.table, saved.ut, dfinal, dinitial, dstates, out.v,
             segments.bounds, segments.first_chunk,
         )  # fmt: skip
     if p.num_chunks:
         launch = p.plan.launcher(("gradient", *key), lambda: _gradient_launcher(p, do, scale))
-        launch(do, p.q, p.k, table, states, dstates, u, dq, dk, dv, dbeta, dg, *p.packing)
+        launch(
+            do, p.q, p.k, saved.table, saved.states, dstates, saved.u, *out, *p.packing
+        )  # fmt: skip
 
 
 def _tiles(p: Problem, do: Tensor, scale: float) -> dict[str, Any]:
@@ -484,41 +481,44 @@ def backward(
     `ut` is overwritten as well.
     """
     p = make_problem(q, k, v, beta, g, cu_seqlens)
-    sizes, HV = p.sizes, p.heads
-    K, V, T = sizes["K"], sizes["V"], v.shape[1]
-    B, N, H = v.shape[0], sizes["N"], k.shape[3]
-    device = v.device
+    H, HV = k.shape[3], p.heads
+    saved = Saved(states, ut, u, maps, growth, table)
+    out = _empty_gradients(q, k, v, beta, g, dv)
     do = addressable(do)
-
-    dv = v.new_empty(v.shape) if dv is None else dv
-    # With grouped value heads, dq and dk are summed afterwards: no atomics, one order.
-    partial = torch.float32 if HV != H else None
-    dq = torch.empty(B, T, HV, K, dtype=partial or q.dtype, device=device)
-    dk = torch.empty(B, T, N, HV, K, dtype=partial or k.dtype, device=device)
-    dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=device)
-    dg = None if g is None else torch.empty(g.shape, dtype=g.dtype, device=device)
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     dinitial = None
     if initial_state is not None:
-        dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=device)
+        dinitial = initial_state.new_empty(initial_state.shape)
     segments = make_segments(p)
     if segments.chunks:
-        dfinal = segment_ends(p, segments, table, ut, do, dfinal, scale, maps, growth)
+        dfinal = segment_ends(p, segments, do, scale, saved, dfinal)
         # A segment's first state gets its gradient where that of its last was found.
         dinitial = None if dinitial is None else dfinal
-    launch = sweep_launch(p.precision, K, V, scale, device)
-    gradients = (dq, dk, dv, dbeta, dg)
+    launch = sweep_launch(p.precision, p.sizes["K"], p.sizes["V"], scale, v.device)
     if launch is not None:
         from householder.ops.delta_product.triton.hopper_sweep import hopper_sweep
 
-        hopper_sweep(
-            p, segments, launch, do, table, scale, ut, states, u, dfinal, dinitial, *gradients,
-            over_ut=dv is u,
-        )  # fmt: skip
+        hopper_sweep(p, segments, launch, do, scale, saved, dfinal, dinitial, out)
     else:
-        sweep(p, segments, do, table, scale, ut, states, u, dfinal, dinitial, *gradients)
+        sweep(p, segments, do, scale, saved, dfinal, dinitial, out)
     if dinitial is not None and initial_state is not None:
         dinitial = of_sequences(segments, p, dinitial, last=False).to(initial_state.dtype)
+    dq, dk = out.q, out.k
     if HV != H:
         dq, dk = sum_groups(dq, H, q.dtype), sum_groups(dk, H, k.dtype)
-    return dq, dk, dv, dbeta, dg, dinitial
+    return dq, dk, out.v, out.beta, out.g, dinitial
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, dv: Tensor | None
+) -> Gradients:
+    H, HV = k.shape[3], v.shape[3]
+    # With grouped value heads, those of q and k are summed afterwards: no atomics, one order.
+    partial = torch.float32 if HV != H else None
+    return Gradients(
+        q=q.new_empty(*q.shape[:2], HV, q.shape[3], dtype=partial),
+        k=k.new_empty(*k.shape[:3], HV, k.shape[4], dtype=partial),
+        v=v.new_empty(v.shape) if dv is None else dv,
+        beta=beta.new_empty(beta.shape),
+        g=None if g is None else g.new_empty(g.shape),
+    )

@@ -309,6 +309,27 @@ class Problem(NamedTuple):
         return self.v.shape[3]
 
 
+class Saved(NamedTuple):
+    """What the forward keeps for the backward, all chunks and value heads side by side."""
+
+    states: Tensor  # [chunks·HV, V, K], at the chunks' starts
+    ut: Tensor  # [chunks·HV, R·R], the triangles T
+    u: Tensor  # [B, T, N, HV, V], the writes
+    maps: Tensor  # of long sequences' segments; see `make_maps`
+    growth: Tensor
+    table: Tensor  # [chunks, HV, 6 or 1, R], coefficients
+
+
+class Gradients(NamedTuple):
+    """Where gradients are written; those of q and k have a head for every value head."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+
+
 def make_problem(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
 ) -> Problem:

@@ -23,7 +23,9 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_HIGH,
     TO_END,
     TOKEN_FROM_START,
+    Gradients,
     Problem,
+    Saved,
     strides,
 )
 from householder.ops.delta_product.triton.hopper_gates import (
@@ -461,23 +463,16 @@ def hopper_sweep(
     segments: Segments,
     launch: config.Launch,
     do: Tensor,
-    table: Tensor,
     scale: float,
-    ut: Tensor,
-    states: Tensor,
-    u: Tensor,
+    saved: Saved,
     dfinal: Tensor | None,
     dinitial: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbeta: Tensor,
-    dg: Tensor | None,
-    over_ut: bool,
+    out: Gradients,
 ) -> None:
-    """Run the kernel: the gradients are written where the arguments `d…` are.
+    """Run the kernel: the gradients are written to `dinitial` and `out`.
 
-    With `over_ut` the triangles are not needed afterwards, and their memory is used.
+    If that of v goes where U was, the triangles are not needed afterwards either, and their memory
+    is used.
     """
     if not p.num_sequences:
         return
@@ -489,19 +484,19 @@ def hopper_sweep(
     if not has_wide_rows(do):
         do = do.clone(memory_format=torch.contiguous_format)
     parts, step = None, PARTS_SIZE
-    if p.g is not None and over_ut:
+    if p.g is not None and out.v is saved.u:
         # A chunk's triangle has been read when its parts are written.
-        parts, step = ut.view(torch.float32), config.CHUNK_ROWS**2 // 2
+        parts, step = saved.ut.view(torch.float32), config.CHUNK_ROWS**2 // 2
     elif p.g is not None:
-        parts = table.new_empty(p.num_chunks * p.heads, step)
+        parts = saved.table.new_empty(p.num_chunks * p.heads, step)
     key = "sweep", segments.chunks, scale, do.stride(), dfinal is None, dinitial is None, step
     p.plan.launcher(key, lambda: _sweep_launcher(p, segments, launch, do, q, k, scale, step))(
-        do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
-        segments.bounds, segments.first_chunk,
+        do, q, k, saved.table, saved.ut, saved.states, saved.u, dfinal, dinitial,
+        out.q, out.k, out.v, out.beta, parts, segments.bounds, segments.first_chunk,
     )  # fmt: skip
-    if parts is not None and dg is not None and p.num_chunks:
+    if parts is not None and out.g is not None and p.num_chunks:
         p.plan.launcher(("gates", scale, step), lambda: _gate_launcher(p, launch, step, scale))(
-            parts, table, dg, *p.packing
+            parts, saved.table, out.g, *p.packing
         )
 
 

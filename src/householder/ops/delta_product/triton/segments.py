@@ -51,6 +51,7 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
     Problem,
+    Saved,
     locate_sequence,
     pair_decay,
     row_offsets,
@@ -486,13 +487,10 @@ def segment_starts(
 def segment_ends(
     p: Problem,
     s: Segments,
-    table: Tensor,
-    ut: Tensor,
     do: Tensor,
-    dfinal: Tensor | None,
     scale: float,
-    maps: Tensor,
-    growth: Tensor,
+    saved: Saved,
+    dfinal: Tensor | None,
 ) -> Tensor:
     """Return the gradient of the state at every segment's end, `[number, HV, K, V]`."""
     K, V = p.sizes["K"], p.sizes["V"]
@@ -501,8 +499,9 @@ def segment_ends(
     for_hopper = suits_hopper(p, do) and 1e-4 < abs(scale) < 1e4
     key = "carry back", s.chunks, scale, do.stride(), for_hopper, dfinal is None
     launch = p.plan.launcher(key, lambda: _carry_back_launcher(p, s, do, scale, for_hopper))
-    launch(do, p.q, p.k, table, ut, growth, dfinal, dends, *s.tables)
-    _chain(p, s, dends, dfinal, maps, growth[p.num_chunks * p.heads :], reverse=True)
+    launch(do, p.q, p.k, saved.table, saved.ut, saved.growth, dfinal, dends, *s.tables)
+    visible = saved.growth[p.num_chunks * p.heads :]
+    _chain(p, s, dends, dfinal, saved.maps, visible, reverse=True)
     return dends
 
 
