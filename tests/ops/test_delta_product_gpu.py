@@ -30,6 +30,8 @@ SHAPES = {
     "six reflections": (1, 200, 6, 1, 1, 64, 64, None, None),
     "seven reflections": (1, 200, 7, 1, 1, 16, 16, None, None),
     "eight reflections": (1, 200, 8, 1, 2, 32, 16, 0.1, None),
+    "one token": (2, 1, 1, 2, 2, 128, 128, 0.1, None),
+    "shorter than a chunk": (2, 20, 2, 2, 2, 128, 128, None, None),
     "narrow": (2, 300, 1, 2, 2, 64, 64, 0.1, None),
     "narrow, no gate": (2, 300, 1, 2, 2, 64, 64, None, None),
     "keys wider than values": (1, 300, 2, 1, 1, 128, 64, 0.1, None),

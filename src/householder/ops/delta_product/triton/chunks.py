@@ -300,7 +300,11 @@ class Problem(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Compile-time arguments that the kernels of matrix products share."""
+        """Compile-time arguments that the kernels of matrix products share.
+
+        Walks take all of them, in the forms for Hopper as in the portable ones, which then differ
+        in nothing for who launches them.
+        """
         return self.plan.constants
 
     @property

@@ -68,9 +68,8 @@ from householder.ops.delta_product.triton.segments import (
 def prepare_kernel(
     k, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write T `[R, R]` of one chunk and value head.
 
@@ -195,15 +194,18 @@ def prepare(p: Problem, growth: Tensor | None, for_hopper: bool) -> tuple[Tensor
 def _prepare_launcher(p: Problem, for_hopper: bool) -> Launcher:
     kernel, steps = prepare_kernel, strides("k", p.k)
     launch = config.prepare_launch(p.sizes["K"], p.precision)
+    names = ["N", "K", "C", "R", "GROUP", "GATED", "PACKED"]
     if for_hopper:
         from householder.ops.delta_product.triton import hopper_forward
 
         kernel = hopper_forward.prepare_kernel
         launch = config.hopper_prepare_launch(p.sizes["K"], p.g is not None)
         steps |= steps_of_coefficients(p)
+    else:
+        names.append("PRECISION")
     return Launcher(
         kernel, (p.num_chunks * p.heads,), T=p.q.shape[1], HV=p.heads,
-        **steps, **p.constants, BK=launch.block, **launch.options,
+        **steps, **{n: p.constants[n] for n in names}, BK=launch.block, **launch.options,
     )  # fmt: skip
 
 

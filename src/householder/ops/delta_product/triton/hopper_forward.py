@@ -288,9 +288,8 @@ def prepare_kernel(
     k, beta, g, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, beta_b, beta_h, g_b, g_h, k_t: gl.constexpr, k_n: gl.constexpr,
     beta_t: gl.constexpr, beta_n: gl.constexpr, g_t: gl.constexpr,
-    N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
-    BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
-    PRECISION: gl.constexpr, BK: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, C: gl.constexpr, R: gl.constexpr, GROUP: gl.constexpr,
+    GATED: gl.constexpr, PACKED: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Write T `[R, R]` and the table of coefficients of one chunk and value head.
 
