@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._gluon import (
-    async_load,
     barrier,
     copy_tile,
     invert_blocks,
@@ -42,6 +41,7 @@ from householder.ops.delta_product.triton.chunks import (
 from householder.ops.delta_product.triton.hopper_tiles import (
     add,
     buffers,
+    copy_triangle_and_table,
     exp,
     locate_walk,
     pick,
@@ -60,10 +60,7 @@ def copy_chunk(
     """Start to copy all that chunk `i` needs; past the sequence's end nothing is read."""
     warps: gl.constexpr = gl.num_warps()
     load_k: gl.constexpr = row_layout(BK, 8, warps)
-    load_r: gl.constexpr = row_layout(R, 8, warps)
     load_v: gl.constexpr = row_layout(BV, 8, warps)
-    width: gl.constexpr = 6 * R if GATED else R
-    size_g: gl.constexpr = 8 * R if GATED else R
     i = gl.to_tensor(i)
     n = gl.where(i >= 0, gl.minimum(length - i * C, C), 0)
     start = i.to(gl.int64) * C
@@ -74,17 +71,7 @@ def copy_chunk(
     copy_tile(s_q.index(stage), p_q + start * q_t, q_rows, o_qrows, n, 0, K, BK, load_k)
     v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
     copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n * N, i_v, V, BV, load_v)
-    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
-    left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
-    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
-    left = gl.where(n > 0, width, 0)
-    async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
-    if GATED:
-        # A query's gates are those of its token's first row; past the chunk's end there is none.
-        o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
-        o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
-        async_load(s_l.index(stage), table + i_ch * width + o_log, mask=o_l < left)
+    copy_triangle_and_table(stage, i_ch, n > 0, ut, table, s_t, s_g, s_l, N, C, R, BC, GATED, GATED)
     async_copy.commit_group()
 
 

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from householder.ops._gluon import async_load, barrier, exp2
+from householder.ops._gluon import async_load, barrier, copy_tile, exp2, row_layout
 from householder.ops.delta_product.triton.chunks import LOG_HIGH
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -192,3 +192,29 @@ def locate_walk(
         return batch, first, length, batch * ((T + C - 1) // C) + (i_s % per_row) * SEGMENT
     else:
         return i_s, i_s * 0, T, i_s * ((T + C - 1) // C)
+
+
+@gluon.jit
+def copy_triangle_and_table(
+    stage, i_ch, there, ut, table, s_t, s_g, s_l, N: gl.constexpr, C: gl.constexpr,
+    R: gl.constexpr, BC: gl.constexpr, GATED: gl.constexpr, LOGS: gl.constexpr,
+):  # fmt: skip
+    """Start copying a chunk's T, its coefficients and, with LOGS, its queries' sums of log gates.
+
+    Nothing is read where no chunk is `there`.
+    """
+    warps: gl.constexpr = gl.num_warps()
+    load_r: gl.constexpr = row_layout(R, 8, warps)
+    width: gl.constexpr = 6 * R if GATED else R
+    size_g: gl.constexpr = 8 * R if GATED else R
+    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
+    left = gl.where(there, R, 0)
+    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
+    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
+    left = gl.where(there, width, 0)
+    async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
+    if LOGS:
+        # A query's gates are those of its token's first row; past the chunk's end there is none.
+        o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
+        o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
+        async_load(s_l.index(stage), table + i_ch * width + o_log, mask=o_l < left)
