@@ -1,6 +1,6 @@
 """The carry of segments for Hopper's tensor cores (compute capability 9.0), in Gluon.
 
-The same algorithm as in `segments.py`. All that a chunk needs is copied while the ones before are
+The same algorithm as in `carry.py`. All that a chunk needs is copied while the ones before are
 computed, into a ring of places in shared memory, and so a chunk needs but one barrier.
 """
 
