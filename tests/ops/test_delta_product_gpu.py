@@ -109,6 +109,23 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
 
 
 @pytest.mark.parametrize(
+    ("K", "V", "N", "dtype"),
+    [
+        (80, 112, 1, torch.bfloat16),
+        (112, 224, 2, torch.bfloat16),
+        (144, 16, 3, torch.float16),
+        (208, 240, 1, torch.float32),
+    ],
+)
+def test_other_multiples_of_16(K, V, N, dtype, kernels, poisoned):
+    inputs = arrange((2, 150, N, 1, 2, K, V, 0.1, None), dtype)
+    actual = run(kernels, inputs)
+    torch.use_deterministic_algorithms(False)
+    for label, a, e in zip(OUTPUTS, actual, run(chunk, inputs, torch.float64), strict=True):
+        assert relative_error(a, e) < LIMITS[dtype], label
+
+
+@pytest.mark.parametrize(
     "name", ["gated delta rule", "five reflections", "packed", "long", "long, gated"]
 )
 def test_portable_forward_agrees_with_float64(name, kernels, monkeypatch):
