@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +43,27 @@ def is_hopper(device: torch.device) -> bool:
     return first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last
 
 
+# How many kernels are compiled at the same time; no call here has more.
+COMPILERS = 8
+
+
+class _ThisThread(threading.local):
+    """Whether launches of this thread only compile their kernels; see `compiled_together`."""
+
+    only_compiles = False
+
+
+_this_thread = _ThisThread()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """Launch a kernel once; see `Launcher` for what is launched often."""
+    if _this_thread.only_compiles:
+        kernel.warmup(*args, grid=grid, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
+
+
 class Launcher:
     """Launches of one kernel that differ in their leading arguments, tensors or None, alone.
 
@@ -58,6 +81,9 @@ class Launcher:
 
     def __call__(self, *leading: Tensor | None) -> None:
         """Launch the kernel on the current device, which must always be the same."""
+        if _this_thread.only_compiles:
+            self.kernel.warmup(*leading, grid=self.grid, **self.others)
+            return
         if self.run is not None and self._is_compiled_for(leading):
             self.run(*leading, *self.behind)
             return
@@ -77,6 +103,70 @@ class Launcher:
             elif x.dtype is not dtype or x.data_ptr() % 16:
                 return False
         return True
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels and load them onto the current device."""
+
+    def __init__(self) -> None:
+        super().__init__(COMPILERS, thread_name_prefix="householder-compiler")
+        self.device = torch.cuda.current_device()
+
+    def submit(self, compile_: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def compile_and_load() -> Any:
+            compiled = compile_(*args, **kwargs)
+            with torch.cuda.device(self.device):
+                # Asked for how to run it, Triton loads a program and makes its launcher, by a
+                # compiler of C up to Triton 3.6: half a second each.
+                _ = compiled.run
+            return compiled
+
+        return super().submit(compile_and_load)
+
+
+def compiled_together(kind: Callable[..., Hashable]) -> Callable[[Function], Function]:
+    """Make the first call of each kind of a launcher compile all kernels it needs side by side.
+
+    Kernels are compiled when they are first launched, one after the other, though each of them
+    keeps one processor busy for a second or more. So the first call of a kind goes through its
+    launches twice: once to ask for the programs, which threads compile at the same time, and again
+    to run them. `kind` gets the call's arguments and returns what the programs depend on; what it
+    leaves out costs time, as if there were no threads, and nothing else.
+
+    For the first time nothing is launched, and what the kernels would have written is not there.
+    So kernels must be launched by `launch` or a `Launcher` alone, nothing may wait for values, and
+    nothing but kernels may write to the arguments.
+    """
+
+    def decorate(function: Function) -> Function:
+        known: set[Hashable] = set()
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            this_kind = kind(*args, **kwargs)
+            if this_kind not in known:
+                known.add(this_kind)
+                if _has_compiler() and not _this_thread.only_compiles:
+                    _this_thread.only_compiles = True
+                    try:
+                        with _Compilers() as compilers, triton.AsyncCompileMode(compilers):
+                            function(*args, **kwargs)
+                    finally:
+                        _this_thread.only_compiles = False
+            return function(*args, **kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+    return decorate
+
+
+def _has_compiler() -> bool:
+    """Return whether kernels are compiled here, and this is a moment to load programs."""
+    return (
+        torch.cuda.is_available()
+        and not triton.knobs.runtime.interpret
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def addressable(x: Tensor) -> Tensor:
