@@ -22,6 +22,7 @@ from householder.ops._gluon import (
     row_layout,
     store_rows,
 )
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import locate_tile
 from householder.ops.path_attention.triton.hopper_squares import (
     add,
@@ -301,7 +302,8 @@ def finish(
     V, T = p.v.shape[-1], p.q.shape[1]
     tensors = (("q", p.q), ("k", p.k), ("v", p.v), ("w", p.w), ("beta", p.beta), ("o", o))
     steps = {name: step for x in (*tensors, ("do", do)) for name, step in strides(*x).items()}
-    chunk_kernel[(p.chunks * H,)](
+    launch(
+        chunk_kernel, (p.chunks * H,),
         p.q, p.k, p.v, p.w, p.beta, o, do, lse, delta, inverse, *rows, *gradients, *p.packing,
         p.scale, T, p.num_tiles, H, **steps, K=K, V=V, PACKED=p.cu_seqlens is not None,
         NK=-(-K // 64), NV=-(-V // 64), num_warps=4,

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from householder.ops._gluon import barrier, row_layout, store_rows
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import locate_tile
 from householder.ops.path_attention.triton.hopper_squares import (
     add,
@@ -141,7 +142,8 @@ def finish_leaves(
     """Write W dF and W dFᵀ of all chunks, from the rows of all levels and their gradients."""
     H, K = p.k.shape[2:]
     w_b, w_t, w_h = p.w.stride()[:3]
-    leaf_kernel[(p.chunks * H,)](
+    launch(
+        leaf_kernel, (p.chunks * H,),
         levels, dlevels, p.w, f, df, wdf, wdft, *p.packing, p.q.shape[1], p.num_tiles, H, w_b, w_h,
         w_t=w_t, K=K, PACKED=p.cu_seqlens is not None, NK=-(-K // 64), num_warps=4,
     )  # fmt: skip
