@@ -44,7 +44,7 @@ def gradient_precision(precision: str) -> str:
 
 
 # Where the operands are bfloat16 and where not, for K and V of up to 64, up to 128, and more.
-QUERY_TILES = {
+QUERY_TILES: dict[bool, tuple[Tiles, ...]] = {
     True: (
         Tiles(64, 64, 64, Launch(4, 3)),
         Tiles(128, 64, 128, Launch(8, 3)),
@@ -56,7 +56,7 @@ QUERY_TILES = {
         Tiles(32, 32, 32, Launch(4, 1)),
     ),
 }
-KEY_TILES = {
+KEY_TILES: dict[bool, tuple[Tiles, ...]] = {
     True: (
         Tiles(64, 64, 64, Launch(4, 3)),
         Tiles(64, 128, 128, Launch(8, 3)),
