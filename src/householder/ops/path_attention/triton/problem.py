@@ -209,9 +209,10 @@ class Problem(NamedTuple):
     def suits_squares(self) -> bool:
         """Whether the forms for Hopper that copy all of a chunk into shared memory take the inputs.
 
-        They multiply reflectors and keys as they are, and so want them in one dtype.
+        They multiply reflectors and keys as they are, or both in float16 if reflectors are float32.
         """
-        return self.suits_hopper and self.heads == self.k.shape[2] and self.w.dtype == self.k.dtype
+        one_dtype_or_wide = self.w.dtype in (self.k.dtype, torch.float32)
+        return self.suits_hopper and self.heads == self.k.shape[2] and one_dtype_or_wide
 
     @property
     def fuses_chunks(self) -> bool:
