@@ -1,9 +1,29 @@
-"""Early reads, for both kernel files."""
+"""What programs of a decoded step tell one another, and early reads."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def arrive(p_count):
+    """Count this program as done with what others wait for; all it has stored is seen by them."""
+    # Every thread's stores come before the one thread that counts.
+    tl.debug_barrier()
+    tl.atomic_add(p_count, 1, sem="release")
+
+
+@triton.jit
+def wait_for(p_count, target):
+    """Wait until so many programs have arrived, whose numbers must all be lower than this one's.
+
+    A GPU starts programs in the order of their numbers: those waited for run already.
+    """
+    while tl.atomic_add(p_count, 0, sem="acquire") < target:
+        pass
+    # Of all threads, not only of the one that asks.
+    tl.debug_barrier()
 
 
 @triton.jit
