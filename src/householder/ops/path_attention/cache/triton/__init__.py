@@ -18,9 +18,9 @@ from torch import Tensor
 from householder.ops._triton import dot_precision, on_its_device, power_of_two
 from householder.ops.path_attention.cache.triton.step import finish_kernel, step_kernel
 
-# Whether the second kernel starts while the first one ends, where a GPU can do so, and whether what
-# is needed soon is asked for before it is known where: both from Hopper on.
-OVERLAP = FETCH = True
+# Whether the second kernel starts while the first one ends, and whether programs that wait for
+# others read ahead: both from Hopper on.
+OVERLAP = EARLY = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
 # Row and key heads whose tokens enter before the first ones attend.
@@ -51,7 +51,7 @@ def span(num_queries: int) -> int:
 
 
 def is_from_hopper_on(device: torch.device) -> bool:
-    """Return whether a device has what `OVERLAP` and `FETCH` need."""
+    """Return whether a device has what `OVERLAP` and `EARLY` need."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -159,7 +159,7 @@ def decode(
         BR=power_of_two(triangle_room), KC=columns, RECENT=RECENT_TILE // 2 if wide else RECENT_TILE,
         SPAN=SPAN, LEVELS=levels, TILE=TILE, BLOCK=BLOCK, SINGLE=single, GATED=gated,
         WINDOWED=windowed, HALF=half, VALUE_PRECISION=value_precision(values),
-        FETCH=FETCH and hopper, OVERLAP=overlap,
+        EARLY=EARLY and hopper, OVERLAP=overlap,
         STAGES=STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
         num_warps=2 * WARPS if wide else WARPS, num_stages=1,
         maxnreg=(REGISTERS if single else FEW_REGISTERS) if many and BG == 16 and half else None,

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot_add
-from householder.ops.path_attention.cache.triton.products import dot_query, dot_whole
+from householder.ops.path_attention.cache.triton.products import dot_query, dot_whole, split_query
+from householder.ops.path_attention.cache.triton.signals import wait_for
 
 
 @triton.jit
@@ -60,6 +61,7 @@ def attend_recent(
     o_n, o_c, o_k, o_v = tl.arange(0, 16), tl.arange(0, BC), tl.arange(0, BK), tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
+    high, low = split_query(q, HALF)
     p_along += o_g[:, None] * triangle_room
     m_gn = m_g[:, None] & (o_n[None, :] <= i_n[:, None]) & (o_n < n)[None, :]
     along_new = tl.load(p_along + r + o_n[None, :], mask=m_gn, other=0.0)
@@ -87,7 +89,7 @@ def attend_recent(
                 mask=(o_l < r)[:, None] & (o_j[None, :] < o_l[:, None]), other=0.0,
             ).to(tl.float32)  # fmt: skip
             taken += dot_whole(along, ty, HALF)
-        logits = dot_query(q, keys, -taken, HALF)
+        logits = dot_query(high, low, keys, -taken, HALF)
         after = r + i_n[:, None] - o_j[None, :]
         if GATED:
             decay = tl.load(
@@ -106,29 +108,36 @@ def attend_recent(
 @triton.jit
 def attend_span(
     top, total, o, p_keys, p_values, p_block_decay, p_path_decay, is_behind, p_query, p_shifts,
-    before, begin, size, window, o_g, i_n, m_g, room,
+    p_ready, num_awaited, before, begin, size, window, o_g, i_n, m_g, room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     TILE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add a span of one block to a softmax.
+    """Add a span of one block to a softmax, once its queries are there.
 
     `before` is how far behind its first token the first query is; `is_behind` that the block is not
     the newest, and that there are log gates on the way to it.
     """
     o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, TILE)
     m_k, m_v = o_k < K, o_v < V
-    q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
-    if GATED:
-        shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
-        if is_behind:
-            shift += tl.load(p_path_decay + o_g % G, mask=m_g, other=0.0).to(tl.float32)
-        shift *= 1.4426950408889634
+    high, low = split_query(tl.zeros((o_g.shape[0], BK), tl.float32), HALF)
+    shift = tl.zeros((o_g.shape[0],), tl.float32)
     for start in tl.range(begin, size, TILE, num_stages=STAGES):
         o_j = start + o_t
         keys = tl.load(p_keys + o_j[:, None] * K + o_k[None, :], mask=m_k[None, :], other=0.0)
         values = tl.load(p_values + o_j[:, None] * V + o_v[None, :], mask=m_v[None, :], other=0.0)
-        logits = dot_query(q, keys, tl.zeros((o_g.shape[0], TILE), tl.float32), HALF)
+        if start == begin:
+            # The first keys are on their way by now.
+            wait_for(p_ready, num_awaited, EARLY)
+            q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
+            high, low = split_query(q, HALF)
+            if GATED:
+                shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
+                if is_behind:
+                    shift += tl.load(p_path_decay + o_g % G, mask=m_g, other=0.0).to(tl.float32)
+                shift *= 1.4426950408889634
+        logits = tl.zeros((o_g.shape[0], TILE), tl.float32)
+        logits = dot_query(high, low, keys, logits, HALF)
         if GATED:
             p_decay = p_block_decay + (o_g % G)[:, None] * room
             decay = tl.load(p_decay + o_j[None, :], mask=m_g[:, None], other=0.0).to(tl.float32)

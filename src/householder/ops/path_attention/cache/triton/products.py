@@ -33,17 +33,23 @@ def dot_whole(a, b, HALF: tl.constexpr):
 
 
 @triton.jit
-def dot_query(q, keys, acc, HALF: tl.constexpr):
-    """Return `acc + q keysᵀ` of float32 queries and keys as they lie in the cache.
-
-    Queries keep the digits that a prompt's have: rounded, each would differ from those.
-    """
+def split_query(q, HALF: tl.constexpr):
+    """Split queries into what `dot_query` takes: they keep the digits that a prompt's have."""
     if HALF:
         high, low = halves(q)
+        return high, low
+    else:
+        return q, 0.0
+
+
+@triton.jit
+def dot_query(high, low, keys, acc, HALF: tl.constexpr):
+    """Return `acc + q keysᵀ` of what `split_query` makes of q, and keys as they lie in the cache."""
+    if HALF:
         keys = tl.trans(keys).to(tl.float16)
         return tl.dot(high, keys, tl.dot(low, keys, acc))
     else:
-        return acc + dot(q, tl.trans(keys), "tf32x3")
+        return acc + dot(high, tl.trans(keys), "tf32x3")
 
 
 @triton.jit

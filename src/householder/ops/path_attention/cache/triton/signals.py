@@ -15,15 +15,23 @@ def arrive(p_count):
 
 
 @triton.jit
-def wait_for(p_count, target):
+def wait_for(p_count, target, EARLY: tl.constexpr):
     """Wait until so many programs have arrived, whose numbers must all be lower than this one's.
 
-    A GPU starts programs in the order of their numbers: those waited for run already.
+    A GPU starts programs in the order of their numbers: those waited for run already. With EARLY
+    each thread asks for itself, in one instruction to the compiler: a loop around it can still be
+    pipelined, and what it reads first is on its way before.
     """
-    while tl.atomic_add(p_count, 0, sem="acquire") < target:
-        pass
-    # Of all threads, not only of the one that asks.
-    tl.debug_barrier()
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 arrived; ASK: ld.acquire.gpu.global.u32 arrived, [$1]; "
+            "setp.lt.u32 p, arrived, $2; @p bra ASK; mov.u32 $0, arrived; }",
+            "=r,l,r", [p_count.to(tl.int64), target], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        while tl.atomic_add(p_count, 0, sem="acquire") < target:
+            pass
+        tl.debug_barrier()
 
 
 @triton.jit

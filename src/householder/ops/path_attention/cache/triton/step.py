@@ -46,7 +46,7 @@ def step_kernel(
     BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr,
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+    VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Let new tokens enter, and attend.
@@ -88,7 +88,7 @@ def step_kernel(
     p_ty += head * triangle_room * triangle_room
     p_wk += head * 16 * triangle_room
     p_ready += head * 2
-    if FETCH and enters:
+    if EARLY and enters:
         # Before the counts have come.
         fetch_to_l2(p_ws, 64 * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), 64 * BK * 4)
         fetch_to_l2(p_tw, 64 * K * 4, 64 * BK * 4)
@@ -120,7 +120,7 @@ def step_kernel(
             w = load_new(p_w, s_wt, o_n, n, o_k, K)
             beta = tl.load(p_beta + o_n * s_bt, mask=o_n < n, other=0.0).to(tl.float32)
         if i_part < num_turning:
-            if FETCH:
+            if EARLY:
                 size = K * K * (p_paths.dtype.element_ty.primitive_bitwidth // 8)
                 for i_path in range(i_part, num_paths, num_turning):
                     fetch_to_l2(p_paths + (head + i_path * B * H) * K * K, size, BK * BK * 4)
@@ -197,8 +197,8 @@ def step_kernel(
     total = tl.zeros((BG,), tl.float32)
     o = tl.zeros((BG, BV), tl.float32)
     if i_part == 0:
-        wait_for(p_ready, num_awaited)
-        wait_for(p_ready + 1, 1)
+        wait_for(p_ready, num_awaited, EARLY)
+        wait_for(p_ready + 1, 1, EARLY)
         top, total, o = attend_recent(
             top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
             p_along + row * triangle_room, p_wk,
@@ -213,7 +213,7 @@ def step_kernel(
         if WINDOWED:
             # The first query's window reaches furthest back.
             begin = tl.maximum(old + r + 1 - window - first, 0) // TILE * TILE
-        if FETCH:
+        if EARLY:
             # They come while queries are brought to the block.
             bytes_of: tl.constexpr = p_keys.dtype.element_ty.primitive_bitwidth // 8
             fetch_to_l2(p_keys, tl.minimum(size * K * bytes_of, fetched), 1 << 16)
@@ -224,14 +224,13 @@ def step_kernel(
         for shift in tl.static_range(5):
             behind |= behind >> (1 << shift)
         i_path = count_ones(blocks & (behind >> 1))
-        wait_for(p_ready, num_awaited)
         top, total, o = attend_span(
             top, total, o, p_keys, p_values,
             p_block_decay + head * G * room + first if GATED else None,
             p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
             p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
-            old + r - first, begin, size, window, o_g, i_n, m_g, room,
-            G, K, V, BK, BV, TILE, GATED, WINDOWED, HALF, VALUE_PRECISION, STAGES,
+            p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
+            G, K, V, BK, BV, TILE, GATED, WINDOWED, HALF, VALUE_PRECISION, EARLY, STAGES,
         )  # fmt: skip
     part = (row + o_g) * num_parts + i_part
     m_g = m_g & (o_g < N * G)
