@@ -67,11 +67,21 @@ TOKEN_AXIS = {
 _OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
 
 
-# What the kernels read and write.
-OF_KERNELS = (
-    *("keys", "values", "w", "beta", "g", "tw", "ty", "paths", "path_scales"),
-    *("block_decay", "path_decays", "ready"),
-)
+class Held(NamedTuple):
+    """The tensors of a store that the Triton kernels read and write."""
+
+    keys: Tensor
+    values: Tensor
+    w: Tensor
+    beta: Tensor
+    g: Tensor | None
+    tw: Tensor
+    ty: Tensor
+    paths: Tensor
+    path_scales: Tensor | None
+    block_decay: Tensor | None
+    path_decays: Tensor | None
+    ready: Tensor
 
 
 class Store:
@@ -171,9 +181,14 @@ class Store:
         assert counts is not None
         from householder.ops.path_attention.cache import triton as kernels
 
-        tensors = {name: getattr(self, name, None) for name in OF_KERNELS}
+        gated = self.gated
+        held = Held(
+            self.keys, self.values, self.w, self.beta, self.g if gated else None, self.tw, self.ty,
+            self.paths, self.path_scales, self.block_decay if gated else None,
+            self.path_decays if gated else None, self.ready,
+        )  # fmt: skip
         return kernels.decode(
-            q, k, v, w, beta, g, scale, sinks, window, tensors, counts, new, num_tokens
+            q, k, v, w, beta, g, scale, sinks, window, held, counts, new, num_tokens
         )
 
     def room(self) -> int:

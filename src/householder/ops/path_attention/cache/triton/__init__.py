@@ -11,11 +11,13 @@ not depend on the others.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from householder.ops._triton import dot_precision, on_its_device, power_of_two
+from householder.ops.path_attention.cache.store import Held
 from householder.ops.path_attention.cache.triton.step import finish_kernel, step_kernel
 
 # Whether the second kernel starts while the first one ends, and whether programs that wait for
@@ -34,6 +36,8 @@ RECENT_TILE = 32
 TILE, STAGES, WARPS = 32, 3, 4
 REGISTERS, FEW_REGISTERS = 128, 168
 FINISH_WARPS = 1
+FUSED = False
+ENTER_WARPS = 4
 # Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
 # programs that can wait at a time.
 FETCHED = 25 << 20
@@ -77,7 +81,7 @@ def decode(
     scale: float,
     sinks: Tensor | None,
     window: int | None,
-    store: dict[str, Tensor | None],
+    held: Held,
     counts: Tensor,
     new: Tensor | None,
     num_tokens: int,
@@ -94,7 +98,7 @@ def decode(
         scale: factor on the inner products.
         sinks: `[HQ]` or None.
         window: how many tokens a query sees, or None.
-        store: the store's tensors by name, contiguous, with room for N more tokens.
+        held: the store's tensors, contiguous, with room for N more tokens.
         counts: int32 `[2, B]`: tokens in blocks and tokens after them; the second is counted up.
         new: int32 `[B]`: how many of the N tokens a row gets; all if None.
         num_tokens: no row has more tokens in blocks.
@@ -106,8 +110,8 @@ def decode(
     B, N, HQ, K = q.shape
     H, V = k.shape[2], v.shape[3]
     G = HQ // H
-    keys, values, ty = store["keys"], store["values"], store["ty"]
-    room, recent_room, triangle_room = keys.shape[2], store["w"].shape[2], ty.shape[2]
+    keys, values, ty = held.keys, held.values, held.ty
+    room, recent_room, triangle_room = keys.shape[2], held.w.shape[2], ty.shape[2]
     gated, windowed, half = g is not None, window is not None, keys.element_size() == 2
     BK, BV = power_of_two(K), power_of_two(V)
     hopper = is_from_hopper_on(q.device)
@@ -143,32 +147,55 @@ def decode(
     tops = memory(2, B, H, N * G, num_parts)
     o = v.new_empty(B, N, HQ, V)
 
-    ahead = min(AHEAD, B * H)
-    turns = -(-B * H // ahead)
-    programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
-    step_kernel[(programs,)](
-        q, k, v, w, beta, g, counts, new, store["ready"],
-        keys, values, store["w"], store["beta"], store["g"], store["tw"], ty,
-        store["paths"], store["path_scales"], store["block_decay"], store["path_decays"],
+    arguments = (
+        q, k, v, w, beta, g, counts, new, held.ready,
+        keys, values, held.w, held.beta, held.g, held.tw, ty,
+        held.paths, held.path_scales, held.block_decay, held.path_decays,
         queries, along, wk, decays, shifts, parts, tops,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        scale * LOG2_E, 0 if window is None else window, fetched, ahead, B, H, N, num_queries,
-        num_parts, room, recent_room, triangle_room,
-        G=G, K=K, V=V, BK=BK, BV=BV, BG=BG, BC=recents // 2 if wide else recents,
-        BR=power_of_two(triangle_room), KC=columns, RECENT=RECENT_TILE // 2 if wide else RECENT_TILE,
-        SPAN=SPAN, LEVELS=levels, TILE=TILE, BLOCK=BLOCK, SINGLE=single, GATED=gated,
-        WINDOWED=windowed, HALF=half, VALUE_PRECISION=value_precision(values),
-        EARLY=EARLY and hopper, OVERLAP=overlap,
-        STAGES=STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
-        num_warps=2 * WARPS if wide else WARPS, num_stages=1,
-        maxnreg=(REGISTERS if single else FEW_REGISTERS) if many and BG == 16 and half else None,
+        scale * LOG2_E, 0 if window is None else window, fetched,
     )  # fmt: skip
+    options: dict[str, Any] = {
+        "B": B, "H": H, "N": N, "num_queries": num_queries, "num_parts": num_parts, "room": room,
+        "recent_room": recent_room, "triangle_room": triangle_room,
+        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BG": BG, "KC": columns, "SPAN": SPAN,
+        "BC": recents // 2 if wide else recents, "BR": power_of_two(triangle_room),
+        "RECENT": RECENT_TILE // 2 if wide else RECENT_TILE, "LEVELS": levels, "TILE": TILE,
+        "BLOCK": BLOCK, "SINGLE": single, "GATED": gated, "WINDOWED": windowed, "HALF": half,
+        "VALUE_PRECISION": value_precision(values), "EARLY": EARLY and hopper, "OVERLAP": overlap,
+        "STAGES": STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
+        "num_stages": 1,
+    }  # fmt: skip
+    warps = 2 * WARPS if wide else WARPS
+    early = {"launch_pdl": True} if overlap else {}
+    registers = REGISTERS if many and BG == 16 and half else None
+    if single or FUSED:
+        ahead = min(AHEAD, B * H)
+        turns = -(-B * H // ahead)
+        programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
+        step_kernel[(programs,)](
+            *arguments, ahead, **options, ENTERS=True, ATTENDS=True, num_warps=warps,
+            maxnreg=registers if single or not registers else FEW_REGISTERS,
+        )  # fmt: skip
+    else:
+        step_kernel[(B * H * num_entering,)](
+            *arguments,
+            B * H,
+            **options,
+            ENTERS=True,
+            ATTENDS=False,
+            num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+        )
+        step_kernel[(B * H * chunks * num_parts,)](
+            *arguments, B * H, **options, ENTERS=False, ATTENDS=True, num_warps=warps,
+            maxnreg=registers, **early,
+        )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
-        parts, tops, sinks, counts, new, store["ready"], o, B, H, N, num_parts,
+        parts, tops, sinks, counts, new, held.ready, o, B, H, N, num_parts,
         G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
         WITH_SINKS=sinks is not None, OVERLAP=overlap,
         num_warps=4 if N * G <= 4 else FINISH_WARPS,
-        **({"launch_pdl": True} if overlap else {}),
+        **early,
     )  # fmt: skip
     return o

@@ -44,7 +44,7 @@ def split_query(q, HALF: tl.constexpr):
 
 @triton.jit
 def dot_query(high, low, keys, acc, HALF: tl.constexpr):
-    """Return `acc + q keysᵀ` of what `split_query` makes of q, and keys as they lie in the cache."""
+    """Return `acc + q keysᵀ` of split queries and keys as they lie in the cache."""
     if HALF:
         keys = tl.trans(keys).to(tl.float16)
         return tl.dot(high, keys, tl.dot(low, keys, acc))

@@ -47,9 +47,9 @@ def step_kernel(
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
     VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, ENTERS: tl.constexpr, ATTENDS: tl.constexpr,
 ):  # fmt: skip
-    """Let new tokens enter, and attend.
+    """Let new tokens enter, and attend, or one of both.
 
     Each row and key head has programs that enter, and one for each part of its keys (times parts of
     the queries) that wait for these. Programs for `ahead` heads enter first; then those for as many
@@ -66,11 +66,12 @@ def step_kernel(
     num_turning = SLICES if SINGLE else tl.cdiv(N * G, 16)
     num_entering, num_attending = num_turning + 2, num_parts * num_chunks
     front = ahead * num_entering
-    place = tl.program_id(0)
-    turn = (place - front) // (front + ahead * num_attending) + 1
-    place = (place - front) % (front + ahead * num_attending)
-    if tl.program_id(0) < front:
-        turn, place = 0, tl.program_id(0)
+    turn, place = 0, tl.program_id(0)
+    if not ENTERS:
+        turn, place = 1, place + front
+    elif place >= front:
+        turn = 1 + (place - front) // (front + ahead * num_attending)
+        place = (place - front) % (front + ahead * num_attending)
     enters = place < front
     if enters:
         i_part, i_chunk = place // ahead, 0
@@ -88,7 +89,7 @@ def step_kernel(
     p_ty += head * triangle_room * triangle_room
     p_wk += head * 16 * triangle_room
     p_ready += head * 2
-    if EARLY and enters:
+    if ENTERS and EARLY and enters:
         # Before the counts have come.
         fetch_to_l2(p_ws, 64 * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), 64 * BK * 4)
         fetch_to_l2(p_tw, 64 * K * 4, 64 * BK * 4)
@@ -107,7 +108,7 @@ def step_kernel(
     # Programs that blocks wait for: with gates also the one that sums them.
     num_awaited = num_turning + GATED
 
-    if enters:
+    if ENTERS and enters:
         num_paths = tl.maximum(count_ones(blocks) - 1, 0)
         p_w += i_b * s_wb + i_h * s_wh
         p_beta += i_b * s_bb + i_h * s_bh
@@ -171,73 +172,77 @@ def step_kernel(
             )  # fmt: skip
             arrive(p_ready + 1)
         return
-
-    # The part's first token and size. Part 0 are the recent tokens, new ones included; then come
-    # spans of SPAN tokens, each inside one block; then, LEVELS at most, the blocks smaller than a
-    # span. The block is found where bits of numbers of blocks differ.
-    spans = old // SPAN
-    first, size = (i_part - 1) * SPAN, SPAN
-    if i_part > spans:
-        rank = 0
-        size = 0
-        for bit in tl.static_range(LEVELS - 1, -1, -1):
-            is_one = (blocks >> bit) & 1
-            if (is_one == 1) & (rank == i_part - 1 - spans):
-                size = BLOCK << bit
-                first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
-            rank += is_one
-    if size == 0:
-        return
-    o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
-    i_n = o_g // G
-    m_g = i_n < n
-    row = head * N * G
-    p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
-    top = tl.full((BG,), float("-inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
-    o = tl.zeros((BG, BV), tl.float32)
-    if i_part == 0:
-        wait_for(p_ready, num_awaited, EARLY)
-        wait_for(p_ready + 1, 1, EARLY)
-        top, total, o = attend_recent(
-            top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
-            p_along + row * triangle_room, p_wk,
-            p_decays + row * triangle_room if GATED else None, window,
-            o_g, i_n, m_g, n, r, triangle_room,
-            K, V, BK, BV, RECENT, GATED, WINDOWED, HALF, VALUE_PRECISION,
-        )  # fmt: skip
-    else:
-        p_keys += (head * room + first) * K
-        p_values += (head * room + first) * V
-        begin = 0
-        if WINDOWED:
-            # The first query's window reaches furthest back.
-            begin = tl.maximum(old + r + 1 - window - first, 0) // TILE * TILE
-        if EARLY:
-            # They come while queries are brought to the block.
-            bytes_of: tl.constexpr = p_keys.dtype.element_ty.primitive_bitwidth // 8
-            fetch_to_l2(p_keys, tl.minimum(size * K * bytes_of, fetched), 1 << 16)
-            fetch_to_l2(p_values, tl.minimum(size * V * bytes_of, fetched), 1 << 16)
-        # As many blocks are newer as there are ones behind the first binary digit in which its
-        # number differs from the number of blocks.
-        behind = blocks ^ (first // BLOCK)
-        for shift in tl.static_range(5):
-            behind |= behind >> (1 << shift)
-        i_path = count_ones(blocks & (behind >> 1))
-        top, total, o = attend_span(
-            top, total, o, p_keys, p_values,
-            p_block_decay + head * G * room + first if GATED else None,
-            p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
-            p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
-            p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
-            G, K, V, BK, BV, TILE, GATED, WINDOWED, HALF, VALUE_PRECISION, EARLY, STAGES,
-        )  # fmt: skip
-    part = (row + o_g) * num_parts + i_part
-    m_g = m_g & (o_g < N * G)
-    tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_g[:, None] & (o_v < V)[None, :])
-    tl.store(p_tops + part, top, mask=m_g)
-    p_totals = p_tops + tl.cast(B, tl.int64) * H * G * N * num_parts
-    tl.store(p_totals + part, total, mask=m_g)
+    if ATTENDS:
+        # The part's first token and size. Part 0 are the recent tokens, new ones included; then
+        # come spans of SPAN tokens, each inside one block; then, LEVELS at most, the blocks smaller
+        # than a span. The block is found where bits of numbers of blocks differ.
+        spans = old // SPAN
+        first, size = (i_part - 1) * SPAN, SPAN
+        if i_part > spans:
+            rank = 0
+            size = 0
+            for bit in tl.static_range(LEVELS - 1, -1, -1):
+                is_one = (blocks >> bit) & 1
+                if (is_one == 1) & (rank == i_part - 1 - spans):
+                    size = BLOCK << bit
+                    first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
+                rank += is_one
+        if size == 0:
+            return
+        o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
+        i_n = o_g // G
+        m_g = i_n < n
+        row = head * N * G
+        p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
+        top = tl.full((BG,), float("-inf"), tl.float32)
+        total = tl.zeros((BG,), tl.float32)
+        o = tl.zeros((BG, BV), tl.float32)
+        if i_part == 0:
+            wait_for(p_ready, num_awaited, EARLY)
+            wait_for(p_ready + 1, 1, EARLY)
+            top, total, o = attend_recent(
+                top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
+                p_along + row * triangle_room, p_wk,
+                p_decays + row * triangle_room if GATED else None, window,
+                o_g, i_n, m_g, n, r, triangle_room,
+                K, V, BK, BV, RECENT, GATED, WINDOWED, HALF, VALUE_PRECISION,
+            )  # fmt: skip
+        else:
+            p_keys += (head * room + first) * K
+            p_values += (head * room + first) * V
+            begin = 0
+            if WINDOWED:
+                # The first query's window reaches furthest back.
+                begin = tl.maximum(old + r + 1 - window - first, 0) // TILE * TILE
+            if EARLY:
+                # They come while queries are brought to the block.
+                bytes_of: tl.constexpr = p_keys.dtype.element_ty.primitive_bitwidth // 8
+                fetch_to_l2(p_keys, tl.minimum(size * K * bytes_of, fetched), 1 << 16)
+                fetch_to_l2(p_values, tl.minimum(size * V * bytes_of, fetched), 1 << 16)
+            # As many blocks are newer as there are ones behind the first binary digit in which its
+            # number differs from the number of blocks.
+            behind = blocks ^ (first // BLOCK)
+            for shift in tl.static_range(5):
+                behind |= behind >> (1 << shift)
+            i_path = count_ones(blocks & (behind >> 1))
+            top, total, o = attend_span(
+                top, total, o, p_keys, p_values,
+                p_block_decay + head * G * room + first if GATED else None,
+                p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
+                p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
+                p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
+                G, K, V, BK, BV, TILE, GATED, WINDOWED, HALF, VALUE_PRECISION, EARLY, STAGES,
+            )  # fmt: skip
+        part = (row + o_g) * num_parts + i_part
+        m_g = m_g & (o_g < N * G)
+        m_gv = m_g[:, None] & (o_v < V)[None, :]
+        tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_gv)
+        tl.store(p_tops + part, top, mask=m_g)
+        p_totals = p_tops + tl.cast(B, tl.int64) * H * G * N * num_parts
+        tl.store(p_totals + part, total, mask=m_g)
+        if OVERLAP and not ENTERS:
+            # Who waits for this kernel waits for the one before it too.
+            gdc_wait()
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "num_parts"])
