@@ -228,7 +228,10 @@ class HTALayer(AdapterLayer):
             self.up = nn.Parameter(torch.zeros(P, out, config.rank))
 
     def additive(self, x: Tensor) -> Tensor:
-        """Return ΔW x, by whichever way is cheaper: through its factors, or with ΔW formed."""
+        """Return ΔW x: through its factors, or with ΔW formed where many vectors make that cheaper.
+
+        The two agree to rounding; which of them runs depends on how many vectors there are.
+        """
         vectors, size = x.shape[:-1].numel(), x.shape[-1]
         most = LARGEST_DENSE["cuda" if x.is_cuda else "cpu"]
         if vectors >= size and max(size, self.output_reflector.numel()) <= most:
@@ -316,7 +319,7 @@ def make_layer(config: AdapterConfig, shape: LayerShape, name: str) -> AdapterLa
         return TwoSidedLayer(config, shape, name)
     raise AdapterError(
         f"adapters: `config` must be an HRAConfig, HTAConfig or TwoSidedConfig, got "
-        f"{type(config).__name__}"
+        f'{type(config).__name__}; adapters.HRAConfig(targets="q_proj") will do'
     )
 
 
