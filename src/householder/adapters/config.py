@@ -121,9 +121,8 @@ class HTAConfig(AdapterConfig):
 
     H = I − v vᵀ on each side, with neither a factor 2 nor a normalisation (as published; it is
     orthogonal where ‖v‖² = 2, which is how v starts), a learned diagonal d, and a term of low rank.
-    The adapter starts as the identity: d = 0 and U = 0. ΔW x is computed through the factors, or
-    with ΔW formed where there are at least as many vectors as features and that is cheaper: a
-    vector's result may differ by rounding with how many others come with it.
+    The adapter starts as the identity: d = 0 and U = 0. H_out diag(d) H_in is diag(d) and a matrix
+    of rank 2, so that ΔW x costs what a LoRA of rank + 2 does and a pass over x.
 
     Args:
         rank: of the additive term; published as D′, 1 in the main tables. 0 leaves the term out.
