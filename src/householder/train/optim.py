@@ -101,7 +101,7 @@ class Schedule(Protocol):
     @property
     def schedule(self) -> str: ...
     @property
-    def warmup(self) -> int: ...
+    def warmup(self) -> int | None: ...
     @property
     def steps(self) -> int | None: ...
 
@@ -133,6 +133,7 @@ def learning_rate(config: Schedule, step: int) -> float:
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
     assert config.steps is not None
+    assert config.warmup is not None
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
