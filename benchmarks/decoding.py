@@ -85,9 +85,14 @@ def full_cache(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> PathCache:
     cache.reserve(T + 64)
     store = cache._store
     assert store is not None
-    for name in ("keys", "values", "paths", "w"):
+    for name in ("keys", "values", "w"):
         getattr(store, name).normal_()
-    store.paths *= K**-0.5
+    # Orthogonal matrices' entries, as they are held.
+    if store.path_scales is None:
+        store.paths.normal_(std=K**-0.5)
+    else:
+        store.paths.random_(-32767, 32768)
+        store.path_scales.fill_((3 / K) ** 0.5 / 32767)
     hold(cache, T)
     return cache
 

@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --results /tmp/out    # where `delta-product-gpu.csv` is appended to
 
 bfloat16 inputs. Both sides are called through their public functions, gradients through autograd to
-every input. First everything is compiled into an empty cache, by as many processes as there are
+every input. First everything is compiled into an empty cache, by one process for every five
 processors; they time our first calls of each configuration and compare outputs and gradients with
 the chunked form in float64: a wrong answer is not timed. The peer's kernels choose their own tile
 sizes afterwards, when nothing else runs.
@@ -170,8 +170,8 @@ def compile_all(chosen: list[GpuCase], workers: int) -> dict[Configuration, Row]
     """Make every first call, in parallel; return what they found."""
     firsts = {case.configuration: case for case in reversed(chosen)}
     context = multiprocessing.get_context("spawn")
-    # These are timed: half of the processors stay free.
-    with ProcessPoolExecutor(max(1, workers // 2), mp_context=context) as pool:
+    # These are timed, and each compiles up to five kernels at the same time.
+    with ProcessPoolExecutor(max(1, workers // 5), mp_context=context) as pool:
         calls = {configuration: pool.submit(first_call, c) for configuration, c in firsts.items()}
         found = {configuration: outcome(call) for configuration, call in calls.items()}
     if FLA_VERSION:

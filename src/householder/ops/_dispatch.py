@@ -143,6 +143,19 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def is_plain_call() -> bool:
+    """Return whether nothing but PyTorch's reverse mode looks at a call.
+
+    What is compiled, transformed by `torch.func` or differentiated in forward mode goes through an
+    `autograd.Function` even where no gradient is wanted.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
     """Keep what took time to make, until it is too much: lengths may change at every call."""
     if len(known) >= MOST_KNOWN:
@@ -196,6 +209,14 @@ def without_autocast(function: Function) -> Function:
             return function(x, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which autocast makes products on the device, or None where it is off."""
+    # Some devices, as "meta", have no autocast.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def contiguous_like(x: Tensor, **options: Any) -> Tensor:

@@ -177,6 +177,19 @@ class TrainConfig(Settings):
         choices=("auto", "chunk", "reference", "triton"),
         may_change=True,
     )
+    compile: bool = setting(
+        False,
+        "Compile the blocks of the model, anew for every length.",
+        section="Run",
+        may_change=True,
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "On a GPU, record the optimizer step once and replay it: several times as fast where the "
+        "model is small.",
+        section="Run",
+        may_change=True,
+    )
     threads: int | None = setting(
         None,
         "CPU threads; default: 1 for small steps, else what PyTorch chooses.",
@@ -213,6 +226,11 @@ class TrainConfig(Settings):
             raise ConfigError(
                 f"`start_length` must be at most length={self.length}, got {self.start_length}; "
                 "prefixes grow from it to length"
+            )
+        if self.start_length is not None and self.compile:
+            raise ConfigError(
+                "`compile` must be left out with `start_length`: every length of the growing "
+                "prefixes would be compiled anew; `cuda_graphs` serves them"
             )
         if self.epochs is not None and self.num_samples is None:
             raise ConfigError(

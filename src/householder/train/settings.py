@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import typing
@@ -168,7 +169,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
     Raises:
         ConfigError: with the unknown name and the near match.
     """
-    known = sorted(known)
+    known = sorted(set(known))
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -231,7 +232,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's too, but for one character that JSON writes as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     # repr of a Python float is the shortest that reads back to the same bits, and is TOML.
     return repr(value)
