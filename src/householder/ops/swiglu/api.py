@@ -99,9 +99,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto
     op = "swiglu_linear"
     check_impl(op, impl, IMPLS)
     _check_inputs(op, gate, up)
-    _checks.check_tensor(op, "weight", weight)
-    _checks.check_floating(op, {"weight": weight})
-    _checks.check_same_device(op, {"gate": gate, "weight": weight})
+    _checks.check_tensors(op, {"gate": gate, "weight": weight})
     if weight.dim() != 2 or gate.dim() < 1 or weight.shape[1] != gate.shape[-1]:
         raise ValueError(
             f"{op}: `gate` must be [..., width] and `weight` [D, width], got shapes "
