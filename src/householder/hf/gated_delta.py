@@ -26,7 +26,7 @@ CHUNK, RECURRENT = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_
 _IN_LAYERS = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 
 # Since version 5.14 the convolutions in front of the recurrence are functions of the module too.
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "causal_conv1d_update": causal_conv1d_update,
 }
