@@ -281,6 +281,8 @@ def _folder(flag: Path | None, in_file: Any, default: str) -> Path:
     return flag or Path(in_file or default)
 
 
+@app.command("adapt")
+@with_settings(AdaptConfig, show_defaults=True)
 def _adapt(
     out: Out = None, resume: Resume = False, overwrite: Overwrite = False, **settings: Any
 ) -> None:
@@ -307,6 +309,3 @@ def _adapt(
             config, folder, resume=resume, overwrite=overwrite, observer=display, stop=stop
         )
     console.print(results_table(result, folder))
-
-
-app.command("adapt")(with_settings(AdaptConfig, show_defaults=True)(_adapt))
