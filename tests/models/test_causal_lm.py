@@ -98,14 +98,14 @@ def test_unknown_fields_and_presets_are_refused():
 
 def test_the_documentation_has_the_presets_sizes():
     page = (Path(__file__).parents[2] / "docs" / "language-models.md").read_text()
-    rows = dict(re.findall(r"^\| `([\w.]+)` \| ([\d, |]+) \|$", page, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| ([\d |]+) \|$", page, flags=re.MULTILINE))
     assert list(rows) == list(PRESETS)
     for size in ("10m", "340m"):
         patterns = ("delta", "path", "gated_delta", "gated_delta_product")
         for pattern, cell in zip(patterns, rows[size].split(" | "), strict=True):
             config = CausalLMConfig.preset(size, 32_000, pattern=pattern)
             millions = CausalLM(config, device="meta").num_parameters() / 1e6
-            assert str(round(millions)) in cell.split(", "), (size, pattern, millions)
+            assert str(round(millions)) == cell, (size, pattern)
 
 
 @pytest.mark.parametrize("size", ["340m", "760m", "1.3b"])
