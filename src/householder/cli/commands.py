@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}cannot be read or written: {error.strerror or error}", 1)
+        full = error.errno == errno.ENOSPC
+        remedy = "; make room and continue with --resume" if full else ""
+        _fail(f"{place}cannot be read or written: {error.strerror or error}{remedy}", 1)
     except (RunError, AdapterError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from householder.models import CausalLM, pretrained
 from householder.storage import write_atomically
+from householder.train.errors import OutputError
 from householder.train.text.checkpoint import whole_state_dict
 from householder.train.text.config import TextConfig
 from householder.train.text.processes import Processes
@@ -23,6 +26,10 @@ def write_model(
         config: `tokenizer`.
         folder: made when missing.
         processes: of the run; `None` for one.
+
+    Raises:
+        OutputError: the disk is full.
+        OSError: the folder cannot be written.
     """
     weights = whole_state_dict(model)
     if processes is not None and not processes.first:
@@ -30,13 +37,19 @@ def write_model(
     tokenizer = make_tokenizer(config.tokenizer)
     # What transformers has to know: where a document begins and ends, and how rows are filled up.
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
-    pretrained.write_model(
-        {"model_type": pretrained.MODEL_TYPE, **model.config.to_dict(), **ids}, weights, folder
-    )
+    fields = {"model_type": pretrained.MODEL_TYPE, **model.config.to_dict(), **ids}
+    try:
+        pretrained.write_model(fields, weights, folder)
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OutputError(
+            f"{folder}: the model must be written, and cannot be: {error}; make room on the disk "
+            "and continue with --resume"
+        ) from error
     write_atomically(folder / "tokenizer.json", _tokenizer_file(config.tokenizer))
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator_name)
-    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special}
-    write_atomically(folder / "tokenizer_config.json", json.dumps(fields, indent=1) + "\n")
+    config_of_it = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    content = json.dumps({**config_of_it, **special}, indent=1) + "\n"
+    write_atomically(folder / "tokenizer_config.json", content)
 
 
 def _tokenizer_file(name: str) -> bytes:

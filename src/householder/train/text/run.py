@@ -102,6 +102,7 @@ def train_text(
         CheckpointError: the checkpoint is damaged or does not fit the settings.
         NonFiniteError: the loss or the gradient is not finite; the last good checkpoint remains.
         Interrupted: a signal came; a checkpoint was written first.
+        OutputError: the disk is full; the last checkpoint remains.
         OSError: the folder cannot be written.
     """
     observer = observer if observer is not None and processes.first else TextObserver()
