@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import householder
-from householder.hf import gated_delta
+from householder.hf import gated_delta, gated_delta_functions
 from householder.hf.gated_delta import CHUNK, RECURRENT
 
 transformers = pytest.importorskip("transformers")
@@ -45,13 +45,13 @@ def counted(monkeypatch):
     """Count how often the two ops are asked."""
     calls = {"delta_product": 0, "delta_product_step": 0}
     for name in calls:
-        function = getattr(gated_delta, name)
+        function = getattr(gated_delta_functions, name)
 
         def call(*args, _name=name, _function=function, **options):
             calls[_name] += 1
             return _function(*args, **options)
 
-        monkeypatch.setattr(gated_delta, name, call)
+        monkeypatch.setattr(gated_delta_functions, name, call)
     return calls
 
 
@@ -168,7 +168,7 @@ def test_half_precision_is_as_near_to_the_exact_as_the_fallback():
 
 
 def test_packed_sequences_stay_apart():
-    function = gated_delta._over_sequences("auto")
+    function = gated_delta_functions.over_sequences("auto")
     generator = torch.Generator().manual_seed(2)
     q, k = (torch.randn(1, 12, 2, 8, generator=generator) for _ in range(2))
     v, g, beta = (
@@ -182,8 +182,53 @@ def test_packed_sequences_stay_apart():
     torch.testing.assert_close(packed[:, 5:], alone)
 
 
+def test_packed_sequences_of_a_whole_model_stay_apart():
+    """Which takes the convolution too: a token at a boundary must not see three before it."""
+    model, batch = qwen3_next(), tokens(1, 12)
+    packed = {
+        "position_ids": torch.tensor([[*range(5), *range(7)]]),
+        "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, 5, 12], dtype=torch.int32),
+        "use_cache": False,
+    }
+    with torch.no_grad(), householder.use_in_transformers():
+        together = model(batch, **packed).logits
+        alone = torch.cat([model(part).logits for part in batch.split([5, 7], dim=1)], dim=1)
+        torch.testing.assert_close(together, alone)
+        del packed["cu_seq_lens_q"], packed["cu_seq_lens_k"]
+        by_number = model(batch, seq_idx=torch.tensor([[0] * 5 + [1] * 7]), **packed).logits
+    torch.testing.assert_close(by_number, alone)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", None])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_convolutions_are_those_of_transformers(activation, with_bias):
+    theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 9, 6, generator=generator).mT  # channels first, as the layers have them
+    weight = torch.randn(6, 4, generator=generator)
+    bias = torch.randn(6, generator=generator) if with_bias else None
+    options = {"weight": weight, "bias": bias, "activation": activation}
+    whole = gated_delta_functions.causal_conv1d_fn(x, **options)
+    torch.testing.assert_close(whole, theirs.causal_conv1d_fn(x, **options))
+    for length in (1, 3):
+        states = [x[..., :4].clone() for _ in range(2)]
+        parts = [
+            function(x[..., 4 : 4 + length], state, **options)
+            for function, state in zip(
+                (gated_delta_functions.causal_conv1d_update, theirs.causal_conv1d_update),
+                states,
+                strict=True,
+            )
+        ]
+        torch.testing.assert_close(*parts)
+        torch.testing.assert_close(parts[0], whole[..., 4 : 4 + length])
+        assert torch.equal(*states)
+
+
 def test_undo_puts_everything_back_and_twice_is_once():
-    places = [p for m in gated_delta._modules() for p in gated_delta._places(m, {CHUNK: print})]
+    functions = {CHUNK: print, **gated_delta._CONVOLUTIONS}
+    places = [p for m in gated_delta._modules() for p in gated_delta._places(m, functions)]
     assert places
 
     def now():
@@ -192,10 +237,10 @@ def test_undo_puts_everything_back_and_twice_is_once():
     before = now()
     first = householder.use_in_transformers()
     second = householder.use_in_transformers()
-    assert all(hasattr(x, "_householder") for x in now())
+    assert {x.__module__ for x in now()} == {gated_delta_functions.__name__}
     assert second.modules == ()
     second.undo()
-    assert all(hasattr(x, "_householder") for x in now())
+    assert {x.__module__ for x in now()} == {gated_delta_functions.__name__}
     first.undo()
     assert now() == before
 

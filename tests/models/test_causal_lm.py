@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_unknown_fields_and_presets_are_refused():
         CausalLMConfig.from_dict({"vocab_size": V, "layers": 3})
     with pytest.raises(ValueError, match=r"`preset` must be one of .*'340m'.* got '7b'"):
         CausalLMConfig.preset("7b", V)
+
+
+def test_the_documentation_has_the_presets_sizes():
+    page = (Path(__file__).parents[2] / "docs" / "language-models.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| ([\d |]+) \|$", page, flags=re.MULTILINE))
+    assert list(rows) == list(PRESETS)
+    for size in ("10m", "340m"):
+        patterns = ("delta", "path", "gated_delta", "gated_delta_product")
+        for pattern, cell in zip(patterns, rows[size].split(" | "), strict=True):
+            config = CausalLMConfig.preset(size, 32_000, pattern=pattern)
+            millions = CausalLM(config, device="meta").num_parameters() / 1e6
+            assert str(round(millions)) == cell, (size, pattern)
 
 
 @pytest.mark.parametrize("size", ["340m", "760m", "1.3b"])

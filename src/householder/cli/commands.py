@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -74,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}cannot be read or written: {error.strerror or error}", 1)
+        full = error.errno == errno.ENOSPC
+        remedy = "; make room and continue with --resume" if full else ""
+        _fail(f"{place}cannot be read or written: {error.strerror or error}{remedy}", 1)
     except (RunError, AdapterError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
@@ -281,6 +284,8 @@ def _folder(flag: Path | None, in_file: Any, default: str) -> Path:
     return flag or Path(in_file or default)
 
 
+@app.command("adapt")
+@with_settings(AdaptConfig, show_defaults=True)
 def _adapt(
     out: Out = None, resume: Resume = False, overwrite: Overwrite = False, **settings: Any
 ) -> None:
@@ -307,6 +312,3 @@ def _adapt(
             config, folder, resume=resume, overwrite=overwrite, observer=display, stop=stop
         )
     console.print(results_table(result, folder))
-
-
-app.command("adapt")(with_settings(AdaptConfig, show_defaults=True)(_adapt))

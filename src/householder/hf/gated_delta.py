@@ -1,4 +1,4 @@
-"""Run the gated delta layers of transformers' own models on `delta_product`."""
+"""Run the gated delta layers of transformers' own models on this library's ops."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from householder.ops import delta_product, delta_product_step
+from householder.hf.gated_delta_functions import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    over_sequences,
+    over_tokens,
+)
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
 """Models known to have such layers; of others, those that are imported already are found too."""
@@ -22,8 +25,11 @@ CHUNK, RECURRENT = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_
 # Up to version 5.13 a layer keeps the two functions, or flash-linear-attention's, itself.
 _IN_LAYERS = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 
-# What transformers adds to the squared length of a query or key before it takes the root.
-_NORM_EPS = 1e-6
+# Since version 5.14 the convolutions in front of the recurrence are functions of the module too.
+_CONVOLUTIONS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "causal_conv1d_update": causal_conv1d_update,
+}
 
 _ABSENT = object()
 
@@ -47,6 +53,12 @@ class _Place(NamedTuple):
     def module(self) -> str:
         return str(getattr(self.owner, "__module__", self.owner.__name__))
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether one of our functions was there already."""
+        function = self.original.function if type(self.original) is _Kept else self.original
+        return getattr(function, "__module__", None) == over_sequences.__module__
+
     def fill(self) -> None:
         setattr(self.owner, self.name, self.ours)
 
@@ -66,7 +78,7 @@ class TransformersPatch:
     As a context manager it goes back at the end of the block.
 
     Attributes:
-        modules: names of the modules whose models now run on `delta_product`.
+        modules: names of the modules whose models now run on our ops.
     """
 
     def __init__(self, replaced: list[_Place]) -> None:
@@ -82,12 +94,7 @@ class TransformersPatch:
     def __enter__(self) -> TransformersPatch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     def __repr__(self) -> str:
@@ -97,11 +104,11 @@ class TransformersPatch:
 def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
     """Run gated delta layers in transformers (Qwen3-Next and its successors) on `delta_product`.
 
-    The models' two functions, over a whole sequence and for one token, are replaced in their
-    modules: models that exist already and those made later, in training and in decoding, on CPU and
-    GPU, without the fallback that transformers warns of. Packed sequences
-    (`cu_seq_lens_q`), which the fallback mixes up or refuses, stay apart. Called twice it replaces
-    nothing more.
+    The models' functions for the recurrence and for the short convolution in front of it, over
+    whole sequences and for one token, are replaced in their modules: for models that exist already
+    and those made later, in training and in decoding, on CPU and GPU, without the fallbacks that
+    transformers warns of. Packed sequences (`cu_seq_lens_q` or `seq_idx`), which the fallbacks mix
+    up or refuse, stay apart. Called twice it replaces nothing more.
 
     Args:
         impl: the form of `delta_product` over whole sequences; see there.
@@ -130,7 +137,7 @@ def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
             "use_in_transformers: transformers must be installed, and is not; "
             "pip install transformers"
         )
-    ours = {CHUNK: _over_sequences(impl), RECURRENT: _over_tokens(impl)}
+    ours = {CHUNK: over_sequences(impl), RECURRENT: over_tokens(impl), **_CONVOLUTIONS}
     places = [place for module in _modules() for place in _places(module, ours)]
     if not places:
         import transformers
@@ -140,7 +147,7 @@ def use_in_transformers(*, impl: str = "auto") -> TransformersPatch:
             f"functions {CHUNK} and {RECURRENT}, and {transformers.__version__} has none; use "
             "version 5.0 to 5.23"
         )
-    replaced = [place for place in places if not hasattr(place.original, "_householder")]
+    replaced = [place for place in places if not place.is_ours]
     for place in replaced:
         place.fill()
     return TransformersPatch(replaced)
@@ -165,11 +172,11 @@ def _places(module: ModuleType, ours: dict[str, Callable[..., Any]]) -> Iterator
     """Yield where the models of a module look the two functions up."""
     layers = [c for c in vars(module).values() if isinstance(c, type) and _keeps_functions(c)]
     for name, function in ours.items():
-        for layer in layers:
+        if not layers and hasattr(module, name):
+            yield _Place(module, name, getattr(module, name), function)
+        for layer in layers if name in _IN_LAYERS else ():
             kept = _IN_LAYERS[name]
             yield _Place(layer, kept, vars(layer).get(kept, _ABSENT), _Kept(kept, function))
-        if not layers:
-            yield _Place(module, name, getattr(module, name), function)
 
 
 def _keeps_functions(layer: type) -> bool:
@@ -180,8 +187,6 @@ def _keeps_functions(layer: type) -> bool:
 class _Kept:
     """Our function in a class, in front of what its layers keep under that name themselves."""
 
-    _householder = True
-
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self.function = function
@@ -191,79 +196,3 @@ class _Kept:
 
     def __set__(self, layer: Any, value: Any) -> None:
         vars(layer)[self.name] = value
-
-
-def _over_sequences(impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def chunk_gated_delta_rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        chunk_size: int = 64,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        cu_seqlens: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Answer as transformers' function does; `chunk_size` is of no account."""
-        return delta_product(
-            query,
-            key.unsqueeze(2),
-            value.unsqueeze(2),
-            beta.unsqueeze(2),
-            g,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-            qk_norm="l2" if use_qk_l2norm_in_kernel else None,
-            qk_norm_eps=_NORM_EPS,
-            impl=impl,
-        )
-
-    chunk_gated_delta_rule._householder = True  # type: ignore[attr-defined]
-    return chunk_gated_delta_rule
-
-
-def _over_tokens(impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    over_sequences = _over_sequences(impl)
-
-    def recurrent_gated_delta_rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Answer as transformers' function does."""
-        if initial_state is None or query.shape[1] != 1:
-            return over_sequences(
-                query,
-                key,
-                value,
-                g,
-                beta,
-                initial_state=initial_state,
-                output_final_state=output_final_state,
-                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-                **options,
-            )
-        o, state = delta_product_step(
-            query.squeeze(1),
-            key,  # its axis of one token is that of one reflection
-            value,
-            beta,
-            g.squeeze(1),
-            state=initial_state,
-            qk_norm="l2" if use_qk_l2norm_in_kernel else None,
-            qk_norm_eps=_NORM_EPS,
-        )
-        return o.unsqueeze(1), state if output_final_state else None
-
-    recurrent_gated_delta_rule._householder = True  # type: ignore[attr-defined]
-    return recurrent_gated_delta_rule

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from householder.storage import fsync_path, sha256
-from householder.train.errors import CheckpointError, ConfigError, NonFiniteError
+from householder.train.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from householder.train.settings import Settings, describe_differences, differences
 
 FORMAT = 1
@@ -66,7 +66,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
         The checkpoint's folder.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full.
+        OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{checkpoint.step:08d}"
@@ -76,8 +77,15 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     # Left behind by a kill in the middle of an earlier save.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    save_file(_plain(checkpoint.model), temporary / FILES[0])
-    save_file(_plain(checkpoint.optimizer), temporary / FILES[1])
+    try:
+        save_file(_plain(checkpoint.model), temporary / FILES[0])
+        save_file(_plain(checkpoint.optimizer), temporary / FILES[1])
+    except SafetensorError as error:  # how it tells of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            f"{target}: the checkpoint must be written, and cannot be: {error}; make room on the "
+            "disk and continue with --resume"
+        ) from error
     state = {"step": checkpoint.step, **checkpoint.state}
     (temporary / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
     manifest = {"format": FORMAT, "sha256": {name: sha256(temporary / name) for name in FILES}}

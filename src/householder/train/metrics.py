@@ -52,6 +52,22 @@ class MetricsWriter:
         self._file.close()
 
 
+class NoMetrics(MetricsWriter):
+    """What those processes of a run write that are not the first: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the records of a metrics file.
 

@@ -386,3 +386,35 @@ def test_compiled_blocks_learn_the_same(texts, tmp_path, monkeypatch):
     assert compiled == ["Block", "Block"]
     assert_same_run(tmp_path / "plain", tmp_path / "compiled")
     assert found.perplexities == plain.perplexities
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(texts, tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    train(texts, tmp_path / "whole")
+    save, saved = dcp.save, []
+
+    def full(*args, **options):
+        saved.append(options["checkpoint_id"])
+        if len(saved) == 2:
+            (options["checkpoint_id"] / "part").parent.mkdir(exist_ok=True)
+            (options["checkpoint_id"] / "part").write_text("some of it")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos\nmore")
+        save(*args, **options)
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(OutputError, match=r"step-00000006: .* unexpected pos; make room") as raised:
+        train(texts, tmp_path / "out")
+    assert "more" not in str(raised.value)
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000003"]
+    train(texts, tmp_path / "out", resume=True)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_viewers_that_are_not_installed_are_refused_first(texts, tmp_path, monkeypatch):
+    from householder.train.text import trackers
+
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"`wandb` must be installed .* pip install wandb"):
+        train(texts, tmp_path / "out", wandb=True)
+    assert not (tmp_path / "out").exists()

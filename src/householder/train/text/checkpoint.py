@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from householder.storage import fsync_path, sha256
 from householder.train.checkpoint import steps
-from householder.train.errors import CheckpointError
+from householder.train.errors import CheckpointError, OutputError
 from householder.train.text.processes import Processes
 
 FORMAT = 1
@@ -59,7 +59,8 @@ def save(
         processes: of the run.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full.
+        OSError: the folder cannot be written.
     """
     target = folder / f"step-{step:08d}"
     if target.exists():
@@ -70,12 +71,21 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
     processes.wait()
     weights, moments = get_state_dict(model, optimizer)
-    with _without_process_group(processes):
-        dcp.save(
-            {"model": weights, "optimizer": moments},
-            checkpoint_id=temporary,
-            no_dist=not processes.several,
-        )
+    try:
+        with _without_process_group(processes):
+            dcp.save(
+                {"model": weights, "optimizer": moments},
+                checkpoint_id=temporary,
+                no_dist=not processes.several,
+            )
+    except (RuntimeError, dcp.CheckpointException) as error:  # how it tells of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        of_a_process = [failure for failure, _ in getattr(error, "failures", {}).values()]
+        reason = str((of_a_process or [error])[0]).split("\n", 1)[0]
+        raise OutputError(
+            f"{target}: the checkpoint must be written, and cannot be: {reason}; make room on the "
+            "disk and continue with --resume"
+        ) from error
     processes.wait()
     if processes.first:
         content = json.dumps({"step": step, **state}, indent=1)

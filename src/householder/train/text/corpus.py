@@ -246,13 +246,13 @@ def _write_tokens(
         buffered += 1 + len(tokens)
         starts.append(starts[-1] + 1 + len(tokens))
         if buffered >= _BUFFERED_TOKENS:
-            np.concatenate(buffer).tofile(file)
+            file.write(np.concatenate(buffer).data)  # unlike tofile, it says why it cannot
             buffer, buffered = [], 0
             progress(starts[-1])
         if max_tokens is not None and starts[-1] >= max_tokens:
             break
     if buffer:
-        np.concatenate(buffer).tofile(file)
+        file.write(np.concatenate(buffer).data)
     progress(starts[-1])
     return starts
 

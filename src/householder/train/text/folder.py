@@ -22,6 +22,7 @@ from householder.train.text.observer import TextObserver
 from householder.train.text.processes import Processes
 from householder.train.text.run import TextResult, train_text
 from householder.train.text.tokenizer import make_tokenizer
+from householder.train.text.trackers import require_viewers
 
 HEADER = "# Written by householder: the settings of the text run in this folder.\n"
 OURS = ("corpus", "metrics.jsonl", "checkpoints", "model", "results.json", "tensorboard", "wandb")
@@ -85,6 +86,7 @@ def run_text(
         )
     # What cannot be is refused before a folder is made for it and a long text is read.
     config.make_model(2, device="meta")
+    require_viewers(config)
     if processes.first:
         _open_folder(config, source, folder, resume=resume, overwrite=overwrite)
         if not (folder / "corpus").exists():

@@ -14,6 +14,9 @@ from torch import Tensor
 from householder.models import CausalLM
 from householder.train.build import resolve_device
 
+# Dense bfloat16 operations per second, by a part of the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -38,6 +41,15 @@ class Processes:
     def first(self) -> bool:
         """Whether this one writes and prints."""
         return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """What all devices together could do in bfloat16 per second, where that is known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        return None if peak is None else peak * self.world_size
 
     def shard(self, model: CausalLM) -> None:
         """Divide the parameters, block by block, among the processes."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from householder.models import CausalLM, pretrained
+from householder.models import CausalLM
 from householder.storage import write_atomically
 from householder.train import checkpoint as ckpt
 from householder.train.capture import CapturedSteps
@@ -32,7 +33,7 @@ from householder.train.errors import CheckpointError, ConfigError, Interrupted
 from householder.train.evaluation import not_compiled
 from householder.train.interrupt import StopRequest
 from householder.train.loop import Stopwatch, global_state
-from householder.train.metrics import MetricsWriter
+from householder.train.metrics import MetricsWriter, NoMetrics
 from householder.train.optim import as_made, learning_rate, make_optimizer
 from householder.train.step_state import StepState
 from householder.train.tasks import Batch
@@ -41,14 +42,12 @@ from householder.train.text.batches import TextBatch, Windows
 from householder.train.text.config import TextConfig
 from householder.train.text.corpus import Corpus, open_corpus
 from householder.train.text.evaluation import Perplexity, evaluate_text
+from householder.train.text.export import write_model
 from householder.train.text.generation import sample_tokens
 from householder.train.text.observer import TextObserver
 from householder.train.text.processes import Processes
-from householder.train.text.tokenizer import BYTES, ByteTokenizer, Tokenizer, make_tokenizer
+from householder.train.text.tokenizer import Tokenizer, make_tokenizer
 from householder.train.text.trackers import Trackers
-
-# Dense bfloat16 operations per second, by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 Loss: TypeAlias = Callable[..., Tensor]
 """`CausalLM.loss`, compiled or not."""
@@ -103,6 +102,7 @@ def train_text(
         CheckpointError: the checkpoint is damaged or does not fit the settings.
         NonFiniteError: the loss or the gradient is not finite; the last good checkpoint remains.
         Interrupted: a signal came; a checkpoint was written first.
+        OutputError: the disk is full; the last checkpoint remains.
         OSError: the folder cannot be written.
     """
     observer = observer if observer is not None and processes.first else TextObserver()
@@ -114,33 +114,14 @@ def train_text(
             run.restore()
         observer.started(config, run.step, run.num_parameters, len(run.corpus.train))
         trackers = Trackers(config, folder, enabled=processes.first)
-        path = folder / "metrics.jsonl" if processes.first else None
+        path = folder / "metrics.jsonl"
+        writer = MetricsWriter(path, after_step=run.step) if processes.first else NoMetrics()
         try:
-            with _metrics(path, run.step) as metrics:
+            with writer as metrics:
                 run.train(metrics, trackers)
         finally:
             trackers.close()
         return run.finish()
-
-
-class _NoMetrics(MetricsWriter):
-    """What the other processes write: nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, record: dict[str, Any]) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _metrics(path: Path | None, step: int) -> MetricsWriter:
-    return _NoMetrics() if path is None else MetricsWriter(path, after_step=step)
 
 
 class _Step(NamedTuple):
@@ -338,9 +319,8 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
         }
-        if (peak := _peak_flops(self.processes.device)) is not None:
-            rate = tokens / seconds * self.flops_per_token
-            record["mfu"] = rate / (peak * self.processes.world_size)
+        if (peak := self.processes.peak_flops) is not None:
+            record["mfu"] = tokens / seconds * self.flops_per_token / peak
         metrics.write(record)
         trackers.write(record)
         self.observer.logged(record)
@@ -472,48 +452,6 @@ class _Run:
 
     def _raise_stopped(self) -> None:
         # The signal may have come to another process; then its number is not known here.
-        signum = self.stop.signum or 15
-        raise Interrupted(
-            f"{self.stop.name} at step {self.step}; saved; continue with --resume", signum
-        )
-
-
-def write_model(
-    model: CausalLM, config: TextConfig, folder: Path, processes: Processes | None = None
-) -> None:
-    """Write a trained model and what turns text into its tokens. All processes call it.
-
-    Args:
-        model: sharded or not.
-        config: `tokenizer`.
-        folder: made when missing.
-        processes: of the run; `None` for one.
-    """
-    weights = text_ckpt.whole_state_dict(model)
-    if processes is not None and not processes.first:
-        return
-    tokenizer = make_tokenizer(config.tokenizer)
-    # What transformers has to know: where a document begins and ends, and how rows are filled up.
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
-    pretrained.write_model(
-        {"model_type": pretrained.MODEL_TYPE, **model.config.to_dict(), **ids}, weights, folder
-    )
-    write_atomically(folder / "tokenizer.json", _tokenizer_file(config.tokenizer))
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator_name)
-    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special}
-    write_atomically(folder / "tokenizer_config.json", json.dumps(fields, indent=1) + "\n")
-
-
-def _tokenizer_file(name: str) -> bytes:
-    if name == BYTES:
-        return ByteTokenizer.file_content().encode()
-    path = Path(name)
-    return (path / "tokenizer.json" if path.is_dir() else path).read_bytes()
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    """Return what the device could do in bfloat16 per second, where that is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        signum = self.stop.signum or signal.SIGTERM
+        name = self.stop.name if self.stop.signum else "a signal to another process"
+        raise Interrupted(f"{name} at step {self.step}; saved; continue with --resume", signum)

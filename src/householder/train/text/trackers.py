@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from householder.train.errors import ConfigError
 from householder.train.text.config import TextConfig
+
+
+def require_viewers(config: TextConfig) -> None:
+    """Raise ConfigError if a viewer that the settings ask for is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"`{name}` must be installed where it is asked for, and is not; pip install {name}"
+            )
 
 
 class Trackers:
@@ -24,19 +34,16 @@ class Trackers:
     def __init__(self, config: TextConfig, folder: Path, *, enabled: bool) -> None:
         self._events: Any = None
         self._run: Any = None
-        if config.tensorboard and enabled:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ConfigError(
-                    "`tensorboard` needs its library; pip install tensorboard"
-                ) from error
+        if not enabled:
+            return
+        require_viewers(config)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._events = SummaryWriter(str(folder / "tensorboard"))
-        if config.wandb and enabled:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ConfigError("`wandb` needs its library; pip install wandb") from error
+        if config.wandb:
+            import wandb
+
             self._run = wandb.init(dir=str(folder), mode="offline", config=config.to_dict())
 
     def write(self, record: dict[str, Any]) -> None:
