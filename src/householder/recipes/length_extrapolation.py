@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from householder.recipes.sizes import of_size
 from householder.storage import write_atomically
 from householder.train.errors import CheckpointError, ConfigError
 from householder.train.interrupt import StopRequest
@@ -76,8 +77,6 @@ PUBLISHED_IN_WORDS = {
     "path_attention": "extrapolates",
     "forgetting_path_attention": "extrapolates",
 }
-
-SIZES = ("cpu", "gpu")
 
 _GPU: dict[str, Any] = {
     "mixer": [
@@ -142,9 +141,7 @@ def settings(size: str) -> dict[str, Any]:
         >>> settings("gpu")["context"], settings("gpu")["eval_length"]
         (2048, 32768)
     """
-    if size not in SIZES:
-        raise ConfigError(f"length-extrapolation: `size` must be one of cpu, gpu, got {size!r}")
-    return dict(_GPU if size == "gpu" else _CPU)
+    return dict(of_size("length-extrapolation", {"cpu": _CPU, "gpu": _GPU}, size))
 
 
 @dataclass(frozen=True)
