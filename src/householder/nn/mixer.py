@@ -22,6 +22,7 @@ from householder.nn.initialization import init_forget_gate, init_residual_weight
 from householder.nn.normalization import QK_ACTIVATIONS, QK_NORMS, GatedRMSNorm, sum_normalize
 from householder.nn.short_convolution import ShortConvolution
 from householder.ops import delta_product, delta_product_step
+from householder.ops.delta_product.api import IMPLS
 
 
 class MixerState(NamedTuple):
@@ -190,6 +191,7 @@ class DeltaProductMixer(nn.Module):
             check_positive_int(where, "num_layers", self.num_layers)
         check_choice(where, "qk_activation", self.qk_activation, QK_ACTIVATIONS)
         check_choice(where, "qk_norm", self.qk_norm, QK_NORMS)
+        check_choice(where, "impl", self.impl, ("auto", *IMPLS))
         if self.num_value_heads % self.num_heads:
             raise ValueError(
                 f"{where}: `num_value_heads` must be a multiple of num_heads={self.num_heads}, "
