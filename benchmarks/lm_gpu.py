@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import datetime
 import functools
 import gc
 import importlib
@@ -31,14 +29,14 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+from recording import add_arguments, append, described_commit, environment
+
 FILE = "language-model-gpu.csv"
 COLUMNS = (
     "date", "case", "variant", "tokens_per_second", "step_ms", "peak_gib", "first_s", "parameters",
@@ -327,16 +325,6 @@ def rows(
         process.join()
 
 
-def append(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
-    """Add a row to a file of them."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mixers", nargs="*", default=MIXERS, help=f"of {', '.join(MIXERS)}")
@@ -344,8 +332,7 @@ def main() -> None:
     parser.add_argument("--precisions", default=PRECISIONS[0])
     parser.add_argument("--breakdown", action="store_true", help="write the kernels of a step")
     parser.add_argument("--ahead", type=int, default=0, help="processes that compile fla's kernels")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default="")
+    add_arguments(parser)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     sizes, variants = Sizes(), options.variants.split(",")
@@ -372,18 +359,11 @@ def main() -> None:
         if listing:
             (options.results / f"{case}-{variant}.txt").write_text(f"{listing}\n")
             parts = {"case": case, "variant": variant, **breakdown_of(str(listing))}
-            parts["commit"] = options.commit
-            append(options.results / BREAKDOWN, tuple(parts), parts)
+            parts["commit"] = options.commit or described_commit()
+            append(options.results / BREAKDOWN, tuple(parts), [parts])
             print(parts, flush=True)
-        row |= {
-            "date": datetime.date.today().isoformat(),
-            "case": case,
-            "variant": variant,
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "commit": options.commit,
-        }
-        append(path, COLUMNS, row)
+        row |= {"case": case, "variant": variant, **environment(options.commit)}
+        append(path, COLUMNS, [row])
         print(*(f"{row.get(c, '')}" for c in COLUMNS[1:10]), sep="  ", flush=True)
 
 

@@ -356,7 +356,10 @@ def _check_sequence_inputs(
     B, T, N, HV, V = v.shape
     H, K = _key_shape(op, k, 5)
     if N < 1:
-        raise ValueError(f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}")
+        raise ValueError(
+            f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}; "
+            "where nothing is to be written, give β = 0"
+        )
     _check_groups(op, H, HV)
     _checks.check_shape(op, "q", q, "[B, T, H, K]", (B, T, H, K))
     _checks.check_shape(op, "k", k, "[B, T, N, H, K]", (B, T, N, H, K))
