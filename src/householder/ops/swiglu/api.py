@@ -112,9 +112,9 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto
         op, impl, gate.device, lambda: why_not_triton_linear(gate, up, weight, dtype)
     ):
         return F.linear(swiglu(gate, up, impl="auto" if impl == "auto" else "reference"), weight)
-    if torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return F.linear(swiglu(gate, up, impl="triton"), weight)
-    return apply(SwiGLULinear, gate, up, weight.to(dtype))
+    return apply(SwiGLULinear, gate, up, weight.to(dtype), weight.requires_grad)
 
 
 def _check_inputs(op: str, gate: Tensor, up: Tensor) -> None:

@@ -147,27 +147,29 @@ class SwiGLUBackward(torch.autograd.Function):
 
 
 class SwiGLULinear(torch.autograd.Function):
-    """Differentiable `(gate, up, weight)`, of one dtype: SwiGLU by its kernel, then the product."""
+    """Differentiable `(gate, up, weight, of_weight)`, of one dtype: SwiGLU by its kernel, a product.
+
+    `of_weight` says whether the weight needs a gradient.
+    """
 
     @staticmethod
     @with_signature
-    def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    def forward(gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool) -> Tensor:
         return F.linear(swiglu_op(gate, up), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.of_weight = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        grads = apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.of_weight)
+        return *grads, None
 
 
 class SwiGLULinearBackward(torch.autograd.Function):
-    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`.
-
-    `of_weight` says whether the weight needs one.
-    """
+    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`."""
 
     @staticmethod
     @with_signature
