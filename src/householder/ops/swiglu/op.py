@@ -165,7 +165,8 @@ class SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         grads = apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.of_weight)
-        return *grads, None
+        dgate, dup, dweight = grads
+        return dgate, dup, dweight if ctx.of_weight else None, None
 
 
 class SwiGLULinearBackward(torch.autograd.Function):
@@ -175,10 +176,11 @@ class SwiGLULinearBackward(torch.autograd.Function):
     @with_signature
     def forward(
         dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, ...]:
         dhidden = dy @ weight
         if not of_weight:
-            return *swiglu_backward_op(dhidden, gate, up), None
+            # An absent gradient is an empty tensor.
+            return *swiglu_backward_op(dhidden, gate, up), dy.new_empty(0)
         dgate, dup, hidden = swiglu_backward_and_forward_op(dhidden, gate, up)
         rows = dy.reshape(-1, dy.shape[-1])
         return dgate, dup, rows.mT @ hidden.reshape(-1, hidden.shape[-1])
