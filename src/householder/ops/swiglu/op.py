@@ -147,9 +147,9 @@ class SwiGLUBackward(torch.autograd.Function):
 
 
 class SwiGLULinear(torch.autograd.Function):
-    """Differentiable `(gate, up, weight, of_weight)`, of one dtype: SwiGLU by its kernel, a product.
+    """Differentiable `(gate, up, weight, of_weight)`: SwiGLU by its kernel, then the product.
 
-    `of_weight` says whether the weight needs a gradient.
+    All are of one dtype; `of_weight` says whether the weight needs a gradient.
     """
 
     @staticmethod
