@@ -171,7 +171,11 @@ MIXERS = {
     "delta_net": "DeltaNet",
     "delta_product": "DeltaProduct, N = 2",
 }
-VARIANTS = {"householder-compiled": "householder", "householder": "householder, not compiled"}
+VARIANTS = {
+    "householder-compiled": "householder",
+    "householder": "householder, not compiled",
+    "householder-keeping-compiled": "householder, nothing made anew",
+}
 
 
 def language_model(case: str) -> str:

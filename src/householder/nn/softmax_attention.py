@@ -13,6 +13,7 @@ from householder.nn._checks import (
     check_positive_float,
     check_positive_int,
     check_sequences,
+    check_token,
     default_head_dim,
 )
 from householder.nn.initialization import init_residual_weight, init_weight
@@ -206,7 +207,7 @@ class SoftmaxAttention(nn.Module, ABC):
         Raises:
             ValueError: a shape does not fit.
         """
-        self._check_token(x)
+        check_token(type(self).__name__, x, self.d_model)
         y, state = self(x.unsqueeze(1), state=state, return_state=True)
         return y.squeeze(1), state
 
@@ -239,17 +240,10 @@ class SoftmaxAttention(nn.Module, ABC):
         Raises:
             ValueError: a shape does not fit.
         """
-        self._check_token(x)
+        check_token(type(self).__name__, x, self.d_model)
         x = x.unsqueeze(1)
         q, k, v = self.project(x)
         return self.o_proj(self._attend_one(x, q, k, v, state).flatten(-2)).squeeze(1)
-
-    def _check_token(self, x: Tensor) -> None:
-        if x.dim() != 2:
-            raise ValueError(
-                f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
-                f"{list(x.shape)}; use forward for more than one token"
-            )
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
