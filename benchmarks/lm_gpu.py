@@ -9,8 +9,8 @@ Width 1024, 24 layers, 8 heads of 128, SwiGLU of 2816, 32,000 tokens, untied hea
 4,096 tokens, fused AdamW, cross entropy without all logits on both sides. `autocast` keeps weights
 in float32 and multiplies in bfloat16; `bfloat16` keeps everything in bfloat16. Compiled variants,
 of both, are compiled block by block; `householder-keeping-compiled` makes nothing anew in its
-backward pass, and `fla-tf32` may multiply float32 matrices in TF32. Tokens per second are those of eight steps after four. A process per mixer; all but
-one wait.
+backward pass, and `fla-tf32` may multiply float32 matrices in TF32. Tokens per second are those of
+eight steps after four. A process per mixer; all but one wait.
 """
 
 from __future__ import annotations

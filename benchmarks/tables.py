@@ -175,6 +175,7 @@ VARIANTS = {
     "householder-compiled": "householder",
     "householder": "householder, not compiled",
     "householder-keeping-compiled": "householder, nothing made anew",
+    "fla-tf32": "fla, TF32 allowed",
 }
 
 
