@@ -172,7 +172,12 @@ MIXERS = {
     "delta_net": "DeltaNet",
     "delta_product": "DeltaProduct, N = 2",
 }
-VARIANTS = {"householder-compiled": "householder", "householder": "householder, not compiled"}
+VARIANTS = {
+    "householder-compiled": "householder",
+    "householder": "householder, not compiled",
+    "householder-keeping-compiled": "householder, nothing made anew",
+    "fla-tf32": "fla, TF32 allowed",
+}
 
 
 def language_model(case: str) -> str:

@@ -106,13 +106,15 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto
             f"{list(gate.shape)} and {list(weight.shape)}; the last sizes must agree"
         )
     dtype = autocast_dtype(gate.device) or weight.dtype
-    if not runs_triton(
-        op, impl, gate.device, lambda: why_not_triton_linear(gate, up, weight, dtype)
-    ):
-        return F.linear(swiglu(gate, up, impl="auto" if impl == "auto" else "reference"), weight)
-    if torch._C._are_functorch_transforms_active():
-        return F.linear(swiglu(gate, up, impl="triton"), weight)
-    return apply(SwiGLULinear, gate, up, weight.to(dtype))
+    if runs_triton(op, impl, gate.device, lambda: why_not_triton_linear(gate, up, weight, dtype)):
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return apply(SwiGLULinear, gate, up, weight.to(dtype), weight.requires_grad)
+        hidden = swiglu(gate, up, impl="triton")
+    elif impl == "auto" and gate.is_cuda:
+        hidden = swiglu(gate, up)
+    else:
+        hidden = reference.forward(gate, up)
+    return F.linear(hidden, weight)
 
 
 def _check_inputs(op: str, gate: Tensor, up: Tensor) -> None:

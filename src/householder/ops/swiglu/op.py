@@ -146,36 +146,40 @@ class SwiGLUBackward(torch.autograd.Function):
 
 
 class SwiGLULinear(torch.autograd.Function):
-    """Differentiable `(gate, up, weight)`, of one dtype: SwiGLU by its kernel, then the product."""
+    """Differentiable `(gate, up, weight, of_weight)`: SwiGLU by its kernel, then the product.
+
+    All are of one dtype; `of_weight` says whether the weight needs a gradient.
+    """
 
     @staticmethod
     @with_signature
-    def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    def forward(gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool) -> Tensor:
         return F.linear(swiglu_op(gate, up), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.of_weight = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        grads = apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.of_weight)
+        dgate, dup, dweight = grads
+        return dgate, dup, dweight if ctx.of_weight else None, None
 
 
 class SwiGLULinearBackward(torch.autograd.Function):
-    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`.
-
-    `of_weight` says whether the weight needs one.
-    """
+    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`."""
 
     @staticmethod
     @with_signature
     def forward(
         dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, ...]:
         dhidden = dy @ weight
         if not of_weight:
-            return *swiglu_backward_op(dhidden, gate, up), None
+            # An absent gradient is an empty tensor.
+            return *swiglu_backward_op(dhidden, gate, up), dy.new_empty(0)
         dgate, dup, hidden = swiglu_backward_and_forward_op(dhidden, gate, up)
         rows = dy.reshape(-1, dy.shape[-1])
         return dgate, dup, rows.mT @ hidden.reshape(-1, hidden.shape[-1])
