@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from householder import delta_product, delta_product_step
 from householder.ops.delta_product.triton import config
+from recording import installed_version
 
 Inputs = dict[str, Tensor | None]
 INPUTS = ("q", "k", "v", "beta", "g")
@@ -195,7 +195,7 @@ def flash_linear_attention_step(inputs: Inputs, state: Tensor) -> tuple[Tensor, 
 
 VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {"householder": ours}
 STEPS: dict[str, Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]] = {"householder": our_step}
-FLA_VERSION = next((d.version for d in metadata.distributions() if d.name == "fla-core"), "")
+FLA_VERSION = installed_version("fla-core")
 if FLA_VERSION:
     VARIANTS["fla"] = flash_linear_attention
     STEPS["fla"] = flash_linear_attention_step

@@ -270,10 +270,10 @@ def store_tile_t(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def cast_operand(x, PRECISION: tl.constexpr):
-    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or "fp16".
+    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or more.
 
-    The latter is for what has norms of about 1, as products of reflections: it keeps three bits
-    more than bfloat16 at the same cost.
+    "fp16" is for what has norms of about 1, as products of reflections: it keeps three bits more
+    than bfloat16 at the same cost. "fp32" is for products of hundreds of float32 factors.
     """
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
@@ -292,6 +292,8 @@ def dot(a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b)
     elif PRECISION == "tf32x3":
         return dot_in_parts(a, b)
+    elif PRECISION == "fp32":
+        return dot_to_nearest(a, b)
     else:
         return tl.dot(a, b, input_precision="tf32")
 
@@ -303,6 +305,8 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc)
     elif PRECISION == "tf32x3":
         return acc + dot_in_parts(a, b)
+    elif PRECISION == "fp32":
+        return acc + dot_to_nearest(a, b)
     else:
         return tl.dot(a, b, acc, input_precision="tf32")
 
@@ -325,6 +329,39 @@ def dot_in_parts(a, b):
         part_b = tl.where(part == 1, b - large_b, large_b)
         product = tl.dot(part_a, part_b, product, input_precision="tf32")
     return product
+
+
+@triton.jit
+def leading_bits(x, AXIS: tl.constexpr):
+    """Round a float32 tile to multiples of 2⁻⁷ times the power of two of its maximum along AXIS."""
+    most = tl.max(tl.abs(x), AXIS, keep_dims=True).to(tl.int32, bitcast=True)
+    # 1.5 · 2¹⁶ times that power of two: a float32 of this size has no bits below.
+    large = ((most & 0x7F800000) + (16 << 23)).to(tl.float32, bitcast=True) * 1.5
+    return (x + large) - large
+
+
+@triton.jit
+def dot_to_nearest(a, b):
+    """Multiply float32 tiles as `dot_in_parts`, with sums that are rounded to nearest.
+
+    The tensor cores cut off what does not fit into a sum: so sums shrink, and a product of
+    hundreds of reflections by 5e-7 a factor. Here the leading bits of both sides are integers
+    below 2⁸ times one power of two for each row or column, whose sums of up to 256 products lose
+    nothing. What is cut off belongs to the rest, 2⁻⁸ of it, and both are added at the end.
+    """
+    first_a, first_b = leading_bits(a, 1), leading_bits(b, 0)
+    second_a, second_b = round_to_tf32(a - first_a), round_to_tf32(b - first_b)
+    product = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    rest = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    for part in range(6 + tl.program_id(2)):
+        part_a = tl.where((part == 2) | (part == 3), second_a, first_a)
+        part_a = tl.where(part == 0, a - first_a - second_a, part_a)
+        part_b = tl.where((part == 2) | (part == 4), second_b, first_b)
+        part_b = tl.where(part == 1, b - first_b - second_b, part_b)
+        product = tl.where(part < 5, product, 0.0)
+        product = tl.dot(part_a, part_b, product, input_precision="tf32")
+        rest = tl.where(part < 5, product, rest)
+    return product + rest
 
 
 @triton.jit
@@ -380,18 +417,19 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
     o_b = tl.arange(0, R // 16)
     on_diagonal = o_b[:, None, None, None] == o_b[None, None, :, None]
     blocks = tl.sum(tl.where(on_diagonal, tl.reshape(m, (R // 16, 16, R // 16, 16)), 0.0), axis=2)
-    x = substitute(blocks) if PRECISION == "tf32x3" else join_all(blocks)
+    IN_FLOAT32: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "fp32"
+    x = substitute(blocks) if IN_FLOAT32 else join_all(blocks)
     x = tl.where(on_diagonal, tl.reshape(x, (R // 16, 16, 1, 16)), 0.0)
     x = tl.reshape(x, (R, R))
     for level in tl.static_range(R // 32):
         beside = tl.where(beside_diagonal(o_r, 16 << level), -m, 0.0)
-        if PRECISION == "tf32x3":
+        if IN_FLOAT32:
             product = dot(x, beside, PRECISION)
             x = dot_add(product, x, x, PRECISION)
         else:
             right = x.to(tl.float16)
             x = tl.dot(tl.dot(right, beside.to(tl.float16)).to(tl.float16), right, x)
-    if PRECISION != "tf32x3":
+    if not IN_FLOAT32:
         right = x.to(tl.float16)
         x = right.to(tl.float32)
         high = (-m).to(tl.float16)
