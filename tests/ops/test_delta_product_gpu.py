@@ -108,6 +108,18 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
             assert torch.equal(a, b), f"{label} changes from run to run"
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("strength", [1.0, 2.0], ids=["projections", "reflections"])
+def test_every_step_projects_or_reflects(strength, dtype, kernels):
+    inputs = delta_product_inputs(
+        2, 300, 2, 2, 128, 128, HV=4, decay=None, strength=strength, dtype=dtype, device="cuda"
+    )
+    expected = run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, run(kernels, inputs), expected, strict=True):
+        if e is not None:
+            assert relative_error(a, e) < LIMITS[dtype], label
+
+
 @pytest.mark.parametrize(
     ("K", "V", "N", "dtype"),
     [
