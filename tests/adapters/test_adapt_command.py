@@ -15,11 +15,6 @@ transformers = pytest.importorskip("transformers")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
-# peft asks transformers by a name that transformers has since renamed.
-peft_asks_transformers = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
-
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
@@ -98,14 +93,14 @@ def run(tmp_path, monkeypatch, capsys):
 SMALL = ["--steps", 6, "--batch-size", 8, "--warmup", 1, "--log-interval", 2, "--device", "cpu"]
 
 
-@peft_asks_transformers
 @pytest.mark.parametrize("kind", ["hra", "two-sided", "hta", "lora"])
 def test_images(kind, run, vit, images, tmp_path):
     if kind == "lora":
         pytest.importorskip("peft")
     words = ["--model", vit, "--data", images, "--kind", kind, "--rank", 2, *SMALL]
-    code, out, _ = run(*words, "--steps", 40, "--lr", 0.02, "--eval-fraction", 0.2)
+    code, out, err = run(*words, "--steps", 40, "--lr", 0.02, "--eval-fraction", 0.2)
     assert code == 0
+    assert not err
     folder = tmp_path / "householder-adapt"
     for word in ("accuracy", "numbers trained", "householder-adapt/adapter", "40/40"):
         assert word in out, word
@@ -128,7 +123,6 @@ def test_images(kind, run, vit, images, tmp_path):
             assert torch.allclose(base(batch).logits, merged(batch).logits, atol=1e-4)
 
 
-@peft_asks_transformers
 @pytest.mark.parametrize("kind", ["hra", "lora"])
 def test_text(kind, run, llama, text, tmp_path):
     words = ["--model", llama, "--data", text, "--tokenizer", "bytes", "--length", 16, *SMALL]
@@ -189,9 +183,14 @@ def test_a_resumed_run_ends_with_the_same_bits(vit, images, tmp_path):
 def test_resume_and_overwrite(run, vit, images, tmp_path):
     words = ["--model", vit, "--data", images, *SMALL]
     assert run(*words)[0] == 0
-    code, _, err = run(*words)
+    code, out, err = run(*words)
     assert code == 1
     assert "--resume" in err
+    assert "loading" not in out
+    (tmp_path / "file").touch()
+    code, _, err = run(*words, "--out", "file")
+    assert code == 1
+    assert "must be a folder, is a file" in err
     code, _, err = run("--resume", "--rank", 4)
     assert code == 1
     assert "rank=8 there, 4 requested" in err
@@ -216,6 +215,10 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, vit, llama, images, text, 
         (["--model", vit, "--data", tmp_path / "two"], "needs at least 2 images"),
         (["--model", tmp_path, "--data", images], "transformers cannot find"),
         (["--model", llama, "--data", text], "has no tokenizer"),
+        (["--model", llama, "--data", images], "needs a model that classifies images"),
+        (["--model", vit, "--data", text], "needs a causal language model"),
+        (["--model", "timm:vit_tiny_patch16_224", "--data", text], "takes images"),
+        (["--model", vit, "--data", images, "--warmup", -1], "`warmup` must be at least 0"),
         (["--model", vit, "--data", images, "--kind", "magic"], "one of hra, two-sided, hta, lora"),
         (["--model", vit, "--data", images, "--rank", 3], "must be even, got 3"),
         (["--model", vit, "--data", images, "--rank", 0], "`rank` must be at least 1"),
@@ -257,6 +260,24 @@ def test_regularisation_brings_reflectors_apart(vit, images, tmp_path):
     # They begin as equal pairs.
     assert cosines[0] > 0.5
     assert cosines[1] < 0.1
+
+
+def test_the_warm_up_is_a_tenth_of_a_short_run():
+    given = {"model": "m", "data": "d"}
+    assert AdaptConfig(**given).warmup == 50
+    assert AdaptConfig(**given, steps=30).warmup == 3
+    assert AdaptConfig(**given, steps=30, warmup=20).warmup == 20
+
+
+def test_images_are_turned_as_their_camera_says(tmp_path):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[0] = 255  # a light row at the top, once turned
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned clockwise by a quarter
+    turned.save(tmp_path / "turned.png", exif=orientation)
+    image = read_image(tmp_path / "turned.png", ImageFormat(8, 1, (0.0,), (1.0,)))
+    assert torch.equal(image[0], torch.from_numpy(pixels / 255).float())
 
 
 def test_text_is_split_without_overlap():

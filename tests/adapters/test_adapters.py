@@ -271,19 +271,27 @@ def test_published_parameter_count_of_hta_for_queries_and_values():
     assert adapters.num_parameters(model) == 92_160
 
 
-@pytest.mark.parametrize("kind", ["hta", "hta-split", "hta-without-rank"])
-def test_hta_forms_its_change_only_for_many_vectors(kind, monkeypatch):
-    _, model = adapted(kind, Dense, targets=["first"])
-    layer = model.first.householder_adapters.layers.default
-    x = torch.randn(40, 12, dtype=torch.float64)
-    formed = []
-    dense = layer._dense
-    monkeypatch.setattr(layer, "_dense", lambda like: formed.append(1) or dense(like))
-    whole = layer.additive(x)
-    assert formed == [1]
-    few = torch.cat([layer.additive(part) for part in x.split(4)])
-    assert formed == [1]
-    assert close(whole, few)
+@pytest.mark.parametrize("kind", ["hta", "hta-split", "hta-without-rank", "hta-behind"])
+@pytest.mark.parametrize("target", ["first", "second"])
+def test_hta_is_its_formula(kind, target):
+    """The change is H_out diag(d) H_in + U V, however it is computed."""
+    _, model = adapted(kind, Dense, targets=[target])
+    layer = model.get_submodule(target).householder_adapters.layers.default
+    parts = []
+    for i, (a, b, d) in enumerate(
+        zip(layer.output_reflector, layer.input_reflector, layer.diagonal, strict=True)
+    ):
+        D = torch.zeros(len(a), len(b), dtype=d.dtype)
+        D.diagonal().copy_(d.detach())
+        part = (torch.eye(len(a)) - a.outer(a)) @ D @ (torch.eye(len(b)) - b.outer(b))
+        parts.append(part if layer.up is None else part + layer.up[i] @ layer.down[i])
+    change = torch.cat(parts)
+    x = torch.randn(40, change.shape[1], dtype=torch.float64)
+    assert change.abs().max() > 0.1
+    assert close(layer.dense(torch.float64), change)
+    assert close(layer.additive(x), x @ change.T)
+    # What one vector gives does not depend on how many others there are, but for rounding.
+    assert close(layer.additive(x[:1]), x[:1] @ change.T)
 
 
 def test_orthogonality_penalty():

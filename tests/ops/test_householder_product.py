@@ -381,10 +381,13 @@ class TestTransforms:
     def test_registration(self):
         x, *args = [a.unsqueeze(0) for a in make((3, 6), (4, 6))]
         forward = torch.ops.householder.householder_product.default
+        alone = torch.ops.householder.householder_product_alone.default
         backward = torch.ops.householder.householder_product_backward.default
         for rows, transpose in ((x, False), (x, True), (None, False)):
             y, *saved = forward(rows, *args, 3, transpose, False, "chunk")
             torch.library.opcheck(forward, (rows, *args, 3, transpose, False, "chunk"))
+            torch.library.opcheck(alone, (rows, *args, 3, transpose, "chunk"))
+            assert torch.equal(alone(rows, *args, 3, transpose, "chunk"), y)
             torch.library.opcheck(backward, (y, rows, *args, transpose, *saved, "chunk"))
 
 

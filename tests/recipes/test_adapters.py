@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from householder.cli import main
+from householder.recipes import _adapters_data, _adapters_report
 from householder.recipes import adapters as recipe
 from householder.recipes.adapters import Images, Outcome, Settings, Variant
 from householder.train.errors import ConfigError, Interrupted, OutputError
@@ -23,9 +24,9 @@ FEW = (Variant("probe"), Variant("hra", 2), Variant("hta", 1), Variant("full"))
 @pytest.fixture(autouse=True)
 def fewer_digits(monkeypatch):
     """Leave out three quarters of the digits: most of the time goes into testing on them."""
-    images = recipe._digits()
+    images = _adapters_data._digits()
     few = images[torch.arange(0, len(images), 4)]
-    monkeypatch.setattr(recipe, "_digits", lambda: few)
+    monkeypatch.setattr(_adapters_data, "_digits", lambda: few)
 
 
 @pytest.fixture
@@ -88,11 +89,12 @@ def test_splits_share_no_image_and_differ_by_seed():
 
 
 def test_published_stands_beside_what_was_published():
-    assert recipe._published(Variant("hta", 1)) == (74.7, 90.6)
-    assert recipe._published(Variant("hta", 0)) == (72.0, None)
-    assert recipe._published(Variant("full")) == (65.6, 88.5)
-    for unpublished in (Variant("hra", 8), Variant("two-sided", 2), Variant("hta", 4)):
-        assert recipe._published(unpublished) == (None, None)
+    published = _adapters_report._published
+    assert published("hta", 1) == (74.7, 90.6)
+    assert published("hta", 0) == (72.0, None)
+    assert published("full", 0) == (65.6, 88.5)
+    for unpublished in (("hra", 8), ("two-sided", 2), ("hta", 4)):
+        assert published(*unpublished) == (None, None)
     outcome = Outcome("hta", 1, 5445, 325, (0.5, 0.7), 1e-3, 0.01, 2048)
     written = io.StringIO()
     Console(width=160, file=written).print(recipe.results_table([outcome], Settings()))

@@ -10,18 +10,17 @@ from householder.adapters.config import (
     TwoSidedConfig,
 )
 from householder.adapters.errors import AdapterError
+from householder.adapters.merging import merge, unmerge
 from householder.adapters.model import (
     activate,
     active,
     attach,
     detach,
     disabled,
-    merge,
     names,
     num_parameters,
     orthogonality_penalty,
     parameters,
-    unmerge,
 )
 from householder.adapters.peft import export_lora, load_peft, save_peft
 from householder.adapters.storage import load, save

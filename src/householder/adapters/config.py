@@ -57,7 +57,7 @@ class AdapterConfig:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise AdapterError(
                 f"{type(self).__name__}: `dtype` must be one of {', '.join(DTYPES)} or None, got "
-                f"{self.dtype!r}"
+                f"{self.dtype!r}; None is the layer's own, and at least float32"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +121,8 @@ class HTAConfig(AdapterConfig):
 
     H = I − v vᵀ on each side, with neither a factor 2 nor a normalisation (as published; it is
     orthogonal where ‖v‖² = 2, which is how v starts), a learned diagonal d, and a term of low rank.
-    The adapter starts as the identity: d = 0 and U = 0.
+    The adapter starts as the identity: d = 0 and U = 0. H_out diag(d) H_in is diag(d) and a matrix
+    of rank 2, so that ΔW x costs what a LoRA of rank + 2 does and a pass over x.
 
     Args:
         rank: of the additive term; published as D′, 1 in the main tables. 0 leaves the term out.
@@ -155,7 +156,8 @@ class HTAConfig(AdapterConfig):
         for name, parts in self.splits.items():
             if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
                 raise AdapterError(
-                    f"HTAConfig: `splits` must give numbers of parts, got {parts!r} for {name!r}"
+                    f"HTAConfig: `splits` must give numbers of parts, got {parts!r} for {name!r}; "
+                    'give for example {"qkv": 3}'
                 )
         object.__setattr__(self, "splits", dict(self.splits))
 
@@ -195,7 +197,7 @@ class TwoSidedConfig(AdapterConfig):
         if self.num_householder % 2:
             raise AdapterError(
                 "TwoSidedConfig: `num_householder` must be even, since equal pairs make the "
-                f"identity at the start, got {self.num_householder}"
+                f"identity at the start, got {self.num_householder}; one more will do"
             )
 
 
@@ -229,7 +231,7 @@ def _check_count(config: AdapterConfig, name: str, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise AdapterError(
             f"{type(config).__name__}: `{name}` must be an integer of at least {least}, got "
-            f"{value!r}"
+            f"{value!r}; leave it out for the default"
         )
 
 
@@ -238,5 +240,6 @@ def _check_choice(config: AdapterConfig, name: str, choices: Sequence[str | None
     if value not in choices:
         names = ", ".join(repr(choice) for choice in choices)
         raise AdapterError(
-            f"{type(config).__name__}: `{name}` must be one of {names}, got {value!r}"
+            f"{type(config).__name__}: `{name}` must be one of {names}, got {value!r}; "
+            "leave it out for the default"
         )

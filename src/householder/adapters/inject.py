@@ -39,6 +39,10 @@ class AdapterStack(nn.Module):
         self.replaced: dict[str, Tensor] | None = None
         self.hook: RemovableHandle | None = None
 
+    def acting(self) -> list[nn.Module]:
+        """Return the layers that act, the first innermost."""
+        return [self.layers[name] for name in self.active if name in self.layers]
+
     def forward(
         self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -50,7 +54,7 @@ class AdapterStack(nn.Module):
             *args: of the call.
             **kwargs: of the call.
         """
-        acting = [self.layers[name] for name in self.active if name in self.layers]
+        acting = self.acting()
         if not acting or self.merged:
             return call(*args, **kwargs)
         if isinstance(acting[-1], Replacement):

@@ -24,17 +24,11 @@ from householder.adapters.config import (
 )
 from householder.adapters.errors import AdapterError
 from householder.adapters.targets import LayerShape, matches
+from householder.adapters.turn import narrow, turn
 from householder.maps import HouseholderProduct
-from householder.ops import householder_product
 from householder.ops.wy import compute_dtype, triangle_dtype
 
 Call = Callable[[Tensor], Tensor]
-
-# Up to this many inputs and outputs HTA's change is formed as a matrix where there are as many
-# vectors to multiply. Its factors take some ten passes over the vectors, which are kept for the
-# gradient; the matrix takes one product. The two cost the same time at 256 on one core of an
-# AMD EPYC, and by bandwidth and arithmetic near 3,000 on an H200.
-LARGEST_DENSE = {"cuda": 2304, "cpu": 256}
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -115,7 +109,7 @@ class HRALayer(AdapterLayer):
         return HouseholderProduct.orthogonal(self.directions())
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        return call(_turn(self.directions(), x))
+        return call(turn(self.directions(), x))
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.product().mT(W.to(compute_dtype(W))), bias
@@ -160,12 +154,12 @@ class TwoSidedLayer(AdapterLayer):
         )
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = call(_turn(self.input_reflectors, x))
+        y = call(turn(self.input_reflectors, x))
         # Under autocast y is narrower than the bias.
         bias = None if bias is None else bias.to(y.dtype)
         y = y if bias is None else y - bias
         y = y if self.scale is None else y * self.scale.to(y.dtype)
-        y = _turn(self.output_reflectors, y)
+        y = turn(self.output_reflectors, y)
         return y if bias is None else y + bias
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -227,27 +221,48 @@ class HTALayer(AdapterLayer):
             self.down = nn.Parameter(torch.empty(P, config.rank, D).uniform_(-bound, bound))
             self.up = nn.Parameter(torch.zeros(P, out, config.rank))
 
-    def additive(self, x: Tensor) -> Tensor:
-        """Return ΔW x, by whichever way is cheaper: through its factors, or with ΔW formed."""
-        vectors, size = x.shape[:-1].numel(), x.shape[-1]
-        most = LARGEST_DENSE["cuda" if x.is_cuda else "cpu"]
-        if vectors >= size and max(size, self.output_reflector.numel()) <= most:
-            return F.linear(x, self._dense(self.diagonal).to(x.dtype))
-        return self._factored(x)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A `[P · (rank + 2), in]` and B `[out, P · (rank + 2)]` of ΔW = diag(d) + B A.
 
-    def _factored(self, x: Tensor) -> Tensor:
-        """Return ΔW x, in the dtype of the parameters or x's, whichever is wider."""
-        x = x.to(torch.promote_types(x.dtype, self.diagonal.dtype))
-        parts = [self._part(x, i) for i in range(len(self.diagonal))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        With a = v_out, b = v_in, D the matrix with d on its diagonal, and n = −d,
 
-    def _part(self, x: Tensor, i: int) -> Tensor:
-        d, out = self.diagonal[i], self.output_reflector.shape[-1]
-        y = _single(self.input_reflector[i])(x)[..., : len(d)] * d
-        y = _single(self.output_reflector[i])(F.pad(y, (0, out - len(d))))
+            (I − a aᵀ) D (I − b bᵀ) = D + a (N ᵀa − (aᵀN b) b)ᵀ + (N b) bᵀ
+
+        where N has n on its diagonal. Of several parts B holds the blocks.
+        """
+        a, b, n = self.output_reflector, self.input_reflector, -self.diagonal
+        most = n.shape[-1]
+        n_a = F.pad(a[:, :most] * n, (0, b.shape[-1] - most))
+        n_b = F.pad(b[:, :most] * n, (0, a.shape[-1] - most))
+        both = torch.linalg.vecdot(n_a, b).unsqueeze(-1)
+        down = [torch.addcmul(n_a, both, b, value=-1).unsqueeze(1), b.unsqueeze(1)]
+        up = [a.unsqueeze(2), n_b.unsqueeze(2)]
         if self.down is not None and self.up is not None:
-            y = y + F.linear(F.linear(x, self.down[i].to(x.dtype)), self.up[i].to(x.dtype))
-        return y
+            down.append(self.down)
+            up.append(self.up)
+        A, B = torch.cat(down, dim=1), torch.cat(up, dim=2)
+        return A.flatten(0, 1), B[0] if len(B) == 1 else torch.block_diag(*B)
+
+    def additive(self, x: Tensor) -> Tensor:
+        """Return ΔW x, at the cost of a LoRA of rank + 2 and a pass over x."""
+        x = narrow(x)
+        A, B = (factor.to(x.dtype) for factor in self.factors())
+        d = self.diagonal.to(x.dtype)
+        P, most, out = *d.shape, self.output_reflector.shape[-1]
+        y = F.linear(F.linear(x, A), B)
+        if P == 1 and most == out:
+            return torch.addcmul(y, x[..., :most], d[0])
+        scaled = x[..., :most].unsqueeze(-2) * d
+        return y + F.pad(scaled, (0, out - most)).flatten(-2)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return ΔW `[out, in]`."""
+        A, B = self.factors()
+        W = B.to(dtype) @ A.to(dtype)
+        P, most = self.diagonal.shape
+        # A view: the diagonal of each part.
+        W.unflatten(0, (P, -1)).diagonal(dim1=1, dim2=2)[:, :most] += self.diagonal.to(dtype)
+        return W
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
         y = call(x)
@@ -260,15 +275,15 @@ class HTALayer(AdapterLayer):
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         wide = W.to(compute_dtype(W))
-        change = self._factored(wide.mT).mT if self.behind else self._dense(wide)
+        change = self.additive(wide.mT).mT if self.behind else self.dense(wide.dtype)
         return wide + change, self.adapted_bias(bias)
 
     def restore(self, W: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         wide = W.to(compute_dtype(W))
         if not self.behind:
-            return wide - self._dense(wide), bias
+            return wide - self.dense(wide.dtype), bias
         factor = torch.eye(len(W), dtype=torch.float64, device=W.device)
-        factor = factor + self._dense(factor)
+        factor = factor + self.dense(factor.dtype)
         inverse, info = torch.linalg.inv_ex(factor)
         condition = float(factor.norm() * inverse.norm()) / len(W)
         if int(info) or not condition * eps < 0.01:
@@ -279,11 +294,6 @@ class HTALayer(AdapterLayer):
             )
         restored = None if bias is None else (inverse @ bias.to(inverse.dtype)).to(bias.dtype)
         return (inverse @ wide.to(inverse.dtype)).to(wide.dtype), restored
-
-    def _dense(self, like: Tensor) -> Tensor:
-        """Return ΔW."""
-        size = self.input_reflector.shape[-1]
-        return self._factored(torch.eye(size, dtype=like.dtype, device=like.device)).mT
 
 
 class Replacement(nn.Module):
@@ -316,27 +326,8 @@ def make_layer(config: AdapterConfig, shape: LayerShape, name: str) -> AdapterLa
         return TwoSidedLayer(config, shape, name)
     raise AdapterError(
         f"adapters: `config` must be an HRAConfig, HTAConfig or TwoSidedConfig, got "
-        f"{type(config).__name__}"
+        f'{type(config).__name__}; adapters.HRAConfig(targets="q_proj") will do'
     )
-
-
-def _turn(k: Tensor, x: Tensor) -> Tensor:
-    """Return Q x for the orthogonal product of the reflectors k, in the dtype of the layer's input.
-
-    In half precision the reflectors are rounded too, as autocast rounds other weights. Q stays
-    orthogonal to float32's rounding, and Q x changes by less than its own rounding: the change is
-    along k alone.
-    """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # the layer would round x next
-        x = x.to(torch.get_autocast_dtype(device))
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return householder_product(x, k.to(x.dtype) if half else k).to(x.dtype)
-
-
-def _single(v: Tensor) -> HouseholderProduct:
-    """Return I − v vᵀ."""
-    return HouseholderProduct(v.unsqueeze(0), torch.ones_like(v[:1]))
 
 
 def _orthogonal_vectors(P: int, D: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters of a whole model: attach, switch, merge, unmerge, detach."""
+"""Adapters of a whole model: attach, switch, detach."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from householder.adapters.config import DTYPES, AdapterConfig
 from householder.adapters.errors import AdapterError
-from householder.adapters.inject import (
-    AdapterStack,
-    adapted_modules,
-    add_stack,
-    remove_stack,
-    stack_of,
-)
+from householder.adapters.inject import adapted_modules, add_stack, remove_stack, stack_of
 from householder.adapters.layers import AdapterLayer, HRALayer, Replacement, make_layer
+from householder.adapters.state import (
+    STATE,
+    ModelState,
+    config_of,
+    refuse_while_merged,
+    state_of,
+)
 from householder.adapters.targets import (
     choose,
     choose_layers,
@@ -28,32 +28,9 @@ from householder.adapters.targets import (
     layer_shape,
     not_dense,
     parameter_dtype,
-    read_weight,
-    shared_weights,
-    write_weight,
 )
 
-_STATE = "_householder_adapters"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-
-
-@dataclass
-class ModelState:
-    """What is attached to a model. Holds names and settings only; the layers hold the tensors.
-
-    Attributes:
-        configs: settings by adapter name.
-        active: names of those that act, the first innermost.
-        merged: names of those merged into the weights, in order.
-        frozen: names of those attached for use and not for training.
-        was_trainable: the base model's parameters that `attach` froze.
-    """
-
-    configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
-    frozen: frozenset[str] = frozenset()
-    was_trainable: tuple[str, ...] = ()
 
 
 def attach(
@@ -138,7 +115,7 @@ def install(
             f"adapters.attach: the model has an adapter {name!r} already; detach it first or give "
             "another name"
         )
-    _refuse_while_merged("attach", state)
+    refuse_while_merged("attach", state)
     made = _make(model, config, layers, apart)
     if freeze and not state.configs:
         state.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
@@ -151,7 +128,7 @@ def install(
     state.configs[name] = config
     if not trainable:
         state.frozen |= {name}
-    setattr(model, _STATE, state)
+    setattr(model, STATE, state)
     _set_active(model, state, (name,) if activate else state.active)
     return model
 
@@ -219,8 +196,10 @@ def activate(model: nn.Module, *names: str) -> None:
     for name in names:
         config_of("activate", state, name)
     if len(set(names)) != len(names):
-        raise AdapterError(f"adapters.activate: names must differ, got {list(names)}")
-    _refuse_while_merged("activate", state)
+        raise AdapterError(
+            f"adapters.activate: names must differ, got {list(names)}; give each once"
+        )
+    refuse_while_merged("activate", state)
     _set_active(model, state, names)
 
 
@@ -245,7 +224,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         True
     """
     state = state_of(model)
-    _refuse_while_merged("disabled", state)
+    refuse_while_merged("disabled", state)
     before = state.active
     _set_active(model, state, (), gradients=False)
     try:
@@ -263,136 +242,6 @@ def _set_active(
         if gradients:
             for name, layer in stack.layers.items():
                 layer.requires_grad_(name in names and name not in state.frozen)
-
-
-@torch.no_grad()
-def merge(model: nn.Module, *, keep_base: bool = False) -> None:
-    """Put the active adapters into the base model's weights, which then cost nothing more.
-
-    Computed in at least float32 and rounded once to the weights' dtype.
-
-    Args:
-        model: a model with active adapters.
-        keep_base: keep a copy of the weights, so that `unmerge` puts them back bit for bit.
-
-    Raises:
-        AdapterError: a layer is quantised or packed, shares its weight with another module, or an
-            adapter has values that are not finite. Nothing is then merged.
-    """
-    state = state_of(model)
-    _refuse_while_merged("merge", state)
-    modules = {n: ms for n, ms in adapted_modules(model).items() if _acting(ms[1])}
-    if not modules:
-        raise AdapterError(
-            "adapters.merge: needs an active adapter, got none; adapters.activate makes one act"
-        )
-    layers = {n: m for n, (m, s) in modules.items() if not _replaces(s)}
-    shared = shared_weights(model, layers)
-    for name, module in layers.items():
-        if reason := not_dense(module):
-            raise AdapterError(
-                f"adapters.merge: {name} cannot hold the change: {reason}; leave the adapter "
-                "beside it, or merge into the model before quantising"
-            )
-        if name in shared:
-            raise AdapterError(
-                f"adapters.merge: {name} shares its weight with {shared[name]}, which would change "
-                "too; give it a copy of its own first"
-            )
-    for name, (_, stack) in modules.items():
-        for layer in _acting(stack):
-            if not all(bool(p.isfinite().all()) for p in layer.parameters()):
-                raise AdapterError(
-                    f"adapters.merge: the adapter of {name} has values that are not finite; load "
-                    "an earlier one"
-                )
-    for module, stack in modules.values():
-        _merge_module(module, stack, keep_base)
-    state.merged = state.active
-
-
-def _acting(stack: AdapterStack) -> list[nn.Module]:
-    return [stack.layers[name] for name in stack.active if name in stack.layers]
-
-
-def _replaces(stack: AdapterStack) -> bool:
-    return any(isinstance(layer, Replacement) for layer in stack.layers.values())
-
-
-def _merge_module(module: nn.Module, stack: AdapterStack, keep_base: bool) -> None:
-    acting = _acting(stack)
-    names = tuple(name for name in stack.active if name in stack.layers)
-    if isinstance(acting[-1], Replacement):
-        own = _own_tensors(module)
-        stack.replaced = {name: tensor.clone() for name, tensor in own.items()}
-        for name, tensor in acting[-1].module.state_dict().items():
-            own[name].copy_(tensor)
-    else:
-        W, bias = read_weight(module), module.bias
-        if keep_base:
-            stack.kept = W.clone(), None if bias is None else bias.clone()  # type: ignore[operator]
-        for layer in acting:
-            assert isinstance(layer, AdapterLayer)
-            W, bias = layer.adapt(W, bias)  # type: ignore[arg-type, assignment]
-        _write(module, W, bias)  # type: ignore[arg-type]
-    stack.merged = names
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a replaced module's own state, without that of its copies."""
-    return {n: t for n, t in module.state_dict().items() if not n.startswith("householder_")}
-
-
-def _write(module: nn.Module, W: Tensor, bias: Tensor | None) -> None:
-    write_weight(module, W)
-    if bias is not None:
-        module.bias.data.copy_(bias)  # type: ignore[operator]
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> None:
-    """Take merged adapters out of the weights again.
-
-    Weights that `merge` kept come back bit for bit. Others are computed back, each adapter's change
-    undone in at least float32: exact to a rounding or two of the weights' dtype.
-
-    Raises:
-        AdapterError: nothing is merged, or a change cannot be undone at the weights' precision. The
-            model then stays merged.
-    """
-    state = state_of(model)
-    if not state.merged:
-        raise AdapterError("adapters.unmerge: nothing is merged; adapters.merge does that")
-    modules = {n: ms for n, ms in adapted_modules(model).items() if ms[1].merged}
-    restored: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for name, (module, stack) in modules.items():
-        if stack.replaced is not None:
-            continue
-        try:
-            restored[name] = _restore(module, stack)
-        except AdapterError as error:
-            raise AdapterError(f"adapters.unmerge: {name}: {error}") from error
-    for name, (module, stack) in modules.items():
-        if stack.replaced is not None:
-            own = _own_tensors(module)
-            for key, tensor in stack.replaced.items():
-                own[key].copy_(tensor)
-        else:
-            _write(module, *restored[name])
-        stack.merged, stack.kept, stack.replaced = (), None, None
-    state.merged = ()
-
-
-def _restore(module: nn.Module, stack: AdapterStack) -> tuple[Tensor, Tensor | None]:
-    if stack.kept is not None:
-        return stack.kept
-    W, bias = read_weight(module), module.bias
-    eps = torch.finfo(W.dtype).eps
-    for name in reversed(stack.merged):
-        layer = stack.layers[name]
-        assert isinstance(layer, AdapterLayer)
-        W, bias = layer.restore(W, bias, eps)  # type: ignore[arg-type, assignment]
-    return W, bias  # type: ignore[return-value]
 
 
 def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> nn.Module:
@@ -440,19 +289,19 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
     for each in state.was_trainable:
         if each in parameters:
             parameters[each].requires_grad_(True)
-    delattr(model, _STATE)
+    delattr(model, STATE)
     return model
 
 
 def names(model: nn.Module) -> list[str]:
     """Return the names of the attached adapters, in the order attached."""
-    state: ModelState = getattr(model, _STATE, ModelState())
+    state: ModelState = getattr(model, STATE, ModelState())
     return list(state.configs)
 
 
 def active(model: nn.Module) -> list[str]:
     """Return the names of the adapters that act, the first innermost."""
-    state: ModelState = getattr(model, _STATE, ModelState())
+    state: ModelState = getattr(model, STATE, ModelState())
     return list(state.active)
 
 
@@ -465,6 +314,13 @@ def parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parame
 
     Raises:
         AdapterError: the name is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from householder import adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = adapters.attach(model, adapters.HTAConfig(targets="0"))
+        >>> optimizer = torch.optim.AdamW(adapters.parameters(model).values(), lr=1e-3)
     """
     state = state_of(model)
     if name is not None:
@@ -496,7 +352,7 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     penalties = [
         layer.penalty()
         for _, stack in adapted_modules(model).values()
-        for layer in _acting(stack)
+        for layer in stack.acting()
         if isinstance(layer, HRALayer)
     ]
     if not penalties:
@@ -505,40 +361,3 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
             f"{active(model) or 'none'}; only HRA has this regularisation"
         )
     return torch.stack(penalties).sum()
-
-
-def state_of(model: nn.Module, *, make: bool = False) -> ModelState:
-    """Return what is attached to a model, or with `make` an empty state, not yet the model's.
-
-    Raises:
-        AdapterError: the model has no adapters.
-    """
-    state = getattr(model, _STATE, None)
-    if state is None and not make:
-        raise AdapterError(
-            f"adapters: this {type(model).__name__} has no adapters; adapters.attach gives it one "
-            "(adapters are known to the module they were attached to, not to parts of it)"
-        )
-    return state or ModelState()
-
-
-def config_of(function: str, state: ModelState, name: str) -> AdapterConfig:
-    """Return an adapter's settings.
-
-    Raises:
-        AdapterError: the model has no adapter of that name.
-    """
-    if name not in state.configs:
-        raise AdapterError(
-            f"adapters.{function}: the model has no adapter {name!r}, it has "
-            f"{', '.join(state.configs)}"
-        )
-    return state.configs[name]
-
-
-def _refuse_while_merged(function: str, state: ModelState) -> None:
-    if state.merged:
-        raise AdapterError(
-            f"adapters.{function}: {', '.join(state.merged)} are merged into the weights; "
-            "adapters.unmerge takes them out first"
-        )

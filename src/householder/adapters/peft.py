@@ -21,7 +21,8 @@ from householder.adapters.config import HRAConfig
 from householder.adapters.errors import AdapterError
 from householder.adapters.inject import adapted_modules
 from householder.adapters.layers import AdapterLayer, HRALayer, Replacement
-from householder.adapters.model import detach, install, state_of
+from householder.adapters.model import detach, install
+from householder.adapters.state import state_of
 from householder.adapters.storage import fill, the_name
 from householder.adapters.targets import layer_shape, not_dense, read_weight
 from householder.storage import write_atomically
@@ -133,22 +134,16 @@ def save_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> 
             'adapters.save_peft: needs an HRA adapter with orthogonalize=None or "all", got '
             f"{config}; merge it into the model, or save with adapters.save"
         )
-    tensors: dict[str, Tensor] = {}
-    targets, apart = [], []
-    for module_name, module, layer in _members(model, name):
-        if isinstance(layer, HRALayer):
-            _check_peft_computes_the_same(module_name, module)
-            targets.append(module_name)
-            tensors[f"{PREFIX}{module_name}.hra_u"] = _plain(layer.reflectors.flip(0).mT)
-        elif isinstance(layer, Replacement):
-            apart.append(module_name)
-            for key, value in layer.module.state_dict().items():
-                tensors[f"{PREFIX}{module_name}.{key}"] = _plain(value)
+    layers, apart, tensors = _members(model, name)
+    for module_name, (module, layer) in layers.items():
+        assert isinstance(layer, HRALayer)
+        _check_peft_computes_the_same(module_name, module)
+        tensors[f"{PREFIX}{module_name}.hra_u"] = _plain(layer.reflectors.flip(0).mT)
     settings = {
         "peft_type": "HRA",
         "r": config.num_householder,
         "apply_GS": config.orthogonalize == "all",
-        "target_modules": targets,
+        "target_modules": list(layers),
         "modules_to_save": apart or None,
         "bias": "none",
         "init_weights": True,
@@ -183,30 +178,20 @@ def export_lora(model: nn.Module, folder: str | Path, name: str | None = None) -
             "adapters.export_lora: needs the base model's own weights, but "
             f"{', '.join(state.merged)} are merged into them; adapters.unmerge first"
         )
-    tensors: dict[str, Tensor] = {}
-    apart, targets, rank = [], [], 1
-    for module_name, module, layer in _members(model, name):
-        if isinstance(layer, AdapterLayer):
-            B, A = _low_rank_change(module_name, module, layer)
-            rank = len(A)
-            targets.append(module_name)
-            tensors[f"{PREFIX}{module_name}.lora_A.weight"] = _plain(A)
-            tensors[f"{PREFIX}{module_name}.lora_B.weight"] = _plain(B)
-        elif isinstance(layer, Replacement):
-            apart.append(module_name)
-            for key, value in layer.module.state_dict().items():
-                tensors[f"{PREFIX}{module_name}.{key}"] = _plain(value)
-    transposed = {
-        (shape := layer_shape(model.get_submodule(t))) is not None
-        and shape.layer == "linear_transposed"
-        for t in targets
-    }
+    layers, apart, tensors = _members(model, name)
+    rank, transposed = 1, set()
+    for module_name, (module, layer) in layers.items():
+        B, A = _low_rank_change(module_name, module, layer)
+        rank = len(A)
+        tensors[f"{PREFIX}{module_name}.lora_A.weight"] = _plain(A)
+        tensors[f"{PREFIX}{module_name}.lora_B.weight"] = _plain(B)
+        transposed.add(_is_transposed(module))
     settings = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,  # the scale alpha / r is 1
         "lora_dropout": 0.0,
-        "target_modules": targets,
+        "target_modules": list(layers),
         "modules_to_save": apart or None,
         "fan_in_fan_out": transposed == {True},
         "bias": "none",
@@ -234,17 +219,33 @@ def _low_rank_change(name: str, module: nn.Module, layer: AdapterLayer) -> tuple
     return B, A
 
 
-def _members(model: nn.Module, name: str) -> list[tuple[str, nn.Module, nn.Module]]:
-    return [
-        (module_name, module, stack.layers[name])
-        for module_name, (module, stack) in adapted_modules(model).items()
-        if name in stack.layers
-    ]
+def _members(
+    model: nn.Module, name: str
+) -> tuple[dict[str, tuple[nn.Module, AdapterLayer]], list[str], dict[str, Tensor]]:
+    """Return adapted modules with their layers, the names of those trained whole, their tensors."""
+    layers: dict[str, tuple[nn.Module, AdapterLayer]] = {}
+    apart: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for module_name, (module, stack) in adapted_modules(model).items():
+        if name not in stack.layers:
+            continue
+        layer = stack.layers[name]
+        if isinstance(layer, AdapterLayer):
+            layers[module_name] = module, layer
+        elif isinstance(layer, Replacement):
+            apart.append(module_name)
+            for key, value in layer.module.state_dict().items():
+                tensors[f"{PREFIX}{module_name}.{key}"] = _plain(value)
+    return layers, apart, tensors
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    shape = layer_shape(module)
+    return shape is not None and shape.layer == "linear_transposed"
 
 
 def _check_peft_computes_the_same(name: str, module: nn.Module) -> None:
-    shape = layer_shape(module)
-    if shape is not None and shape.layer == "linear_transposed":
+    if _is_transposed(module):
         raise AdapterError(
             f"adapters.save_peft: {name} is a Conv1D, which peft's HRA does not adapt; "
             "adapters.export_lora makes a LoRA of it"

@@ -25,7 +25,8 @@ from householder.adapters.config import config_from_dict
 from householder.adapters.errors import AdapterError
 from householder.adapters.inject import adapted_modules
 from householder.adapters.layers import Replacement
-from householder.adapters.model import config_of, detach, install, state_of
+from householder.adapters.model import detach, install
+from householder.adapters.state import config_of, state_of
 from householder.adapters.targets import LayerShape, layer_shape
 from householder.storage import write_atomically
 
@@ -177,7 +178,8 @@ def the_name(function: str, model: nn.Module, name: str | None) -> str:
     state = state_of(model)
     if name is None and len(state.configs) != 1:
         raise AdapterError(
-            f"adapters.{function}: `name` must say which of {', '.join(state.configs)}, got None"
+            f"adapters.{function}: `name` must say which of {', '.join(state.configs)}, got None; "
+            "adapters.active tells which of them act"
         )
     name = name or next(iter(state.configs))
     config_of(function, state, name)

@@ -167,7 +167,9 @@ def read_weight(module: nn.Module) -> Tensor:
         AdapterError: the layer has no plain dense weight.
     """
     if reason := not_dense(module):
-        raise AdapterError(f"adapters: needs the layer's weight, but {reason}")
+        raise AdapterError(
+            f"adapters: needs the layer's weight, but {reason}; adapt the model before quantising"
+        )
     weight = module.weight
     assert isinstance(weight, Tensor)
     shape = layer_shape(module)

@@ -245,7 +245,13 @@ def _adapters(
         int, typer.Option("--pretrain-steps", min=1, help="Of the base model.")
     ] = 600,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs per method.")] = 5,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<n>.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="auto, cpu, cuda or cuda:<n>. So small a model is no faster on a GPU.",
+        ),
+    ] = "cpu",
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,

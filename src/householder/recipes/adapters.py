@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -29,38 +28,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from householder.recipes._adapters_data import Images, load_halves, split
+from householder.recipes._adapters_report import NAMES, plot, results_table
 from householder.recipes._vision_transformer import VisionTransformer
 from householder.storage import write_atomically
-from householder.train.adapt.data import ImageFormat, image_classes, read_image
 from householder.train.adapt.methods import Method, make_method
 from householder.train.data import derive_seed, generator_for
 from householder.train.errors import ConfigError, Interrupted, OutputError
 from householder.train.interrupt import StopRequest
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
+__all__ = [
+    "VARIANTS", "Images", "Outcome", "Settings", "Variant", "load_halves", "results_table", "run",
+    "split",
+]  # fmt: skip
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-# VTAB-1k and FGVC means of ViT-B/16 pretrained on ImageNet-21k, from the HTA paper's tables.
-PUBLISHED = {"full": (65.6, 88.5), "hta": (74.7, 90.6), "lora": (72.3, 89.5)}
-PUBLISHED_HTA_WITHOUT_RANK = 72.0
-
-NAMES = {
-    "full": "full fine-tuning",
-    "probe": "linear probe",
-    "hta": "HTA",
-    "hra": "HRA",
-    "two-sided": "two-sided (HOFT)",
-    "lora": "LoRA (peft)",
-}
 
 
 @dataclass(frozen=True)
@@ -154,87 +142,6 @@ class Outcome:
     def spread(self) -> float:
         """Standard deviation over the seeds."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
-
-
-@dataclass(frozen=True)
-class Images:
-    """Labelled images: `[n, C, H, W]` and int64 `[n]`."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __getitem__(self, index: Tensor) -> Images:
-        return Images(self.pixels[index], self.labels[index])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def load_halves(settings: Settings) -> tuple[Images, Images]:
-    """Return the images of the first and of the second half of the classes, labels from 0 in each.
-
-    Raises:
-        ConfigError: scikit-learn is missing, or the folder holds too few images.
-    """
-    images = _digits() if settings.images is None else _folder(settings)
-    classes = int(images.labels.max()) + 1
-    half = classes // 2
-    first, second = images.labels < half, images.labels >= half
-    halves = images[first], Images(images.pixels[second], images.labels[second] - half)
-    needed = 2 * settings.shots + 1
-    for part in halves:
-        fewest = int(part.labels.bincount().min())
-        if fewest < needed:
-            raise ConfigError(
-                f"reproduce adapters: every class must have at least {needed} images (shots = "
-                f"{settings.shots} to train on, as many to choose on, and a rest to test on), one "
-                f"has {fewest}; give more images or fewer --shots"
-            )
-    return halves
-
-
-def _digits() -> Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError(
-            f"reproduce adapters: the digits come with scikit-learn, which cannot be imported "
-            f"({error}); pip install 'householder[adapters]', or give --images"
-        ) from error
-    digits = load_digits()
-    pixels = torch.tensor(digits.images, dtype=torch.float32) / 16
-    return Images(pixels.unsqueeze(1) - 0.5, torch.tensor(digits.target, dtype=torch.int64))
-
-
-def _folder(settings: Settings) -> Images:
-    from householder.train.adapt.data import IMAGES
-
-    assert settings.images is not None
-    folder = Path(settings.images)
-    form = ImageFormat(settings.image_size, 3, (0.5,) * 3, (0.5,) * 3)
-    pixels, labels = [], []
-    for label, name in enumerate(image_classes(folder)):
-        for path in sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGES):
-            pixels.append(read_image(path, form))
-            labels.append(label)
-    if not pixels or max(labels) < 3:
-        raise ConfigError(
-            f"{folder}: must hold at least four classes, two to pretrain on and two to adapt to"
-        )
-    return Images(torch.stack(pixels), torch.tensor(labels))
-
-
-def split(images: Images, shots: int, seed: int) -> tuple[Images, Images, Images]:
-    """Return `shots` images per class to train on, as many to choose on, and the rest."""
-    parts: list[list[Tensor]] = [[], [], []]
-    for label in range(int(images.labels.max()) + 1):
-        mine = (images.labels == label).nonzero().squeeze(-1)
-        order = torch.randperm(len(mine), generator=generator_for(seed, "split", label))
-        mine = mine[order]
-        for part, chosen in zip(parts, mine.tensor_split([shots, 2 * shots]), strict=True):
-            part.append(chosen)
-    train, choose, test = (images[torch.cat(part)] for part in parts)
-    return train, choose, test
 
 
 def fit(
@@ -500,118 +407,3 @@ def _write(settings: Settings, outcomes: Sequence[Outcome], folder: Path) -> Non
     runs = [dataclasses.asdict(outcome) for outcome in outcomes]
     content = {"settings": _plain(settings), "torch": torch.__version__, "runs": runs}
     write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
-
-
-def results_table(outcomes: Sequence[Outcome], settings: Settings) -> Table:
-    """Return the measured table, with the published means of another data set beside it."""
-    from rich.table import Table
-
-    data = "scikit-learn's digits" if settings.images is None else settings.images
-    table = Table(
-        title=f"Adapting to the other half of the classes of {data}, {settings.shots} images each",
-        title_justify="left",
-        caption="Published: ViT-B/16 on VTAB-1k and FGVC, other data and another model.",
-        caption_justify="left",
-    )
-    table.add_column("method")
-    for heading in ("numbers", "accuracy", "±", "ms/step", "KiB/step", "VTAB-1k", "FGVC"):
-        table.add_column(heading, justify="right")
-    for o in outcomes:
-        vtab, fgvc = _published(o.variant)
-        table.add_row(
-            o.variant.name,
-            f"{o.num_parameters:,}",
-            f"{o.mean:.1%}",
-            f"{o.spread:.1%}",
-            f"{1e3 * o.step_seconds:.1f}",
-            f"{o.step_bytes / 1024:,.0f}",
-            *("" if x is None else f"{x:.1f}" for x in (vtab, fgvc)),
-        )
-    return table
-
-
-def _published(variant: Variant) -> tuple[float | None, float | None]:
-    """Return the published means of a method, where its published size is this one's."""
-    if variant == Variant("hta", 0):
-        return PUBLISHED_HTA_WITHOUT_RANK, None
-    if variant == Variant("hta", 1) or variant.kind in ("full", "lora"):
-        # LoRA's rank in that table is not stated: its mean stands beside one of ours.
-        shown = variant.kind != "lora" or variant.size == 4
-        return PUBLISHED[variant.kind] if shown else (None, None)
-    return None, None
-
-
-def plot(outcomes: Sequence[Outcome], settings: Settings) -> bytes:
-    """Draw accuracy against numbers trained, one curve per method, as a PNG file."""
-    buffer = io.BytesIO()
-    figure = accuracy_figure(outcomes, settings)
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def accuracy_figure(outcomes: Sequence[Outcome], settings: Settings) -> Figure:
-    """Draw what `plot` writes, as a matplotlib figure."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    from householder.train.plot import COLORS, FAINT, INK
-
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
-    axes = figure.subplots()
-    kinds = list(dict.fromkeys(o.kind for o in outcomes))
-    for kind, color in zip(kinds, COLORS, strict=False):
-        mine = sorted((o for o in outcomes if o.kind == kind), key=lambda o: o.num_parameters)
-        xs = [max(1, o.num_parameters - o.head_parameters) for o in mine]
-        ys, spreads = [o.mean for o in mine], [o.spread for o in mine]
-        if kind == "probe":  # no numbers but the head's: a level, not a point
-            axes.axhline(ys[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)))
-            axes.annotate(
-                NAMES[kind],
-                (0.01, ys[0]),
-                (0, -11),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=9,
-                color=color,
-            )
-            continue
-        axes.errorbar(
-            xs,
-            ys,
-            yerr=spreads,
-            color=color,
-            marker="o",
-            markersize=5,
-            capsize=2,
-            linewidth=1.8,
-            elinewidth=0.8,
-            label=NAMES[kind],
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("numbers trained beside the new head", color=INK)
-    axes.set_ylabel("accuracy on held-out images", color=INK)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9, color=FAINT)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
-    data = "scikit-learn's digits" if settings.images is None else Path(settings.images).name
-    axes.set_title(
-        f"Adapting a small ViT to the other half of {data}",
-        loc="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-        pad=24,
-    )
-    axes.text(
-        0,
-        1.035,
-        f"{settings.shots} images per class, {settings.steps} steps, mean and standard deviation "
-        f"of {settings.seeds} seeds",
-        transform=axes.transAxes,
-        fontsize=9,
-        color=FAINT,
-    )
-    return figure

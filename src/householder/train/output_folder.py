@@ -61,13 +61,10 @@ class OutputFolder:
         try:
             if resume:
                 check_same()
-            elif self._held() and not overwrite:
-                raise OutputError(
-                    f"{self.path}: the output folder is occupied; continue with --resume, replace "
-                    "it with --overwrite, or choose another with --out"
-                )
-            elif self._held():
+            elif overwrite and self._is_occupied():
                 self._delete()
+            else:
+                self.require_free()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG_FILE, self.header + to_toml(settings))
         except OSError as error:
@@ -75,6 +72,18 @@ class OutputFolder:
                 f"{self.path}: cannot write the output folder: {error.strerror}; choose another "
                 "with --out"
             ) from error
+
+    def require_free(self) -> None:
+        """Raise OutputError if the folder holds anything, or is none."""
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(
+                f"{self.path}: must be a folder, is a file; choose another with --out"
+            )
+        if self._is_occupied():
+            raise OutputError(
+                f"{self.path}: the output folder is occupied; continue with --resume, replace "
+                "it with --overwrite, or choose another with --out"
+            )
 
     def require_config(self) -> Path:
         """Return the path of the config file.
@@ -96,6 +105,11 @@ class OutputFolder:
                 f"{self.path}: what it holds does not fit the requested settings: "
                 f"{describe_differences(different)}; drop these settings or use another folder"
             )
+
+    def _is_occupied(self) -> bool:
+        # The settings alone are what a run leaves that failed before it had anything to keep.
+        names = [path.name for path in self._held()]
+        return bool(names) and not (names == [CONFIG_FILE] and self.holds_run())
 
     def _held(self) -> list[Path]:
         # Names with a leading dot are what a kill leaves of a file being written.

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl, runs_triton
+from householder.ops._dispatch import apply, check_impl, is_plain_call, runs_triton
 from householder.ops.householder_product import reference
 from householder.ops.householder_product.op import (
     CompiledHouseholderProduct,
     HouseholderProductFunction,
+    householder_product_alone_op,
     reverse,
     why_no_kernels,
 )
@@ -84,9 +85,7 @@ def householder_product(
     _check_tensors(op, {"x": x, "reflectors": reflectors, "beta": beta})
     _check_shapes(op, x, reflectors, beta)
     # A β that follows from the reflectors has no width of its own.
-    dtype = result_dtype(
-        x, reflectors, x.new_empty(0, dtype=torch.float32) if beta is None else beta
-    )
+    dtype = result_dtype(x, reflectors, reflectors if beta is None else beta)
     x, reflectors, beta, shape, order = _canonical(x.to(dtype), reflectors, beta)
     if reflectors.shape[1] == 0 or x.numel() == 0:
         y = x.clone()
@@ -203,6 +202,8 @@ def _run(
         if x is not None:
             reflectors = reflectors.to(x.dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if not save and is_plain_call():
+        return householder_product_alone_op(x, reflectors, beta, rows, transpose, form)
     arguments = (x, reflectors, beta, rows, transpose, save, form)
     if torch.compiler.is_compiling():
         return CompiledHouseholderProduct.apply(*arguments)[0]

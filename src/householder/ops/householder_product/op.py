@@ -41,11 +41,20 @@ def _forward(
     form: str,
 ) -> tuple[Tensor, ...]:
     if form == "triton":
-        return _triton().forward(reflectors, beta, x, rows, transpose, save)
+        y, *saved = _triton().forward(reflectors, beta, x, rows, transpose, save)
+        return y, *(saved if save else (y.new_empty(0) for _ in range(NUM_SAVED)))
     y = _chunk_forward(x, reflectors, beta, rows, transpose).contiguous()
     # An op must not return its input.
     y = y.clone() if x is not None and y.data_ptr() == x.data_ptr() else y
     return y, *(y.new_empty(0) for _ in range(NUM_SAVED))
+
+
+def _forward_alone(
+    x: Tensor | None, reflectors: Tensor, beta: Tensor | None, rows: int, transpose: bool, form: str
+) -> Tensor:
+    if form == "triton":
+        return _triton().forward(reflectors, beta, x, rows, transpose, False)[0]
+    return _forward(x, reflectors, beta, rows, transpose, False, form)[0]
 
 
 def _backward(
@@ -124,6 +133,12 @@ def _forward_fake(
     return y, *(y.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 
+def _forward_alone_fake(
+    x: Tensor | None, reflectors: Tensor, beta: Tensor | None, rows: int, transpose: bool, form: str
+) -> Tensor:
+    return _forward_fake(x, reflectors, beta, rows, transpose, False, form)[0]
+
+
 def _backward_fake(
     dy: Tensor, x: Tensor | None, reflectors: Tensor, beta: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
@@ -141,6 +156,15 @@ FORWARD = register(
     cpu=_forward,
     cuda=_forward,
 )
+# Where no gradient is wanted: empty tensors in place of what is saved take the host as long as a
+# launch.
+ALONE = register(
+    "householder_product_alone",
+    f"({_INPUTS}, int rows, bool transpose, str form) -> Tensor",
+    fake=_forward_alone_fake,
+    cpu=_forward_alone,
+    cuda=_forward_alone,
+)
 BACKWARD = register(
     "householder_product_backward",
     f"(Tensor dy, {_INPUTS}, bool transpose, {_SAVED}, str form) -> (Tensor, Tensor, Tensor)",
@@ -149,6 +173,7 @@ BACKWARD = register(
     cuda=_backward,
 )
 householder_product_op = torch.ops.householder.householder_product.default
+householder_product_alone_op = torch.ops.householder.householder_product_alone.default
 householder_product_backward_op = torch.ops.householder.householder_product_backward.default
 
 

@@ -62,6 +62,11 @@ def load_base(config: AdaptConfig) -> Base:
         if config.model.startswith(TIMM) or _is_timm_folder(Path(config.model)):
             return _timm_base(config, data, classes)
         return _image_base(config, data, classes)
+    if data.is_file() and config.model.startswith(TIMM):
+        raise ConfigError(
+            f"{config.model} takes images, and {data} is a file; --data must be a folder with one "
+            "folder of images per class, or --model a language model of transformers"
+        )
     if not data.is_file():
         raise ConfigError(
             f"{data}: there is no such folder or file; --data takes a folder with one folder of "
@@ -100,7 +105,8 @@ def _timm_base(config: AdaptConfig, data: Path, classes: int) -> Base:
         model = timm.create_model(name, pretrained=config.pretrained, num_classes=classes)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"timm cannot make {name!r}: {_first_line(error)}; timm.list_models() names the models"
+            f"timm cannot make {name!r}: {_first_line(error)}; timm.list_models() names the "
+            "models, --no-pretrained needs no download"
         ) from error
     settings = timm.data.resolve_model_data_config(model)
     channels, size, _ = settings["input_size"]
@@ -121,6 +127,7 @@ def _image_base(config: AdaptConfig, data: Path, classes: int) -> Base:
         settings = _settings(transformers, config, num_labels=classes)
         model = _make(
             transformers.AutoModelForImageClassification,
+            "a folder of images needs a model that classifies images",
             config,
             settings,
             ignore_mismatched_sizes=True,  # the classifier is a new one
@@ -139,7 +146,8 @@ def _image_base(config: AdaptConfig, data: Path, classes: int) -> Base:
     )
 
     def save(model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        with _quiet(transformers):
+            model.save_pretrained(str(folder))  # type: ignore[operator]
         if processing:
             text = json.dumps(processing, indent=2)
             (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
@@ -152,7 +160,12 @@ def _text_base(config: AdaptConfig, data: Path) -> Base:
     transformers = _package("transformers", "pip install 'householder[adapters]'")
     with _quiet(transformers):
         settings = _settings(transformers, config)
-        model = _make(transformers.AutoModelForCausalLM, config, settings)
+        model = _make(
+            transformers.AutoModelForCausalLM,
+            "a text file needs a causal language model",
+            config,
+            settings,
+        )
     tokenizer = None
     if config.tokenizer == "auto":
         try:
@@ -171,7 +184,8 @@ def _text_base(config: AdaptConfig, data: Path) -> Base:
         )
 
     def save(model: nn.Module, folder: Path) -> None:
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        with _quiet(transformers):
+            model.save_pretrained(str(folder))  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
 
@@ -189,12 +203,18 @@ def _settings(transformers: Any, config: AdaptConfig, **options: Any) -> Any:
         ) from error
 
 
-def _make(kind: Any, config: AdaptConfig, settings: Any, **options: Any) -> nn.Module:
+def _make(kind: Any, needed: str, config: AdaptConfig, settings: Any, **options: Any) -> nn.Module:
+    """Make a model of one of transformers' kinds; `needed` says why that kind."""
     try:
         if not config.pretrained:
             return kind.from_config(settings)
         return kind.from_pretrained(config.model, config=settings, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ConfigError(
+                f"{config.model}: {needed}, and transformers has none of type "
+                f"{settings.model_type!r}; give another --model or other --data"
+            ) from error
         raise ConfigError(
             f"transformers cannot load {config.model!r}: {_first_line(error)}; --no-pretrained "
             "starts without trained weights"
@@ -241,4 +261,6 @@ def _package(name: str, remedy: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return an error's first line without the stop at its end, for a sentence that goes on."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:;")

@@ -80,7 +80,12 @@ class AdaptConfig(Settings):
     batch_size: int = setting(32, "Images or texts per step.", section="Optimizer", at_least=1)
     lr: float = setting(1e-3, "Peak learning rate of AdamW.", section="Optimizer", above=0)
     weight_decay: float = setting(1e-4, "AdamW's weight decay.", section="Optimizer", at_least=0)
-    warmup: int = setting(50, "Steps of linear warm-up.", section="Optimizer", at_least=0)
+    warmup: int | None = setting(
+        None,
+        "Steps of linear warm-up; default: a tenth of the steps, at most 50.",
+        section="Optimizer",
+        at_least=0,
+    )
     schedule: str = setting(
         "cosine", "After the warm-up.", section="Optimizer", choices=("cosine", "constant")
     )
@@ -109,6 +114,8 @@ class AdaptConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", min(50, self.steps // 10))
         for name, example in (("model", "timm:vit_base_patch16_224"), ("data", "a folder")):
             if getattr(self, name) is None:
                 raise ConfigError(f"--{name} must be given, for example {example}")

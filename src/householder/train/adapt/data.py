@@ -150,7 +150,8 @@ def read_image(path: Path, form: ImageFormat) -> Tensor:
 
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if form.channels == 1 else "RGB")
+            # Cameras store how they were held, and not the pixels turned.
+            image = ImageOps.exif_transpose(file).convert("L" if form.channels == 1 else "RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"{path}: cannot be read as an image: {error}") from error
     image = ImageOps.fit(image, (form.size, form.size), Image.Resampling.BICUBIC)

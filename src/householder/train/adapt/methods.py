@@ -5,6 +5,7 @@ LoRA is peft's own, for comparison.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,10 @@ class LoRAMethod(Method):
             target_modules="|".join(name.replace(".", r"\.") for name in targets),
             modules_to_save=None if head is None else [head],
         )
-        self.model = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that transformers has since renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            self.model = peft.get_peft_model(model, config)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder))  # type: ignore[operator]

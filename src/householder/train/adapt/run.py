@@ -129,6 +129,8 @@ def run_adapt(
     """
     device = resolve_device(config.device)
     observer, stop = observer or AdaptObserver(), stop or StopRequest()
+    if not resume and not overwrite:
+        _output(folder).require_free()  # sooner than a large model takes to load
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(config.seed, "model"))
         observer.said(f"loading {config.model}")
@@ -247,7 +249,8 @@ class _Run:
             if needed is None or given is None or needed.shape != given.shape:
                 sizes = ("absent" if t is None else str(list(t.shape)) for t in (needed, given))
                 raise CheckpointError(
-                    "{}: does not fit the model: {} must be {}, is {}".format(path, name, *sizes)
+                    "{}: does not fit the model: {} must be {}, is {}; start again with "
+                    "--overwrite".format(path, name, *sizes)
                 )
         with torch.no_grad():
             for name, parameter in self.trainable.items():

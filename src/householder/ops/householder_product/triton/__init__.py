@@ -57,7 +57,7 @@ def forward(
         save: keep what `backward` needs.
 
     Returns:
-        y `[G, M, D]` and what is saved, each as in `saved_shapes`, or empty.
+        y `[G, M, D]` and, if asked for, what is saved, each as in `saved_shapes`.
     """
     k = addressable(k)
     if x is not None and is_fused(True, k.shape[1]):
@@ -71,8 +71,7 @@ def forward(
             k, beta = _reverse(k, beta)
         triangles = prepare(k, beta, torch.float32)
         y, p = _apply_blocks(x, k, triangles.left, M)
-    saved = (p, *triangles)
-    return (y, *(saved if save else (t.new_empty(0) for t in saved)))
+    return (y, p, *triangles) if save else (y,)
 
 
 def _reverse(k: Tensor, beta: Tensor | None) -> tuple[Tensor, Tensor | None]:

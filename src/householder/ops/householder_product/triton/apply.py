@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from householder.ops._dispatch import contiguous_like
-from householder.ops._triton import cast_operand, dot, dot_add, operand_dtype
+from householder.ops._triton import cast_operand, dot, operand_dtype
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
 from householder.ops.householder_product.triton.launch import launch
+from householder.ops.householder_product.triton.tiles import multiply_add
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def inner_kernel(
         b_x = tl.load(p_x + o_d[None, :], mask=m_m & (o_d < D)[None, :], other=0.0)
         b_k = tl.load(p_k + o_d[:, None], mask=m_r & (o_d < D)[:, None], other=0.0)
         b_x, b_k = cast_operand(b_x, PRECISION), cast_operand(b_k, PRECISION)
-        total = dot_add(b_x, b_k, total, PRECISION)
+        total = multiply_add(b_x, b_k, total, PRECISION)
     if GRAM:  # noqa: SIM102 (one is known at compile time)
         if i_m >= num_m:
             p_gram = gram + (i_g * R + o_m[:, None]) * R + o_r[None, :]
@@ -145,7 +146,7 @@ def sum_outer(
         )
         b_r = tl.load(r + o_m[:, None] * N + o_r[None, :], mask=m_m & m_r[None, :], other=0.0)
         b_x, b_r = cast_operand(b_x, PRECISION), cast_operand(b_r, PRECISION)
-        total = dot_add(tl.trans(b_x), b_r, total, PRECISION)
+        total = multiply_add(tl.trans(b_x), b_r, total, PRECISION)
     return total
 
 

@@ -160,7 +160,7 @@ def reflector_gradients(
     R, blocks = config.block_size(N), config.num_blocks(N)
     tile = config.tile_size(R)
     parts = cross(a, k) if parts is None else parts
-    h, symmetric = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
+    h, symmetric = torch.empty_like(triangles.inverse), torch.empty_like(triangles.inverse)
     dbeta = None if beta is None else contiguous_like(beta)
     dk = contiguous_like(k)
     launch(

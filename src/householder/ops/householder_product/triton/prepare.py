@@ -232,8 +232,9 @@ def prepare(
     G, N, D = k.shape
     R, blocks = config.block_size(N), config.num_blocks(N)
     parts = cross(k.unsqueeze(0), k) if parts is None else parts
-    left, right = torch.empty(2, G, N, D, dtype=dtype, device=k.device)
-    inverse, gram = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
+    # Two at a time would be taken apart again, which costs the host more than another.
+    left, right = (k.new_empty(G, N, D, dtype=dtype) for _ in range(2))
+    inverse, gram = (k.new_empty(G, blocks, R, R, dtype=torch.float32) for _ in range(2))
     used = torch.empty(G, blocks, R, dtype=torch.float32, device=k.device)
     beta_g = 0 if beta is None else beta.stride(0)
     sizes = {"BLOCKS": blocks, "R": R, "SPLITS": parts.shape[2], "GIVEN": beta is not None}

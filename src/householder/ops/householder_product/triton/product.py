@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import cast_operand, dot_add
+from householder.ops._triton import cast_operand
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.config import cdiv
 from householder.ops.householder_product.triton.launch import launch
+from householder.ops.householder_product.triton.tiles import multiply_add
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def product_kernel(
         b_a = tl.load(p_a + o_k[None, :] * a_k, mask=(o_m < M)[:, None] & m_k[None, :], other=0.0)
         b_b = tl.load(p_b + o_k[:, None] * b_k, mask=m_k[:, None] & (o_n < N)[None, :], other=0.0)
         b_a, b_b = cast_operand(b_a, "tf32x3"), cast_operand(b_b, "tf32x3")
-        total = dot_add(b_a, b_b, total, "tf32x3")
+        total = multiply_add(b_a, b_b, total, "tf32x3")
     if MINUS:
         total = -total
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]

@@ -206,9 +206,10 @@ def wide_triangles(k: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
         wide_cross_kernel, (G * blocks * lower, splits), kt, parts,
         **sizes, COLUMNS=columns, **small,
     )  # fmt: skip
-    exact_gram, exact = torch.empty(2, G, blocks, R, R, dtype=torch.float64, device=k.device)
+    # Two at a time would be taken apart again, which costs the host more than another.
+    exact_gram, exact = (parts.new_empty(G, blocks, R, R) for _ in range(2))
     exact_beta = torch.empty(G, blocks, R, dtype=torch.float64, device=k.device)
-    inverse, gram = torch.empty(2, G, blocks, R, R, dtype=torch.float32, device=k.device)
+    inverse, gram = (k.new_empty(G, blocks, R, R) for _ in range(2))
     used = torch.empty(G, blocks, R, dtype=torch.float32, device=k.device)
     launch(
         wide_triangle_kernel, (G * blocks,),
@@ -216,7 +217,7 @@ def wide_triangles(k: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
         N=N, beta_g=0 if beta is None else beta.stride(0),
         BLOCKS=blocks, R=R, SPLITS=splits, GIVEN=beta is not None, **small,
     )  # fmt: skip
-    left, right = torch.empty(2, G, N, D, dtype=torch.float32, device=k.device)
+    left, right = k.new_empty(G, N, D), k.new_empty(G, N, D)
     launch(
         wide_expand_kernel, (G * blocks * (R // tile), cdiv(D, 64)),
         k, exact, exact_beta, left, right,
