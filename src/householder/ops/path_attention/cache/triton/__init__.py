@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from householder.ops._triton import dot_precision, on_its_device, power_of_two
-from householder.ops.path_attention.cache.store import Held
+from householder.ops.path_attention.cache.records import BLOCK, Held, Options, Tokens
 from householder.ops.path_attention.cache.triton.step import finish_kernel, step_kernel
 
 # Whether the second kernel starts while the first one ends, and whether programs that wait for
@@ -43,8 +43,6 @@ ENTER_WARPS = 4
 FETCHED = 25 << 20
 # Programs of `attend` that an H200 holds at a time with all the registers they ask for.
 FILLED = 396
-# Keys of the smallest block, as in the store.
-BLOCK = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -72,41 +70,29 @@ def value_precision(x: Tensor) -> str:
 
 @on_its_device
 def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    scale: float,
-    sinks: Tensor | None,
-    window: int | None,
-    held: Held,
     counts: Tensor,
+    tokens: Tokens,
+    options: Options,
+    held: Held,
     new: Tensor | None,
     num_tokens: int,
 ) -> Tensor:
     """Append N tokens to each row of a batch, or fewer, and return what they see.
 
     Args:
-        q: `[B, N, HQ, K]`.
-        k: `[B, N, H, K]`.
-        v: `[B, N, H, V]`.
-        w: `[B, N, H, K]`.
-        beta: `[B, N, H]`.
-        g: `[B, N, HQ]` or None.
-        scale: factor on the inner products.
-        sinks: `[HQ]` or None.
-        window: how many tokens a query sees, or None.
-        held: the store's tensors, contiguous, with room for N more tokens.
         counts: int32 `[2, B]`: tokens in blocks and tokens after them; the second is counted up.
+        tokens: q `[B, N, HQ, K]`, k and w `[B, N, H, K]`, v `[B, N, H, V]`, beta `[B, N, H]`, and g
+            `[B, N, HQ]` or None.
+        options: how they attend.
+        held: the store's tensors, contiguous, with room for N more tokens.
         new: int32 `[B]`: how many of the N tokens a row gets; all if None.
         num_tokens: no row has more tokens in blocks.
 
     Returns:
         o `[B, N, HQ, V]` in v's dtype, zero where there is no token.
     """
-    q, k, v, w = (with_vectors(x) for x in (q, k, v, w))
+    q, k, v, w = (with_vectors(x) for x in tokens[:4])
+    beta, g, (scale, sinks, window) = tokens.beta, tokens.g, options
     B, N, HQ, K = q.shape
     H, V = k.shape[2], v.shape[3]
     G = HQ // H
@@ -156,7 +142,7 @@ def decode(
         *((0, 0, 0) if g is None else g.stride()),
         scale * LOG2_E, 0 if window is None else window, fetched,
     )  # fmt: skip
-    options: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "B": B, "H": H, "N": N, "num_queries": num_queries, "num_parts": num_parts, "room": room,
         "recent_room": recent_room, "triangle_room": triangle_room,
         "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BG": BG, "KC": columns, "SPAN": SPAN,
@@ -175,20 +161,20 @@ def decode(
         turns = -(-B * H // ahead)
         programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
         step_kernel[(programs,)](
-            *arguments, ahead, **options, ENTERS=True, ATTENDS=True, num_warps=warps,
+            *arguments, ahead, **numbers, ENTERS=True, ATTENDS=True, num_warps=warps,
             maxnreg=registers if single or not registers else FEW_REGISTERS,
         )  # fmt: skip
     else:
         step_kernel[(B * H * num_entering,)](
             *arguments,
             B * H,
-            **options,
+            **numbers,
             ENTERS=True,
             ATTENDS=False,
             num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
         )
         step_kernel[(B * H * chunks * num_parts,)](
-            *arguments, B * H, **options, ENTERS=False, ATTENDS=True, num_warps=warps,
+            *arguments, B * H, **numbers, ENTERS=False, ATTENDS=True, num_warps=warps,
             maxnreg=registers, **early,
         )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
