@@ -37,6 +37,37 @@ def count_ones(x):
 
 
 @triton.jit
+def count_newer(blocks, i_block):
+    """Return how many blocks are newer than the one that has the `i_block`-th 64 tokens."""
+    # As many as there are ones behind the first binary digit in which the numbers differ.
+    behind = blocks ^ i_block
+    for shift in tl.static_range(5):
+        behind |= behind >> (1 << shift)
+    return count_ones(blocks & (behind >> 1))
+
+
+@triton.jit
+def find_part(i_part, old, SPAN: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first token and the size of a part of the keys, 0 if there is none.
+
+    Part 0 are the recent tokens, new ones included; then come spans of SPAN tokens, each inside one
+    block; then, LEVELS at most, the blocks smaller than a span.
+    """
+    spans, blocks = old // SPAN, old // BLOCK
+    first, size = (i_part - 1) * SPAN, SPAN
+    if i_part > spans:
+        rank = 0
+        size = 0
+        for bit in tl.static_range(LEVELS - 1, -1, -1):
+            is_one = (blocks >> bit) & 1
+            if (is_one == 1) & (rank == i_part - 1 - spans):
+                size = BLOCK << bit
+                first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
+            rank += is_one
+    return first, size
+
+
+@triton.jit
 def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
     """Add a tile of keys to a softmax: its largest logit, its sum and its weighted values."""
     new_top = tl.maximum(top, tl.max(logits, 1))

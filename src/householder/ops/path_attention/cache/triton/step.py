@@ -9,7 +9,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from householder.ops.path_attention.cache.triton.attend import (
     attend_recent,
     attend_span,
+    count_newer,
     count_ones,
+    find_part,
 )
 from householder.ops.path_attention.cache.triton.enter import (
     as_held,
@@ -173,20 +175,7 @@ def step_kernel(
             arrive(p_ready + 1)
         return
     if ATTENDS:
-        # The part's first token and size. Part 0 are the recent tokens, new ones included; then
-        # come spans of SPAN tokens, each inside one block; then, LEVELS at most, the blocks smaller
-        # than a span. The block is found where bits of numbers of blocks differ.
-        spans = old // SPAN
-        first, size = (i_part - 1) * SPAN, SPAN
-        if i_part > spans:
-            rank = 0
-            size = 0
-            for bit in tl.static_range(LEVELS - 1, -1, -1):
-                is_one = (blocks >> bit) & 1
-                if (is_one == 1) & (rank == i_part - 1 - spans):
-                    size = BLOCK << bit
-                    first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
-                rank += is_one
+        first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
         if size == 0:
             return
         o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
@@ -219,12 +208,7 @@ def step_kernel(
                 bytes_of: tl.constexpr = p_keys.dtype.element_ty.primitive_bitwidth // 8
                 fetch_to_l2(p_keys, tl.minimum(size * K * bytes_of, fetched), 1 << 16)
                 fetch_to_l2(p_values, tl.minimum(size * V * bytes_of, fetched), 1 << 16)
-            # As many blocks are newer as there are ones behind the first binary digit in which its
-            # number differs from the number of blocks.
-            behind = blocks ^ (first // BLOCK)
-            for shift in tl.static_range(5):
-                behind |= behind >> (1 << shift)
-            i_path = count_ones(blocks & (behind >> 1))
+            i_path = count_newer(blocks, first // BLOCK)
             top, total, o = attend_span(
                 top, total, o, p_keys, p_values,
                 p_block_decay + head * G * room + first if GATED else None,
