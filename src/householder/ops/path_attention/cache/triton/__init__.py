@@ -31,18 +31,16 @@ AHEAD = 64
 # several do; columns of a path; recent tokens, and others, that are attended to at a time; and the
 # registers of a program where more come than fit, of those for one token and for several.
 ONE_BC, FEW_BC = 64, 32
-PATH_COLUMNS = 64
-RECENT_TILE = 32
-TILE, STAGES, WARPS = 32, 3, 4
-REGISTERS, FEW_REGISTERS = 128, 168
+ONE_COLUMNS, FEW_COLUMNS = 32, 64
+RECENT_TILE = 64
+TILE, STAGES, WARPS = 64, 3, 4
+REGISTERS = 168
 FINISH_WARPS = 1
-FUSED = False
+ONE_FUSED, FEW_FUSED = True, False
 ENTER_WARPS = 4
 # Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
 # programs that can wait at a time.
 FETCHED = 25 << 20
-# Programs of `attend` that an H200 holds at a time with all the registers they ask for.
-FILLED = 396
 LOG2_E = 1.4426950408889634
 
 
@@ -110,12 +108,11 @@ def decode(
     wide = max(BK, BV) > 128
     BG = power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
-    # Whether programs wait for others to end: then more of them have to fit a multiprocessor.
-    many = B * H * chunks * num_parts > FILLED
     fetched = FETCHED // (2 * B * H * chunks * num_parts)
 
     single = N == 1 and MAX_SUMMED >= G
-    columns = PATH_COLUMNS // 2 if wide else PATH_COLUMNS
+    columns = ONE_COLUMNS if single else FEW_COLUMNS
+    columns = columns // 2 if wide else columns
     columns, recents = min(columns, BK), ONE_BC if single else FEW_BC
     slices = BK // columns
     num_entering = 2 + (slices if single else -(-N * G // 16))
@@ -155,23 +152,19 @@ def decode(
     }  # fmt: skip
     warps = 2 * WARPS if wide else WARPS
     early = {"launch_pdl": True} if overlap else {}
-    registers = REGISTERS if many and BG == 16 and half else None
-    if single or FUSED:
+    registers = REGISTERS if BG == 16 and half and not wide else None
+    if ONE_FUSED if single else FEW_FUSED:
         ahead = min(AHEAD, B * H)
         turns = -(-B * H // ahead)
         programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
         step_kernel[(programs,)](
             *arguments, ahead, **numbers, ENTERS=True, ATTENDS=True, num_warps=warps,
-            maxnreg=registers if single or not registers else FEW_REGISTERS,
+            maxnreg=registers,
         )  # fmt: skip
     else:
+        enter_warps = 2 * ENTER_WARPS if wide else ENTER_WARPS
         step_kernel[(B * H * num_entering,)](
-            *arguments,
-            B * H,
-            **numbers,
-            ENTERS=True,
-            ATTENDS=False,
-            num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+            *arguments, B * H, **numbers, ENTERS=True, ATTENDS=False, num_warps=enter_warps
         )
         step_kernel[(B * H * chunks * num_parts,)](
             *arguments, B * H, **numbers, ENTERS=False, ATTENDS=True, num_warps=warps,

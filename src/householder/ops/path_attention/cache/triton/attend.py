@@ -81,6 +81,20 @@ def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_along(p_along, o_l, m_g, r):
+    """Load what queries have along recent reflectors, zero from the `r`-th on."""
+    return tl.load(p_along + o_l[None, :], mask=m_g[:, None] & (o_l < r)[None, :], other=0.0)
+
+
+@triton.jit
+def load_later(p_ty, o_l, o_j, r, triangle_room):
+    """Load a tile of T Y in float32, below the diagonal and above row `r`."""
+    mask = (o_l < r)[:, None] & (o_j[None, :] < o_l[:, None])
+    ty = tl.load(p_ty + o_l[:, None] * triangle_room + o_j[None, :], mask=mask, other=0.0)
+    return ty.to(tl.float32)
+
+
+@triton.jit
 def attend_recent(
     top, total, o, p_keys, p_values, p_ty, p_query, p_along, p_wk, p_decays, window,
     o_g, i_n, m_g, n, r, triangle_room,
@@ -97,29 +111,27 @@ def attend_recent(
     m_gn = m_g[:, None] & (o_n[None, :] <= i_n[:, None]) & (o_n < n)[None, :]
     along_new = tl.load(p_along + r + o_n[None, :], mask=m_gn, other=0.0)
     for start in range(0, r + n, BC):
+        # All loads first: what follows waits for them once.
         o_j = start + o_c
         m_j = o_j < r + n
         keys = tl.load(
             p_keys + o_j[:, None] * K + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0
         )
-        values = tl.load(
-            p_values + o_j[:, None] * V + o_v[None, :], mask=m_j[:, None] & m_v[None, :], other=0.0
-        )
-        # What the reflectors behind a key take from it, those of new tokens first.
         wk = tl.load(
             p_wk + o_n[:, None] * triangle_room + o_j[None, :],
             mask=(o_n < n)[:, None] & (o_j[None, :] < r + o_n[:, None]), other=0.0,
         )  # fmt: skip
-        taken = dot_whole(along_new, wk, HALF)
-        for later in range(start, r, BC):
+        along = load_along(p_along, o_j, m_g, r)
+        ty = load_later(p_ty, o_j, o_j, r, triangle_room)
+        values = tl.load(
+            p_values + o_j[:, None] * V + o_v[None, :], mask=m_j[:, None] & m_v[None, :], other=0.0
+        )
+        # What the reflectors behind a key take from it, those of new tokens first.
+        taken = dot_whole(along_new, wk, HALF) + dot_whole(along, ty, HALF)
+        for later in range(start + BC, r, BC):
             o_l = later + o_c
-            m_gl = m_g[:, None] & (o_l < r)[None, :]
-            along = tl.load(p_along + o_l[None, :], mask=m_gl, other=0.0)
-            ty = tl.load(
-                p_ty + o_l[:, None] * triangle_room + o_j[None, :],
-                mask=(o_l < r)[:, None] & (o_j[None, :] < o_l[:, None]), other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            taken += dot_whole(along, ty, HALF)
+            more = load_later(p_ty, o_l, o_j, r, triangle_room)
+            taken += dot_whole(load_along(p_along, o_l, m_g, r), more, HALF)
         logits = dot_query(high, low, keys, -taken, HALF)
         after = r + i_n[:, None] - o_j[None, :]
         if GATED:

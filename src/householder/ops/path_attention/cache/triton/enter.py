@@ -7,6 +7,7 @@ import triton.language as tl
 
 from householder.ops._triton import beside_diagonal
 from householder.ops.path_attention.cache.triton.products import dot_path, dot_whole
+from householder.ops.path_attention.cache.triton.signals import arrive
 
 
 @triton.jit
@@ -14,6 +15,13 @@ def load_rows(pointer, first, o_r, stop, o_d, D: tl.constexpr):
     """Load rows `first + o_r` of `[·, D]` in float32, zero from row `stop` of `o_r` on."""
     rows = (first + o_r)[:, None] * D + o_d[None, :]
     x = tl.load(pointer + rows, mask=(o_r < stop)[:, None] & (o_d < D)[None, :], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_first(pointer, o_r, o_d, D: tl.constexpr):
+    """Load the first rows of `[·, D]` in float32, whether there are tokens in them or not."""
+    x = tl.load(pointer + o_r[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
     return x.to(tl.float32)
 
 
@@ -93,7 +101,7 @@ def load_scale(p_scales, row, o_c, K: tl.constexpr):
 
 @triton.jit
 def query_of_one(
-    q, w, beta, p_ws, p_tw, p_along, r, o_k, is_first, K: tl.constexpr, BC: tl.constexpr
+    q, w, beta, ws, tw, p_ws, p_tw, p_along, r, o_k, is_first, K: tl.constexpr, BC: tl.constexpr
 ):
     """Bring a query from behind the new token to the end of the newest block.
 
@@ -105,21 +113,24 @@ def query_of_one(
     if is_first:
         tl.store(p_along + r, along_new)
     x = q - along_new * w
-    turned = x
-    for start in range(0, r, BC):
-        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        along = tl.sum(ws * x[None, :], 1)
+    along = tl.sum(ws * x[None, :], 1)
+    if is_first:
+        tl.store(p_along + o_c, along, mask=o_c < r)
+    turned = x - tl.sum(tw * along[:, None], 0)
+    for start in range(BC, r, BC):
+        more_ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        more_tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        along = tl.sum(more_ws * x[None, :], 1)
         if is_first:
             tl.store(p_along + start + o_c, along, mask=start + o_c < r)
-        turned -= tl.sum(tw * along[:, None], 0)
+        turned -= tl.sum(more_tw * along[:, None], 0)
     return turned
 
 
 @triton.jit
 def queries_of_one(
-    p_q, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-    i_slice, scale, head, heads, num_queries, r, num_paths, triangle_room,
+    p_q, s_qh, w, beta, ws, tw, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+    p_turned_count, i_slice, scale, head, heads, num_queries, r, num_paths, triangle_room,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -135,13 +146,18 @@ def queries_of_one(
     p_along += head * G * triangle_room
     # Every program has a place of its own for them; that of the first one is what others read.
     p_turned = p_queries + tl.where(i_slice == 0, 1, num_queries - i_slice) * G * K
+    is_recent = (tl.arange(0, BC) < r)[:, None]
+    ws, tw = tl.where(is_recent, ws, 0.0), tl.where(is_recent, tw, 0.0)
     for i_g in range(G):
         q = tl.load(p_q + i_g * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
         if i_slice == 0:
             tl.store(p_queries + i_g * K + o_k, q, mask=m_k)
         p_row = p_along + i_g * triangle_room
-        turned = query_of_one(q, w, beta, p_ws, p_tw, p_row, r, o_k, i_slice == 0, K, BC)
+        turned = query_of_one(q, w, beta, ws, tw, p_ws, p_tw, p_row, r, o_k, i_slice == 0, K, BC)
         tl.store(p_turned + i_g * K + o_k, turned, mask=m_k)
+    if i_slice == 0:
+        arrive(p_turned_count)
+    # They are read again below, in another layout.
     tl.debug_barrier()
     o_c = i_slice * (BK // SLICES) + tl.arange(0, BK // SLICES)
     for i_path in tl.range(0, num_paths, num_stages=STAGES):
@@ -176,12 +192,15 @@ def row_of_ty(
     for column in range(0, r, BC):
         o_j = column + o_c
         before = load_rows(p_keys, column, o_c, r - column, o_k, K)
+        ws = load_rows(p_ws, column, o_c, r - column, o_k, K)
+        ty = load_ty(p_ty, o_j, o_j, r, triangle_room)
         y = tl.sum(before * w[None, :], 1)
         tl.store(p_wk + o_j, y, mask=o_j < r)
-        for start in range(column, r, BC):
-            ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-            ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
-            y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
+        y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
+        for start in range(column + BC, r, BC):
+            more_ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+            more_ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
+            y -= tl.sum(more_ty * tl.sum(more_ws * w[None, :], 1)[:, None], 0)
         tl.store(p_row + o_j, y * beta, mask=o_j < r)
     tl.store(p_row + r, 0.0)
 
@@ -197,7 +216,7 @@ def load_ty(p_ty, o_l, o_j, r, triangle_room):
 @triton.jit
 def queries_of_few(
     p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-    i_chunk, scale, head, heads, n, N, num_queries, r, num_paths, triangle_room,
+    p_turned_count, i_chunk, scale, head, heads, n, N, num_queries, r, num_paths, triangle_room,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, KC: tl.constexpr,
     HALF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -221,11 +240,14 @@ def queries_of_few(
     # Then the recent ones: x − (x Wᵀ) (T W).
     turned = x
     for start in range(0, r, BC):
-        along = dot_whole(x, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        along = dot_whole(x, tl.trans(ws), HALF)
         m_gc = m_g[:, None] & (start + o_c < r)[None, :]
         tl.store(p_along + start + o_c[None, :], along, mask=m_gc)
-        turned -= dot_whole(along, load_rows(p_tw, start, o_c, r - start, o_k, K), HALF)
+        turned -= dot_whole(along, tw, HALF)
     tl.store(p_queries + N * G * K + o_k[None, :], turned, mask=m_gk)
+    arrive(p_turned_count)
     SLICES: tl.constexpr = BK // KC
     for i in tl.range(0, num_paths * SLICES, num_stages=STAGES):
         i_path, o_s = i // SLICES, i % SLICES * KC + tl.arange(0, KC)
@@ -245,8 +267,9 @@ def rows_of_tw(
     ut = triangle_of_new(w, beta, o_n, N, HALF)
     x = w
     for start in range(0, r, BC):
-        along = dot_whole(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
-        x -= dot_whole(along, load_rows(p_tw, start, o_c, r - start, o_k, K), HALF)
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        x -= dot_whole(dot_whole(w, tl.trans(ws), HALF), tw, HALF)
     p_row = p_tw + (r + o_n)[:, None] * K + o_k[None, :]
     tl.store(p_row, dot_whole(ut, x, HALF), mask=(o_n < n)[:, None] & (o_k < K)[None, :])
 
@@ -269,8 +292,9 @@ def rows_of_ty(
         y = dot_whole(w, tl.trans(before), HALF)
         tl.store(p_wk + o_j[None, :], y, mask=m_nj)
         for start in range(column, r, BC):
-            along = dot_whole(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
-            y -= dot_whole(along, load_ty(p_ty, start + o_c, o_j, r, triangle_room), HALF)
+            ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+            ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
+            y -= dot_whole(dot_whole(w, tl.trans(ws), HALF), ty, HALF)
         tl.store(p_rows + o_j[None, :], dot_whole(ut, y, HALF), mask=m_nj)
     y = dot_whole(w, tl.trans(k.to(tl.float32)), HALF)
     y = tl.where(o_n[:, None] > o_n[None, :], y, 0.0)

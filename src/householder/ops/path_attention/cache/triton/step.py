@@ -15,6 +15,7 @@ from householder.ops.path_attention.cache.triton.attend import (
 )
 from householder.ops.path_attention.cache.triton.enter import (
     as_held,
+    load_first,
     load_new,
     put_tokens,
     queries_of_few,
@@ -25,7 +26,12 @@ from householder.ops.path_attention.cache.triton.enter import (
     rows_of_ty,
     sum_gates,
 )
-from householder.ops.path_attention.cache.triton.signals import arrive, fetch_to_l2, wait_for
+from householder.ops.path_attention.cache.triton.signals import (
+    COUNTER,
+    arrive,
+    fetch_to_l2,
+    wait_for,
+)
 
 # Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
 NOT_SPECIAL = [
@@ -90,11 +96,13 @@ def step_kernel(
     p_tw += head * triangle_room * K
     p_ty += head * triangle_room * triangle_room
     p_wk += head * 16 * triangle_room
-    p_ready += head * 2
+    p_ready += head * 2 * COUNTER
     if ENTERS and EARLY and enters:
         # Before the counts have come.
         fetch_to_l2(p_ws, 64 * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), 64 * BK * 4)
         fetch_to_l2(p_tw, 64 * K * 4, 64 * BK * 4)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
     n = N
     if p_new is not None:
         n = tl.load(p_new + i_b)
@@ -103,11 +111,10 @@ def step_kernel(
     r = tl.minimum(r, tl.minimum(triangle_room, room - old) - N)
     if n == 0:
         return
-    o_k = tl.arange(0, BK)
-    m_k = o_k < K
     blocks = old // BLOCK
     p_recent = p_keys + (head * room + old) * K
-    # Programs that blocks wait for: with gates also the one that sums them.
+    # Programs that wait for blocks' queries, with gates also for their sums, ask the first counter;
+    # the one for recent tokens the second, where these and their queries have arrived.
     num_awaited = num_turning + GATED
 
     if ENTERS and enters:
@@ -123,21 +130,25 @@ def step_kernel(
             w = load_new(p_w, s_wt, o_n, n, o_k, K)
             beta = tl.load(p_beta + o_n * s_bt, mask=o_n < n, other=0.0).to(tl.float32)
         if i_part < num_turning:
+            if SINGLE:
+                # On their way before the counts have come.
+                o_c = tl.arange(0, BC)
+                ws, tw = load_first(p_ws, o_c, o_k, K), load_first(p_tw, o_c, o_k, K)
             if EARLY:
                 size = K * K * (p_paths.dtype.element_ty.primitive_bitwidth // 8)
                 for i_path in range(i_part, num_paths, num_turning):
                     fetch_to_l2(p_paths + (head + i_path * B * H) * K * K, size, BK * BK * 4)
             if SINGLE:
                 queries_of_one(
-                    p_q, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-                    i_part, scale, head, B * H, num_queries, r, num_paths, triangle_room,
-                    G, K, BK, BC, SLICES, STAGES,
+                    p_q, s_qh, w, beta, ws, tw, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+                    p_ready + COUNTER, i_part, scale, head, B * H, num_queries, r, num_paths,
+                    triangle_room, G, K, BK, BC, SLICES, STAGES,
                 )  # fmt: skip
             else:
                 queries_of_few(
                     p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-                    i_part, scale, head, B * H, n, N, num_queries, r, num_paths, triangle_room,
-                    G, K, BK, BC, KC, HALF, STAGES,
+                    p_ready + COUNTER, i_part, scale, head, B * H, n, N, num_queries, r, num_paths,
+                    triangle_room, G, K, BK, BC, KC, HALF, STAGES,
                 )  # fmt: skip
             arrive(p_ready)
         elif i_part == num_turning:
@@ -172,7 +183,7 @@ def step_kernel(
                 p_values + (head * room + old) * V, p_ws, p_betas + head * recent_room, r, n,
                 K, V, BK, BV,
             )  # fmt: skip
-            arrive(p_ready + 1)
+            arrive(p_ready + COUNTER)
         return
     if ATTENDS:
         first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
@@ -187,8 +198,7 @@ def step_kernel(
         total = tl.zeros((BG,), tl.float32)
         o = tl.zeros((BG, BV), tl.float32)
         if i_part == 0:
-            wait_for(p_ready, num_awaited, EARLY)
-            wait_for(p_ready + 1, 1, EARLY)
+            wait_for(p_ready + COUNTER, 2 if SINGLE else 1 + num_turning, EARLY)
             top, total, o = attend_recent(
                 top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
                 p_along + row * triangle_room, p_wk,
@@ -252,7 +262,8 @@ def finish_kernel(
         gdc_wait()
     if (i_n == 0) & (i_g == 0):
         # Nobody waits any more.
-        tl.store(p_ready + (i_b * H + i_h) * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+        o_c = tl.arange(0, 2) * COUNTER
+        tl.store(p_ready + (i_b * H + i_h) * 2 * COUNTER + o_c, tl.zeros((2,), tl.int32))
     if i_n >= n:
         tl.store(p_o + o_v, tl.zeros((BV,), tl.float32), mask=m_v)
         return
