@@ -32,12 +32,13 @@ AHEAD = 64
 # registers of a program where more come than fit, of those for one token and for several.
 ONE_BC, FEW_BC = 64, 32
 ONE_COLUMNS, FEW_COLUMNS = 32, 64
-RECENT_TILE = 64
+RECENT_TILE = 32
 TILE, STAGES, WARPS = 64, 3, 4
-REGISTERS = 168
+REGISTERS = None
 FINISH_WARPS = 1
 ONE_FUSED, FEW_FUSED = True, False
 ENTER_WARPS = 4
+PACKED = True
 # Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
 # programs that can wait at a time.
 FETCHED = 25 << 20
@@ -106,7 +107,8 @@ def decode(
     num_parts = 1 + num_tokens // SPAN + levels
     # More queries at a time would not fit the registers.
     wide = max(BK, BV) > 128
-    BG = power_of_two(N * G, most=16 if wide else 64)
+    packed = PACKED and half and N * G <= 8
+    BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
     fetched = FETCHED // (2 * B * H * chunks * num_parts)
 
@@ -146,13 +148,14 @@ def decode(
         "BC": recents // 2 if wide else recents, "BR": power_of_two(triangle_room),
         "RECENT": RECENT_TILE // 2 if wide else RECENT_TILE, "LEVELS": levels, "TILE": TILE,
         "BLOCK": BLOCK, "SINGLE": single, "GATED": gated, "WINDOWED": windowed, "HALF": half,
+        "PACKED": packed,
         "VALUE_PRECISION": value_precision(values), "EARLY": EARLY and hopper, "OVERLAP": overlap,
         "STAGES": STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
         "num_stages": 1,
     }  # fmt: skip
     warps = 2 * WARPS if wide else WARPS
     early = {"launch_pdl": True} if overlap else {}
-    registers = REGISTERS if BG == 16 and half and not wide else None
+    registers = REGISTERS if BG <= 16 and half and not wide else None
     if ONE_FUSED if single else FEW_FUSED:
         ahead = min(AHEAD, B * H)
         turns = -(-B * H // ahead)

@@ -26,6 +26,7 @@ from householder.ops.path_attention.cache.triton.enter import (
     rows_of_ty,
     sum_gates,
 )
+from householder.ops.path_attention.cache.triton.products import fold
 from householder.ops.path_attention.cache.triton.signals import (
     COUNTER,
     arrive,
@@ -53,8 +54,8 @@ def step_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr,
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    HALF: tl.constexpr, VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     STAGES: tl.constexpr, ENTERS: tl.constexpr, ATTENDS: tl.constexpr,
 ):  # fmt: skip
     """Let new tokens enter, and attend, or one of both.
@@ -196,15 +197,15 @@ def step_kernel(
         p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
         top = tl.full((BG,), float("-inf"), tl.float32)
         total = tl.zeros((BG,), tl.float32)
-        o = tl.zeros((BG, BV), tl.float32)
+        o = tl.zeros((16 if PACKED else BG, BV), tl.float32)
         if i_part == 0:
             wait_for(p_ready + COUNTER, 2 if SINGLE else 1 + num_turning, EARLY)
             top, total, o = attend_recent(
                 top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
                 p_along + row * triangle_room, p_wk,
                 p_decays + row * triangle_room if GATED else None, window,
-                o_g, i_n, m_g, n, r, triangle_room,
-                K, V, BK, BV, RECENT, GATED, WINDOWED, HALF, VALUE_PRECISION,
+                i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
+                G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
             )  # fmt: skip
         else:
             p_keys += (head * room + first) * K
@@ -225,9 +226,12 @@ def step_kernel(
                 p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
                 p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
                 p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
-                G, K, V, BK, BV, TILE, GATED, WINDOWED, HALF, VALUE_PRECISION, EARLY, STAGES,
+                G, K, V, BK, BV, TILE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
+                STAGES,
             )  # fmt: skip
         part = (row + o_g) * num_parts + i_part
+        if PACKED:
+            o = fold(o)
         m_g = m_g & (o_g < N * G)
         m_gv = m_g[:, None] & (o_v < V)[None, :]
         tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_gv)
