@@ -18,7 +18,7 @@ when they are 64 more than a roll-back may take away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -58,6 +58,15 @@ class PathCache:
         True
         >>> cache.lengths
         [9, 9]
+
+        Rows of different lengths, and two guesses of which a second row's one is not accepted:
+
+        >>> cache = PathCache(B, max_rollback=2)
+        >>> o = cache.append(*(x[:, :7] for x in tokens), lengths=[7, 4])
+        >>> o = cache.append(*(x[:, 7:9] for x in tokens))
+        >>> cache.rollback([0, 1])
+        >>> cache.lengths
+        [9, 5]
     """
 
     def __init__(self, batch_size: int, *, max_rollback: int = 0) -> None:
@@ -117,7 +126,8 @@ class PathCache:
 
         Called once with a whole prompt or for parts of any size, down to single tokens: the outputs
         are those of `path_attention` over all tokens, to rounding. Options must be the same in all
-        calls, and gates be given in all calls or in none.
+        calls (of the sinks' values this is not checked), and gates be given in all calls or in
+        none.
 
         Args:
             q: queries `[B, T, HQ, K]` of the T new tokens.
@@ -137,8 +147,8 @@ class PathCache:
             o `[B, T, HQ, V]` in v's dtype, zero where `lengths` leaves tokens out.
 
         Raises:
-            ValueError: a shape, device, `window` or `lengths` does not fit, or differs from the
-                first call.
+            ValueError: a shape, device, option or `lengths` does not fit, or differs from the first
+                call.
             TypeError: an argument has the wrong type, or is not real floating point.
             NotImplementedError: a tensor requires a gradient: decoding has none.
         """
@@ -152,10 +162,10 @@ class PathCache:
         new = self._check_lengths(q, lengths)
         tokens = Tokens(q, k, v, w, beta, g)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        if self._store is None:
-            self._store = Store(tokens, self.max_rollback)
-        self._store.check(tokens)
         options = Options(scale, sinks, window)
+        if self._store is None:
+            self._store = Store(tokens, options, self.max_rollback)
+        self._store.check(tokens, options)
         return without_autocast(self._append)(*tokens, options=options, new=new)
 
     def reserve(self, num_tokens: int) -> None:
@@ -215,9 +225,18 @@ class PathCache:
                 more, up to `max_rollback`, and every one taken back one less.
 
         Raises:
+            TypeError: a number is no int.
             ValueError: that many cannot be taken back.
         """
-        counts = [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
+        if isinstance(num_tokens, Iterable):
+            counts = list(num_tokens)
+        else:
+            counts = [num_tokens] * self.batch_size
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+            raise TypeError(
+                "PathCache.rollback: `num_tokens` must be an int or one for each sequence, got "
+                f"{num_tokens!r}; give counts"
+            )
         if len(counts) != self.batch_size or any(
             not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=False)
         ):
@@ -234,9 +253,24 @@ class PathCache:
 
         Args:
             rows: int64 `[B']`, which of the B sequences each of the new ones is.
+
+        Raises:
+            TypeError: it is no int64 tensor.
+            ValueError: it is not one-dimensional, empty, or names a row that there is not.
         """
-        chosen = PathCache(rows.shape[0], max_rollback=self.max_rollback)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(
+                f"PathCache.select: `rows` must be an int64 tensor, got {got}; "
+                "make one with torch.tensor([0, 1])"
+            )
         order = rows.tolist()
+        if rows.dim() != 1 or not order or min(order) < 0 or max(order) >= self.batch_size:
+            raise ValueError(
+                "PathCache.select: `rows` must be a vector of one number or more from 0 to "
+                f"{self.batch_size - 1}, got {order}; leave out others"
+            )
+        chosen = PathCache(len(order), max_rollback=self.max_rollback)
         chosen._old = [self._old[row] for row in order]
         chosen._recent = [self._recent[row] for row in order]
         chosen._rollback = [self._rollback[row] for row in order]

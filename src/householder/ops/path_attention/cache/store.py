@@ -50,8 +50,9 @@ _OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
 class Store:
     """The tensors of a cache. G query heads share one of H key heads."""
 
-    def __init__(self, tokens: Tokens, max_rollback: int) -> None:
+    def __init__(self, tokens: Tokens, options: Options, max_rollback: int) -> None:
         q, k, v, w, beta, g = tokens
+        self.options = options
         B, _, H, K = k.shape
         G = q.shape[2] // H
         self.dtype = dtype = compute_dtype(q, k, v, w, beta)
@@ -144,17 +145,31 @@ class Store:
         """Return where the memory is that single tokens are written to."""
         return tuple(x.data_ptr() for x in (self.keys, self.values, self.w, self.paths))
 
-    def check(self, tokens: Tokens) -> None:
-        """Raise unless new tokens are like the ones held."""
+    def check(self, tokens: Tokens, options: Options) -> None:
+        """Raise unless new tokens are like the ones held, and attend as they did."""
         B, H, G, K, V = self.shape
         shapes = {"q": (H * G, K), "k": (H, K), "v": (H, V)}
         for (name, shape), x in zip(shapes.items(), tokens[:3], strict=True):
             if tuple(x.shape[2:]) != shape or x.device != self.keys.device:
                 raise ValueError(
-                    f"PathCache.append: `{name}` must be {[B, 'T', *shape]} on "
+                    f"PathCache.append: `{name}` must be [{B}, T, {shape[0]}, {shape[1]}] on "
                     f"{self.keys.device} as in the first call, got shape {list(x.shape)} on "
                     f"{x.device}; use one cache per layer"
                 )
+        first = self.options
+        for name in ("scale", "window"):
+            before, now = getattr(first, name), getattr(options, name)
+            if before != now:
+                raise ValueError(
+                    f"PathCache.append: `{name}` must be {before} as in the first call, got {now}; "
+                    "make another cache for it"
+                )
+        if (options.sinks is None) != (first.sinks is None):
+            raise ValueError(
+                f"PathCache.append: `sinks` must {'not ' if first.sinks is None else ''}be given "
+                f"as in the first call, got {None if options.sinks is None else 'a tensor'}; "
+                "make another cache for it"
+            )
         if (tokens.g is not None) != self.gated:
             raise ValueError(
                 f"PathCache.append: `g` must {'' if self.gated else 'not '}be given as in the "
