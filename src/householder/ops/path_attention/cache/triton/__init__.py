@@ -148,7 +148,8 @@ def decode(
         "BC": recents // 2 if wide else recents, "BR": power_of_two(triangle_room),
         "RECENT": RECENT_TILE // 2 if wide else RECENT_TILE, "LEVELS": levels, "TILE": TILE,
         "BLOCK": BLOCK, "SINGLE": single, "GATED": gated, "WINDOWED": windowed, "HALF": half,
-        "PACKED": packed,
+        # For both halves of wider heads there is no room in registers.
+        "HALVES": half and not wide, "PACKED": packed,
         "VALUE_PRECISION": value_precision(values), "EARLY": EARLY and hopper, "OVERLAP": overlap,
         "STAGES": STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
         "num_stages": 1,

@@ -34,17 +34,17 @@ def load_new(pointer, s_t, o_n, n, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def triangle_of_new(w, beta, o_n, N, HALF: tl.constexpr):
+def triangle_of_new(w, beta, o_n, N, HALVES: tl.constexpr):
     """Return T of the new tokens alone, `(I + tril(β W Wᵀ, −1))⁻¹ diag(β)`, rows from zero on."""
     # Joined from pairs, as in `inverse_unit_lower`: no power of the triangle is formed.
-    gram = dot_whole(w, tl.trans(w), HALF) * beta[:, None]
+    gram = dot_whole(w, tl.trans(w), HALVES) * beta[:, None]
     gram = tl.where(o_n[:, None] > o_n[None, :], gram, 0.0)
     same = o_n[:, None] == o_n[None, :]
     inverse = tl.where(same, 1.0, 0.0) - tl.where(beside_diagonal(o_n, 1), gram, 0.0)
     levels = tl.where(N > 8, 3, tl.where(N > 4, 2, tl.where(N > 2, 1, 0)))
     for level in range(1, 1 + levels):
         beside = tl.where(beside_diagonal(o_n, 1 << level), -gram, 0.0)
-        inverse += dot_whole(dot_whole(inverse, beside, HALF), inverse, HALF)
+        inverse += dot_whole(dot_whole(inverse, beside, HALVES), inverse, HALVES)
     return inverse * beta[None, :]
 
 
@@ -218,7 +218,7 @@ def queries_of_few(
     p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
     p_turned_count, i_chunk, scale, head, heads, n, N, num_queries, r, num_paths, triangle_room,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, KC: tl.constexpr,
-    HALF: tl.constexpr, STAGES: tl.constexpr,
+    HALF: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Bring 16 queries to the end of the newest block, and from there to all others."""
     o_n, o_c, o_k = tl.arange(0, 16), tl.arange(0, BC), tl.arange(0, BK)
@@ -232,20 +232,20 @@ def queries_of_few(
     q = tl.load(p_row[:, None] + o_k[None, :], mask=m_gk, other=0.0).to(tl.float32) * scale
     tl.store(p_queries + o_k[None, :], q, mask=m_gk)
     # A query's own reflector first, and those of the new tokens before it.
-    ut = triangle_of_new(w, beta, o_n, N, HALF)
-    along_new = tl.where(o_n[None, :] <= i_n[:, None], dot_whole(q, tl.trans(w), HALF), 0.0)
-    along_new = dot_whole(along_new, ut, HALF)
+    ut = triangle_of_new(w, beta, o_n, N, HALVES)
+    along_new = tl.where(o_n[None, :] <= i_n[:, None], dot_whole(q, tl.trans(w), HALVES), 0.0)
+    along_new = dot_whole(along_new, ut, HALVES)
     tl.store(p_along + r + o_n[None, :], along_new, mask=m_g[:, None] & m_n[None, :])
-    x = q - dot_whole(along_new, w, HALF)
+    x = q - dot_whole(along_new, w, HALVES)
     # Then the recent ones: x − (x Wᵀ) (T W).
     turned = x
     for start in range(0, r, BC):
         ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
         tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        along = dot_whole(x, tl.trans(ws), HALF)
+        along = dot_whole(x, tl.trans(ws), HALVES)
         m_gc = m_g[:, None] & (start + o_c < r)[None, :]
         tl.store(p_along + start + o_c[None, :], along, mask=m_gc)
-        turned -= dot_whole(along, tw, HALF)
+        turned -= dot_whole(along, tw, HALVES)
     tl.store(p_queries + N * G * K + o_k[None, :], turned, mask=m_gk)
     arrive(p_turned_count)
     SLICES: tl.constexpr = BK // KC
@@ -260,47 +260,47 @@ def queries_of_few(
 
 @triton.jit
 def rows_of_tw(
-    w, beta, p_ws, p_tw, r, n, N, o_k, K: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr
+    w, beta, p_ws, p_tw, r, n, N, o_k, K: tl.constexpr, BC: tl.constexpr, HALVES: tl.constexpr
 ):
     """Append the new tokens' rows to T W: T₂₂ (W₂ − (W₂ W₁ᵀ) (T W)₁)."""
     o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
-    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    ut = triangle_of_new(w, beta, o_n, N, HALVES)
     x = w
     for start in range(0, r, BC):
         ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
         tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        x -= dot_whole(dot_whole(w, tl.trans(ws), HALF), tw, HALF)
+        x -= dot_whole(dot_whole(w, tl.trans(ws), HALVES), tw, HALVES)
     p_row = p_tw + (r + o_n)[:, None] * K + o_k[None, :]
-    tl.store(p_row, dot_whole(ut, x, HALF), mask=(o_n < n)[:, None] & (o_k < K)[None, :])
+    tl.store(p_row, dot_whole(ut, x, HALVES), mask=(o_n < n)[:, None] & (o_k < K)[None, :])
 
 
 @triton.jit
 def rows_of_ty(
     k, w, beta, p_ws, p_keys, p_ty, p_wk, r, n, N, o_k, triangle_room,
-    K: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr,
+    K: tl.constexpr, BC: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Append rows to T Y likewise, T₂₂ (Y₂₁ − (W₂ W₁ᵀ) (T Y)₁₁); Y₂ is W₂ times earlier keys."""
     o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
     m_n = o_n < n
-    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    ut = triangle_of_new(w, beta, o_n, N, HALVES)
     p_rows = p_ty + (r + o_n)[:, None] * triangle_room
     p_wk += o_n[:, None] * triangle_room
     for column in range(0, r, BC):
         o_j = column + o_c
         m_nj = m_n[:, None] & (o_j < r)[None, :]
         before = load_rows(p_keys, column, o_c, r - column, o_k, K)
-        y = dot_whole(w, tl.trans(before), HALF)
+        y = dot_whole(w, tl.trans(before), HALVES)
         tl.store(p_wk + o_j[None, :], y, mask=m_nj)
         for start in range(column, r, BC):
             ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
             ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
-            y -= dot_whole(dot_whole(w, tl.trans(ws), HALF), ty, HALF)
-        tl.store(p_rows + o_j[None, :], dot_whole(ut, y, HALF), mask=m_nj)
-    y = dot_whole(w, tl.trans(k.to(tl.float32)), HALF)
+            y -= dot_whole(dot_whole(w, tl.trans(ws), HALVES), ty, HALVES)
+        tl.store(p_rows + o_j[None, :], dot_whole(ut, y, HALVES), mask=m_nj)
+    y = dot_whole(w, tl.trans(k.to(tl.float32)), HALVES)
     y = tl.where(o_n[:, None] > o_n[None, :], y, 0.0)
     tl.store(p_wk + r + o_n[None, :], y, mask=m_n[:, None] & m_n[None, :])
     m_nn = m_n[:, None] & (o_n[None, :] <= o_n[:, None])
-    tl.store(p_rows + r + o_n[None, :], dot_whole(ut, y, HALF), mask=m_nn)
+    tl.store(p_rows + r + o_n[None, :], dot_whole(ut, y, HALVES), mask=m_nn)
 
 
 @triton.jit

@@ -17,13 +17,12 @@ def halves(x):
 
 
 @triton.jit
-def dot_whole(a, b, HALF: tl.constexpr):
+def dot_whole(a, b, HALVES: tl.constexpr):
     """Multiply float32 tiles in parts, all but the small ones' product.
 
-    HALF says that the cache holds 16-bit keys: then two float16 parts of each are more than enough,
-    and twice as fast as TF32's.
+    Beside 16-bit keys two float16 parts of each are more than enough, and twice as fast as TF32's.
     """
-    if HALF:
+    if HALVES:
         high_a, low_a = halves(a)
         high_b, low_b = halves(b)
         product = tl.dot(high_a, low_b, tl.dot(low_a, high_b))

@@ -55,8 +55,9 @@ def step_kernel(
     BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr,
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
-    HALF: tl.constexpr, VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr, ENTERS: tl.constexpr, ATTENDS: tl.constexpr,
+    HALF: tl.constexpr, HALVES: tl.constexpr, VALUE_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    ENTERS: tl.constexpr, ATTENDS: tl.constexpr,
 ):  # fmt: skip
     """Let new tokens enter, and attend, or one of both.
 
@@ -149,14 +150,14 @@ def step_kernel(
                 queries_of_few(
                     p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
                     p_ready + COUNTER, i_part, scale, head, B * H, n, N, num_queries, r, num_paths,
-                    triangle_room, G, K, BK, BC, KC, HALF, STAGES,
+                    triangle_room, G, K, BK, BC, KC, HALF, HALVES, STAGES,
                 )  # fmt: skip
             arrive(p_ready)
         elif i_part == num_turning:
             if SINGLE:
                 row_of_tw(w, beta, p_ws, p_tw, r, o_k, K, BC)
             else:
-                rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALF)
+                rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALVES)
         else:
             if GATED:
                 p_g += i_b * s_gb + i_h * G * s_gh
@@ -175,7 +176,7 @@ def step_kernel(
             else:
                 rows_of_ty(
                     k, w, beta, p_ws, p_recent, p_ty, p_wk, r, n, N, o_k, triangle_room,
-                    K, BC, HALF,
+                    K, BC, HALVES,
                 )  # fmt: skip
             put_tokens(
                 k, load_new(p_w, s_wt, o_n, n, o_k, K),
