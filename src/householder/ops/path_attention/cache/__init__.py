@@ -366,8 +366,6 @@ class PathCache:
         appended = None if same else torch.tensor(new, dtype=torch.int32, device=q.device)
         o = store.decode(tokens, options, self._counts, appended, max(self._old))
         self._count(store, new)
-        if not self._counts_known:
-            self._tell_counts(q.device)  # now, so that the next append can be captured
         return o
 
     def _capture(self, store: Store, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
@@ -401,7 +399,10 @@ class PathCache:
             if recent - self.max_rollback >= BLOCK:
                 store.make_block(group)
                 old, recent = old + BLOCK, recent - BLOCK
-                self._counts_known = False
+                if self._counts_known and self._counts is not None:
+                    # There, without waiting for the device.
+                    self._counts[0, group.rows] += BLOCK
+                    self._counts[1, group.rows] -= BLOCK
             self._set(group.rows, old, recent)
         self._rollback = [
             min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
