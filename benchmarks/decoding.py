@@ -18,10 +18,7 @@ those of float64, decoded one by one, after a prefill in one go, and by the full
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +29,8 @@ from torch.nn import functional as F
 
 from householder import PathCache, path_attention
 from householder.testing import relative_error
+from recording import add_arguments, append, environment
 
-RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, B, T, H, K = V
 LATENCY = {
@@ -88,9 +85,14 @@ def full_cache(B: int, T: int, H: int, K: int, dtype: torch.dtype) -> PathCache:
     cache.reserve(T + 64)
     store = cache._store
     assert store is not None
-    for name in ("keys", "values", "paths", "w"):
+    for name in ("keys", "values", "w"):
         getattr(store, name).normal_()
-    store.paths *= K**-0.5
+    # Orthogonal matrices' entries, as they are held.
+    if store.path_scales is None:
+        store.paths.normal_(std=K**-0.5)
+    else:
+        store.paths.random_(-32767, 32768)
+        store.path_scales.fill_((3 / K) ** 0.5 / 32767)
     hold(cache, T)
     return cache
 
@@ -219,26 +221,14 @@ def measure_drift() -> list[dict[str, object]]:
     return rows
 
 
-def append(path: Path, columns: tuple[str, ...], rows: list[dict[str, object]]) -> None:
-    """Print rows and append them to a CSV file."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    environment = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "commit": commit,
-    }
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row | environment)
-            print(*(f"{name}={row[name]}" for name in columns if name in row), flush=True)
+def report(
+    path: Path, columns: tuple[str, ...], rows: list[dict[str, object]], commit: str
+) -> None:
+    """Append rows to a CSV file and print them."""
+    where = environment(commit)
+    append(path, columns, [row | where for row in rows])
+    for row in rows:
+        print(*(f"{name}={row[name]}" for name in columns if name in row), flush=True)
 
 
 @torch.no_grad()
@@ -246,7 +236,7 @@ def main() -> None:
     """Measure what is asked for and append its rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="*", default=["latency", "drift"])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_arguments(parser)
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"])
     parser.add_argument("--tokens", nargs="*", type=int, help="only so many tokens at once")
     arguments = parser.parse_args()
@@ -257,10 +247,11 @@ def main() -> None:
                 if arguments.tokens and size[0] not in arguments.tokens:
                     continue
                 path = arguments.results / f"decoding-{kind}.csv"
-                append(path, COLUMNS["latency"], measure_latency(*size, getattr(torch, dtype)))
+                rows = measure_latency(*size, getattr(torch, dtype))
+                report(path, COLUMNS["latency"], rows, arguments.commit)
     if "drift" in arguments.what:
         path = arguments.results / f"decoding-drift-{kind}.csv"
-        append(path, COLUMNS["drift"], measure_drift())
+        report(path, COLUMNS["drift"], measure_drift(), arguments.commit)
 
 
 if __name__ == "__main__":

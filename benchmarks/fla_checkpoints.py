@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from recording import RESULTS, append
+
 FILE = "fla-checkpoints-h200.csv"
 COLUMNS = (
     "date", "case", "dtype", "difference", "theirs_two_ways", "error", "error_theirs",
@@ -397,7 +398,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
@@ -405,19 +406,11 @@ def main() -> int:
         return 0
     dtypes = [options.dtype] if options.dtype else DTYPES
     tasks = [(c, d, options.device) for d in dtypes for c in CASES if c.startswith(options.prefix)]
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / FILE
-    new = not path.exists()
     wrong = 0
-    context = multiprocessing.get_context("spawn")
-    with path.open("a", newline="") as file, context.Pool(options.workers, prepare) as pool:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
+    with multiprocessing.get_context("spawn").Pool(options.workers, prepare) as pool:
         for row in pool.imap_unordered(run, tasks):
             figures = {k: f"{v:.1e}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(figures)
-            file.flush()
+            append(options.results / FILE, COLUMNS, [figures])
             print(*(figures.get(c, "") for c in COLUMNS[1:13]), sep="  ", flush=True)
             for problem in problems(row):
                 wrong += 1

@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --results /tmp/out    # where `delta-product-gpu.csv` is appended to
 
 bfloat16 inputs. Both sides are called through their public functions, gradients through autograd to
-every input. First everything is compiled into an empty cache, by as many processes as there are
+every input. First everything is compiled into an empty cache, by one process for every five
 processors; they time our first calls of each configuration and compare outputs and gradients with
 the chunked form in float64: a wrong answer is not timed. The peer's kernels choose their own tile
 sizes afterwards, when nothing else runs.
@@ -20,13 +20,9 @@ sizes the host's share). Peak memory is what one forward + backward takes beyond
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import fcntl
 import functools
 import multiprocessing
 import os
-import subprocess
 import tempfile
 import time
 import warnings
@@ -56,8 +52,8 @@ from gpu_cases import (
 )
 from householder import delta_product, delta_product_step
 from householder.testing import relative_error
+from recording import add_arguments, append, environment, peak_memory
 
-RESULTS = Path(__file__).parent / "results"
 FILE = "delta-product-gpu.csv"
 TIMES = ("forward_ms", "both_ms", "called_forward_ms", "called_both_ms")
 COLUMNS = (
@@ -174,8 +170,8 @@ def compile_all(chosen: list[GpuCase], workers: int) -> dict[Configuration, Row]
     """Make every first call, in parallel; return what they found."""
     firsts = {case.configuration: case for case in reversed(chosen)}
     context = multiprocessing.get_context("spawn")
-    # These are timed: half of the processors stay free.
-    with ProcessPoolExecutor(max(1, workers // 2), mp_context=context) as pool:
+    # These are timed, and each compiles up to five kernels at the same time.
+    with ProcessPoolExecutor(max(1, workers // 5), mp_context=context) as pool:
         calls = {configuration: pool.submit(first_call, c) for configuration, c in firsts.items()}
         found = {configuration: outcome(call) for configuration, call in calls.items()}
     if FLA_VERSION:
@@ -306,16 +302,6 @@ def run_all(run: Callable[[Inputs, Tensor], object], inputs: Inputs, states: lis
         run(inputs, state)
 
 
-def peak_memory(run: Callable[[], object]) -> float:
-    """Return the MiB that one call takes beyond what was there."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 def take_part(chosen: list[GpuCase], part: str) -> list[GpuCase]:
     """Return the cases of share `i/n`: those of one configuration go together."""
     index, count = map(int, part.split("/"))
@@ -346,18 +332,9 @@ def expected_seconds(group: list[GpuCase]) -> float:
     return 2 * len(group) + 3 * len(timed) + 30 * any(map(peer_chooses, group))
 
 
-def append(path: Path, rows: list[Row], environment: Row) -> None:
-    """Print rows and append them to the CSV file, which other processes may append to as well."""
-    with path.open("a+", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        header = file.readline().strip()
-        if header and header != ",".join(COLUMNS):
-            raise SystemExit(f"{path} has other columns than {','.join(COLUMNS)}; move it away")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not header:
-            writer.writeheader()
-        writer.writerows(row | environment for row in rows)
+def report(path: Path, rows: list[Row], where: Row) -> None:
+    """Append rows to the CSV file and print them."""
+    append(path, COLUMNS, [row | where for row in rows])
     for row in rows:
         times = " / ".join(f"{row[n]:.4g}" for n in TIMES if n in row)
         print(
@@ -368,34 +345,18 @@ def append(path: Path, rows: list[Row], environment: Row) -> None:
         )
 
 
-def described_commit() -> str:
-    """Return what git calls this checkout."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
 def main() -> None:
     """Run the chosen groups and append their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="*", default=GROUPS, help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="one of N shares of the cases")
     parser.add_argument("--workers", type=int, help="processes that compile; default: processors")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="the measured commit; default: what git says")
+    add_arguments(parser)
     arguments = parser.parse_args()
-    environment: Row = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "fla": FLA_VERSION,
-        "commit": arguments.commit or described_commit(),
-    }
+    where = environment(arguments.commit, triton=triton.__version__, fla=FLA_VERSION)
     chosen = [case for case in cases() if case.group in arguments.groups]
     chosen = take_part(chosen, arguments.part)
     workers = arguments.workers or len(os.sched_getaffinity(0)) // int(arguments.part[2:])
-    arguments.results.mkdir(parents=True, exist_ok=True)
     # The peer's choices are made here, undisturbed, and not taken from other runs.
     os.environ["FLA_CACHE_RESULTS"] = "0"
     with tempfile.TemporaryDirectory() as cache:
@@ -412,7 +373,7 @@ def main() -> None:
                 wrong.append(f"{case.name} ({found['error']:.1e})")
                 continue
             run = {"step": measure_step, "first": tell_first}.get(case.group, measure)
-            append(arguments.results / FILE, run(case, found), environment)
+            report(arguments.results / FILE, run(case, found), where)
             torch.cuda.empty_cache()
     print(f"{len(chosen)} cases in {time.perf_counter() - start:.0f} s", flush=True)
     if wrong:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from householder import delta_product, delta_product_step
 from householder.ops.delta_product.triton import config
+from recording import installed_version
 
 Inputs = dict[str, Tensor | None]
 INPUTS = ("q", "k", "v", "beta", "g")
@@ -106,12 +106,22 @@ def cases() -> Iterator[GpuCase]:
         yield GpuCase("length", 1, 1 << power, 16, 128, 1)
     for N in range(1, 9):
         yield GpuCase("reflections", 4, 4096, 16, 128, N)
+    short, long = 208, 8400
     for dtype in DTYPES:
         for D in (64, 128, 256):
-            yield GpuCase("first", 1, 208, 16, D, 1, True, dtype)
-        yield GpuCase("first", 1, 8400, 16, 128, 1, True, dtype)
-    yield GpuCase("first", 1, 208, 16, 128, 4, True, "fp32")
-    yield GpuCase("first", 1, 208, 16, 128, 1, False, "fp32")
+            yield GpuCase("first", 1, short, 16, D, 1, True, dtype)
+        yield GpuCase("first", 1, long, 16, 128, 1, True, dtype)
+        yield GpuCase("first", 1, long, 16, 256, 1, True, dtype)
+    yield GpuCase("first", 1, short, 16, 128, 4, True, "fp32")
+    yield GpuCase("first", 1, long, 16, 256, 8, True, "fp32")
+    yield GpuCase("first", 1, short, 16, 128, 1, False, "fp32")
+    # Those of the table and of time against N.
+    for N in range(1, 9):
+        yield GpuCase("first", 1, short, 16, 128, N)
+    for N in (1, 2):
+        yield GpuCase("first", 1, long, 16, 128, N)
+        yield GpuCase("first", 1, short, 32, 64, N)
+    yield GpuCase("first", 1, short, 16, 128, 2, True)
 
 
 def make_inputs(case: GpuCase) -> Inputs:
@@ -185,7 +195,7 @@ def flash_linear_attention_step(inputs: Inputs, state: Tensor) -> tuple[Tensor, 
 
 VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {"householder": ours}
 STEPS: dict[str, Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]] = {"householder": our_step}
-FLA_VERSION = next((d.version for d in metadata.distributions() if d.name == "fla-core"), "")
+FLA_VERSION = installed_version("fla-core")
 if FLA_VERSION:
     VARIANTS["fla"] = flash_linear_attention
     STEPS["fla"] = flash_linear_attention_step

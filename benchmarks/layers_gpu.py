@@ -15,23 +15,20 @@ is what a step takes beyond model, gradients and optimizer.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations as torch_parametrizations
 
-from gpu import RESULTS, described_commit, peak_memory
 from householder.nn import parametrizations
 from householder.testing import orthogonality_error
 from householder.train.adapt.methods import make_method
+from recording import add_arguments, append, environment, peak_memory
 
 REPEATS = 30  # of a call, or as many as take a second
 COLUMNS = (
@@ -156,26 +153,13 @@ def main() -> None:
     groups = {"weights": weights, "vit": vit}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="*", default=list(groups), help=f"of {', '.join(groups)}")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="the measured commit; default: what git says")
+    add_arguments(parser)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft")
-    environment = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": arguments.commit or described_commit(),
-    }
-    path = arguments.results / "layers-gpu.csv"
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    where = environment(arguments.commit)
     for group in arguments.groups:
         for row in groups[group]():
-            new = not path.exists()
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row | environment)
+            append(arguments.results / "layers-gpu.csv", COLUMNS, [row | where])
             print("  ".join(f"{row.get(name, '')!s:>12}" for name in COLUMNS[1:8]), flush=True)
 
 

@@ -13,19 +13,17 @@ transformers. Before it is timed, a graph's logits are compared with those of se
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import lm_gpu
+from recording import add_arguments, append, environment
 
-RESULTS = Path(__file__).parent / "results"
 FILE = "language-model-decoding-gpu.csv"
 COLUMNS = (
     "date", "case", "variant", "tokens_per_second", "ms_per_token", "first_ms", "peak_gib", "note",
@@ -132,8 +130,7 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--breakdown", action="store_true", help="write the kernels of a token")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default="")
+    add_arguments(parser)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     path, sizes = options.results / FILE, lm_gpu.Sizes()
@@ -149,15 +146,9 @@ def main() -> None:
                 except Exception as error:  # whatever the peer raises: its row says so
                     first_line = (str(error).splitlines() or [""])[0]
                     row = {"note": f"refuses: {type(error).__name__}: {first_line[:200]}"}
-                row |= {
-                    "date": datetime.date.today().isoformat(),
-                    "case": f"decode-340m-{mixer}-batch-{batch}",
-                    "variant": variant,
-                    "device": torch.cuda.get_device_name(),
-                    "torch": torch.__version__,
-                    "commit": options.commit,
-                }
-                lm_gpu.append(path, COLUMNS, row)
+                case = {"case": f"decode-340m-{mixer}-batch-{batch}", "variant": variant}
+                row |= {**case, **environment(options.commit)}
+                append(path, COLUMNS, [row])
                 print(*(f"{row.get(c, '')}" for c in COLUMNS[1:8]), sep="  ", flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()

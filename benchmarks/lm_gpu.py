@@ -8,17 +8,16 @@
 Width 1024, 24 layers, 8 heads of 128, SwiGLU of 2816, 32,000 tokens, untied head; 8 sequences of
 4,096 tokens, fused AdamW, cross entropy without all logits on both sides. `autocast` keeps weights
 in float32 and multiplies in bfloat16; `bfloat16` keeps everything in bfloat16. Compiled variants,
-of both, are compiled block by block. Tokens per second are those of eight steps after four. A
-process per mixer; all but one wait.
+of both, are compiled block by block; `householder-keeping-compiled` makes nothing anew in its
+backward pass. Tokens per second are those of eight steps after four. A process per mixer; all but
+one wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import datetime
 import functools
 import gc
 import importlib
@@ -30,21 +29,23 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+from recording import add_arguments, append, described_commit, environment
+
 FILE = "language-model-gpu.csv"
 COLUMNS = (
     "date", "case", "variant", "tokens_per_second", "step_ms", "peak_gib", "first_s", "parameters",
     "loss", "note", "device", "torch", "commit",
 )  # fmt: skip
 MIXERS = ("gated_delta_net", "gated_delta_product", "delta_net", "delta_product")
-VARIANTS = ("householder-compiled", "fla", "fla-compiled", "householder")
+VARIANTS = (
+    "householder-compiled", "fla", "fla-compiled", "householder", "householder-keeping-compiled",
+)  # fmt: skip
 PRECISIONS = ("autocast", "bfloat16")
 BREAKDOWN = "language-model-breakdown-gpu.csv"
 # By names of kernels, the first that fits; a compiler's names list what it has fused.
@@ -168,6 +169,8 @@ def measure(
     make = theirs if variant.startswith("fla") else ours
     with torch.device(device):
         model, loss_of = make(mixer, sizes, variant.endswith("compiled"))
+    if "keeping" in variant:
+        model.recompute = False
     if precision == "bfloat16":
         model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -322,16 +325,6 @@ def rows(
         process.join()
 
 
-def append(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
-    """Add a row to a file of them."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mixers", nargs="*", default=MIXERS, help=f"of {', '.join(MIXERS)}")
@@ -339,8 +332,7 @@ def main() -> None:
     parser.add_argument("--precisions", default=PRECISIONS[0])
     parser.add_argument("--breakdown", action="store_true", help="write the kernels of a step")
     parser.add_argument("--ahead", type=int, default=0, help="processes that compile fla's kernels")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default="")
+    add_arguments(parser)
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
     sizes, variants = Sizes(), options.variants.split(",")
@@ -367,18 +359,11 @@ def main() -> None:
         if listing:
             (options.results / f"{case}-{variant}.txt").write_text(f"{listing}\n")
             parts = {"case": case, "variant": variant, **breakdown_of(str(listing))}
-            parts["commit"] = options.commit
-            append(options.results / BREAKDOWN, tuple(parts), parts)
+            parts["commit"] = options.commit or described_commit()
+            append(options.results / BREAKDOWN, tuple(parts), [parts])
             print(parts, flush=True)
-        row |= {
-            "date": datetime.date.today().isoformat(),
-            "case": case,
-            "variant": variant,
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "commit": options.commit,
-        }
-        append(path, COLUMNS, row)
+        row |= {"case": case, "variant": variant, **environment(options.commit)}
+        append(path, COLUMNS, [row])
         print(*(f"{row.get(c, '')}" for c in COLUMNS[1:10]), sep="  ", flush=True)
 
 

@@ -23,14 +23,11 @@ than `--slowest-ms`, by what it took at another length.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +36,11 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpu import PEER_TRIAL_MS, described_commit, peak_memory, quiet, try_quickly
+from gpu import PEER_TRIAL_MS, quiet, try_quickly
 from householder import path_attention
 from householder.testing import relative_error
+from recording import add_arguments, append, environment, installed_version, peak_memory
 
-RESULTS = Path(__file__).parent / "results"
 FILE = "path-attention-gpu.csv"
 COLUMNS = (
     "date", "case", "variant", "forward_ms", "both_ms", "called_forward_ms", "called_both_ms",
@@ -132,7 +129,7 @@ def flash_linear_attention(inputs: Inputs) -> Tensor:
 
 
 VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {OURS: ours, "sdpa": sdpa}
-if FLA_VERSION := next((d.version for d in metadata.distributions() if d.name == "fla-core"), ""):
+if FLA_VERSION := installed_version("fla-core"):
     VARIANTS["fla"] = flash_linear_attention
 
 
@@ -338,14 +335,9 @@ def bench_captured(run: Callable[[], object], called_ms: float) -> float:
     return bench(graph.replay)
 
 
-def append(path: Path, rows: list[Row], environment: Row) -> None:
-    """Print rows and append them to the CSV file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(row | environment for row in rows)
+def report(path: Path, rows: list[Row], where: Row) -> None:
+    """Append rows to the CSV file and print them."""
+    append(path, COLUMNS, [row | where for row in rows])
     for row in rows:
         times = " / ".join(f"{row.get(f'{part}_ms', '-')!s:>9}" for part in ("forward", "both"))
         called = row.get("called_both_ms", "-")
@@ -362,21 +354,12 @@ def main() -> None:
     """Run the chosen groups and append their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="*", default=["table", "length"])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="the measured commit; default: what git says")
+    add_arguments(parser)
     parser.add_argument("--compile-seconds", type=float, default=120.0, help="for peers")
     parser.add_argument("--slowest-ms", type=float, default=3000.0, help="of a peer's call")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
     arguments = parser.parse_args()
-    environment: Row = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "fla": FLA_VERSION,
-        "commit": arguments.commit or described_commit(),
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    where = environment(arguments.commit, triton=triton.__version__, fla=FLA_VERSION)
     # The peer's choices are made here, undisturbed, and not taken from other runs.
     os.environ["FLA_CACHE_RESULTS"] = "0"
     with tempfile.TemporaryDirectory() as cache:
@@ -396,7 +379,7 @@ def main() -> None:
             if time.perf_counter() - start > arguments.seconds:
                 print(f"{case.name} and what follows is left out: the time is up", flush=True)
                 break
-            append(arguments.results / FILE, measure(case, firsts, guard), environment)
+            report(arguments.results / FILE, measure(case, firsts, guard), where)
             torch.cuda.empty_cache()
 
 

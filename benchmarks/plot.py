@@ -8,11 +8,12 @@ from pathlib import Path
 
 import matplotlib
 
+from recording import RESULTS
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
 
 
@@ -71,13 +72,26 @@ def delta_product_gpu() -> None:
         axes.set_ylabel("ms")
         finish(axes)
         axes.get_legend().remove()
+    # Measured at one length, as called.
+    case = "table-1x32768x16x128-n1-ungated"
+    (other,) = (row for row in read("delta-product-gpu-flashqla.csv") if row["case"] == case)
+    for part in ("forward", "both"):
+        panels[0].plot(
+            32768,
+            float(other[f"called_{part}_ms"]),
+            marker="s" if part == "both" else "D",
+            linestyle="",
+            markersize=5,
+            color="C2",
+            label=f"FlashQLA, {'forward + backward' if part == 'both' else 'forward'}",
+        )
     panels[0].set_xscale("log", base=2)
     panels[0].set_yscale("log")
     panels[0].set_xlabel("tokens T (one sequence, 16 heads of 128, N = 1)")
     panels[0].set_title("delta_product, bfloat16, H200", loc="left")
     panels[1].set_ylim(bottom=0)
     panels[1].set_xlabel("reflections a token N (4 sequences of 4,096, 16 heads of 128)")
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[1].legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8)
     figure.savefig(IMAGES / "delta-product-gpu.png", dpi=150)
 
 
@@ -166,11 +180,12 @@ ATTENTIONS = {
 def a5_attention() -> None:
     """Whole words right by length for every depth, and the fewest layers above 90%."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    # Of several learning rates the one with which longer words are right.
+    # Of several runs the one with which longer words are right.
     runs: dict[tuple[str, int, str], dict[int, float]] = defaultdict(dict)
     for row in read("a5-attention-h200.csv"):
         if row["seed"] == "0":
-            run = row["mixer"], int(row["num_layers"]), row["lr"]
+            another = row["lr"] + row["steps"] + row["cuda_graphs"]
+            run = row["mixer"], int(row["num_layers"]), another
             runs[run][int(row["length"])] = float(row["word_accuracy"])
     curves: dict[tuple[str, int], dict[int, float]] = {}
     for (mixer, layers, _), accuracy in sorted(runs.items(), key=lambda x: sum(x[1].values())):

@@ -18,11 +18,8 @@ share). Peak memory is what one forward + backward takes beyond its inputs.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +28,10 @@ import triton
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpu import RESULTS, TIMES, described_commit, peak_memory
+from gpu import TIMES
 from householder import householder_frame, householder_product, testing
 from householder.testing import relative_error
+from recording import add_arguments, append, environment, installed_version, peak_memory
 
 REPEATS_MS = 60  # how long each figure is measured
 LONG_MS = 100  # calls from here on are not repeated for statistics' sake
@@ -130,14 +128,9 @@ def adapted_problem(case: Case) -> tuple[Parameters, dict[str, Run], Run]:
         return F.linear(x, weight.to(x.dtype))
 
     variants: dict[str, Run] = {"householder": ours, "frozen": lambda p: F.linear(p["x"], weight)}
-    if peft_version():
+    if installed_version("peft"):
         variants["peft"] = peft_layer(weight, inputs["k"])
     return inputs, variants, lambda p: ours(p, "chunk")
-
-
-def peft_version() -> str:
-    """Return the version of peft, or nothing."""
-    return next((d.version for d in metadata.distributions() if d.name == "peft"), "")
 
 
 def peft_layer(weight: Tensor, k: Tensor) -> Run:
@@ -269,42 +262,29 @@ def main() -> None:
     """Run the chosen groups and append their rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="*", default=["frame", "thin", "adapted"])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", help="the measured commit; default: what git says")
+    add_arguments(parser)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft")
-    environment = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "peft": peft_version(),
-        "commit": arguments.commit or described_commit(),
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    versions = {"triton": triton.__version__, "peft": installed_version("peft")}
+    where = environment(arguments.commit, **versions)
     path = arguments.results / "product-gpu.csv"
     for case in cases():
         if case.group in arguments.groups:
-            report(path, measure(case), environment)
+            report(path, measure(case), where)
             torch.cuda.empty_cache()
 
 
-def report(path: Path, rows: list[dict[str, object]], environment: dict[str, str]) -> None:
-    """Print rows and append them to the CSV file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(row | environment)
-            times = " / ".join(f"{row[n]:.4g}" for n in TIMES)
-            checks = " ".join(str(row.get(n, "")) for n in COLUMNS[8:11])
-            print(
-                f"{row['case']:28} {row['variant']:12} {times:>34} ms  {row['peak_mib']!s:>6} MiB"
-                f"  {checks}",
-                flush=True,
-            )
+def report(path: Path, rows: list[dict[str, object]], where: dict[str, object]) -> None:
+    """Append rows to the CSV file and print them."""
+    append(path, COLUMNS, [row | where for row in rows])
+    for row in rows:
+        times = " / ".join(f"{row[n]:.4g}" for n in TIMES)
+        checks = " ".join(str(row.get(n, "")) for n in COLUMNS[8:11])
+        print(
+            f"{row['case']:28} {row['variant']:12} {times:>34} ms  {row['peak_mib']!s:>6} MiB"
+            f"  {checks}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -12,23 +12,20 @@ process of its own for each variant: what one run adds to the process's resident
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import time
 import warnings
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from cases import CASES, Case
 from householder.testing import relative_error
+from recording import RESULTS, append, described_commit, installed_version
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "date",
     "case",
@@ -63,10 +60,10 @@ def main() -> None:
         parser.error(f"no case starts with {arguments.names}; the groups are {names}")
     torch.set_num_threads(arguments.threads)
     environment = describe_environment(arguments.threads)
-    RESULTS.mkdir(exist_ok=True)
     for case in chosen:
         rows = measure(case)
-        append(RESULTS / f"{case.group}-cpu.csv", [row | environment for row in rows])
+        path = RESULTS / f"{case.group}-cpu.csv"
+        append(path, COLUMNS, [row | environment for row in rows])
         for row in rows:
             print(
                 f"{case.name:36} {row['variant']:34} {row['median_ms']:9.2f} ms"
@@ -153,16 +150,13 @@ def _status(field: str) -> int:
 
 def describe_environment(threads: int) -> dict[str, object]:
     """Return what a row says of where it was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor_name(),
         "threads": threads,
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "commit": commit or "unknown",
+        "transformers": installed_version("transformers"),
+        "commit": described_commit() or "unknown",
     }
 
 
@@ -173,23 +167,6 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows to a CSV file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

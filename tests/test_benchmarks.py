@@ -13,14 +13,44 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("gpu", "gpu_cases", "lm_decode_gpu", "lm_gpu", "path_gpu", "tables"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def test_tables_of_the_documentation_are_made_from_the_rows():
     tables = importlib.import_module("tables")
     page = tables.PAGE.read_text()
     assert tables.rewritten(page) == page, "run python benchmarks/tables.py"
+
+
+# The scripts that append to a file of rows, and the package that they cannot be imported without.
+FILES = {
+    "delta-product-gpu.csv": ("gpu", "triton"),
+    "path-attention-gpu.csv": ("path_gpu", "triton"),
+    "product-gpu.csv": ("product_gpu", "triton"),
+    "language-model-gpu.csv": ("lm_gpu", "torch"),
+    "language-model-decoding-gpu.csv": ("lm_decode_gpu", "torch"),
+    "fla-checkpoints-h200.csv": ("fla_checkpoints", "transformers"),
+    "apply-cpu.csv": ("run", "transformers"),
+    "gated-delta-cpu.csv": ("run", "transformers"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_rows_can_be_appended_to_the_files_there_are(file, tmp_path):
+    script, needed = FILES[file]
+    pytest.importorskip(needed)
+    columns = importlib.import_module(script).COLUMNS
+    recording = importlib.import_module("recording")
+    copy = tmp_path / "results" / file
+    recording.append(copy, columns, [{columns[1]: "new"}])
+    recording.append(copy, columns, [{columns[1]: "newer"}])
+    header, *rows = copy.read_text().splitlines()
+    there = (BENCHMARKS / "results" / file).read_text().splitlines()[0]
+    assert header == there, "rows of these columns would be refused"
+    assert [row.split(",")[1] for row in rows] == ["new", "newer"]
+    with pytest.raises(SystemExit, match="has other columns than"):
+        recording.append(copy, [*columns, "another"], [])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -38,9 +38,10 @@ BELOW = {
     },
     "__main__": {"cli"},
     "testing": {"testing", "nn", "maps", "ops", ""},
-    # The package's own __init__ re-exports maps, ops and one function of hf. Only what stands above
-    # everything else may import it: below, that would be a cycle.
-    "": {"hf", "maps", "ops"},
+    # The package's own __init__ re-exports maps, ops and one function of hf, and names the parts
+    # that it loads when they are asked for. Only what stands above everything else may import it:
+    # below, that would be a cycle.
+    "": {"hf", "maps", "ops", "adapters", "models", "nn", "testing", "train"},
 }
 # Inside an op's folder: the forms know nothing of one another.
 BELOW_IN_OP = {
@@ -206,6 +207,26 @@ def test_importing_loads_torch_and_nothing_more() -> None:
         # are saved as safetensors.
         light = {"householder", "numpy", "safetensors"}
         assert packages <= light, f"{module} loads {packages}"
+
+
+def test_parts_are_loaded_when_they_are_asked_for() -> None:
+    code = """
+import sys
+import householder
+
+parts = ("adapters", "models", "nn", "testing", "train")
+print([f"householder.{part}" in sys.modules for part in parts])
+print([getattr(householder, part).__name__ for part in parts], set(parts) <= set(dir(householder)))
+try:
+    householder.mn
+except AttributeError as error:
+    print(error)
+"""
+    before, after, unknown = in_fresh_process(code).splitlines()
+    assert before == "[False, False, False, False, False]"
+    assert after.startswith("['householder.adapters', ")
+    assert after.endswith("'householder.train'] True")
+    assert unknown == "module 'householder' has no attribute 'mn'"
 
 
 def test_the_measure_sees_a_heavy_import() -> None:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from householder.testing import assert_as_accurate, delta_product_inputs, relative_error
+from householder.testing import (
+    CORRELATIONS,
+    assert_as_accurate,
+    correlated_reflectors,
+    delta_product_inputs,
+    path_attention_inputs,
+    relative_error,
+)
 
 EXPECTED = torch.linspace(1, 2, 1000, dtype=torch.float64).exp()
 PLAIN = torch.linspace(1, 2, 1000).exp()
@@ -56,19 +63,42 @@ def test_relative_error_of_nan_is_infinite():
     assert relative_error(torch.tensor([torch.nan]), torch.ones(1)) == float("inf")
 
 
-class TestInputs:
-    def test_seeded(self):
-        first, again, other = (delta_product_inputs(seed=s) for s in (1, 1, 2))
-        assert torch.equal(first["k"], again["k"])
-        assert not torch.equal(first["k"], other["k"])
+# The factory of each op, and what it calls its reflectors.
+FACTORIES = {"delta_product": (delta_product_inputs, "k"), "path": (path_attention_inputs, "w")}
 
-    def test_packed_bounds_are_valid_and_hold_an_empty_sequence(self):
+
+@pytest.mark.parametrize("op", FACTORIES)
+class TestInputs:
+    def test_seeded(self, op):
+        make, reflectors = FACTORIES[op]
+        first, again, other = (make(seed=s)[reflectors] for s in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_packed_bounds_are_valid_and_hold_an_empty_sequence(self, op):
+        make, _ = FACTORIES[op]
         for seed in range(10):
-            bounds = delta_product_inputs(1, 50, num_sequences=5, seed=seed)["cu_seqlens"].tolist()
+            bounds = make(1, 50, num_sequences=5, seed=seed)["cu_seqlens"].tolist()
             assert bounds == sorted(bounds)
             assert (bounds[0], bounds[1], bounds[-1], len(bounds)) == (0, 0, 50, 6)
 
-    def test_gates_are_not_positive_and_keys_are_unit(self):
-        inputs = delta_product_inputs(decay=3.0)
+    def test_reflectors_are_unit_and_gates_not_positive_of_the_mean_that_was_asked_for(self, op):
+        make, reflectors = FACTORIES[op]
+        inputs = make(decay=3.0, strength=1.5)
+        lengths = inputs[reflectors].norm(dim=-1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+        assert (inputs["beta"] == 1.5).all()
         assert (inputs["g"] <= 0).all()
-        torch.testing.assert_close(inputs["k"].norm(dim=-1), torch.ones(2, 37, 2, 2).double())
+        assert 2.5 < -inputs["g"].mean() < 3.5
+        assert make(decay=None)["g"] is None
+        assert (make()["beta"] <= 2).all()
+
+
+def test_correlated_reflectors_are_of_the_asked_size_and_kind():
+    for kind in CORRELATIONS:
+        assert correlated_reflectors(kind, 5, 8).shape == (5, 8)
+    close = correlated_reflectors("close", 5, 64, dtype=torch.float64)
+    unit = close / close.norm(dim=-1, keepdim=True)
+    assert (unit @ unit.T).min() > 0.999
+    with pytest.raises(ValueError, match=r"must be one of independent, equal, .* got 'clos'"):
+        correlated_reflectors("clos", 5, 8)

@@ -27,7 +27,11 @@ __all__ = [
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ‖actual − expected‖ / ‖expected‖ in the Frobenius norm; NaN counts as infinite.
 
-    If `expected` is zero the norm of `actual` itself is returned.
+    If `expected` is zero the norm of `actual` itself is returned. Computed in float64.
+
+    Args:
+        actual: any shape and dtype.
+        expected: of the same shape.
 
     Examples:
         >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
@@ -159,11 +163,19 @@ def correlated_reflectors(
         device: of the result; the numbers are drawn on the CPU, and are the same on all.
         seed: of the draw.
 
+    Raises:
+        ValueError: there is no such kind.
+
     Examples:
         >>> k = correlated_reflectors("pairs", 4, 8)
         >>> torch.equal(k[0], k[1]), torch.equal(k[1], k[2])
         (True, False)
     """
+    if kind not in CORRELATIONS:
+        raise ValueError(
+            f"correlated_reflectors: `kind` must be one of {', '.join(CORRELATIONS)}, "
+            f"got {kind!r}; pick one of them"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int, size: int = D) -> Tensor:
@@ -227,33 +239,20 @@ def delta_product_inputs(
         >>> inputs["k"].shape, inputs["g"]
         (torch.Size([2, 5, 3, 2, 8]), None)
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = _Draw(seed)
     HV = H if HV is None else HV
     S = B if num_sequences is None else num_sequences
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    k = normal(B, T, N, H, K)
-    beta = uniform(B, T, N, HV) * 2
     inputs = {
-        "q": normal(B, T, H, K),
-        "k": k / torch.linalg.vector_norm(k, dim=-1, keepdim=True),
-        "v": normal(B, T, N, HV, V),
-        "beta": beta if strength is None else torch.full_like(beta, strength),
-        "g": None if decay is None else -2 * decay * uniform(B, T, HV),
+        "k": draw.unit(B, T, N, H, K),
+        "beta": draw.beta(strength, B, T, N, HV),
+        "q": draw.normal(B, T, H, K),
+        "v": draw.normal(B, T, N, HV, V),
+        "g": draw.gates(decay, B, T, HV),
     }
-    made: dict[str, Tensor | None] = {
-        name: None if x is None else x.to(device, dtype) for name, x in inputs.items()
-    }
-    state = normal(S, HV, K, V).to(device, torch.promote_types(dtype, torch.float32))
+    made = {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
+    state = draw.normal(S, HV, K, V).to(device, torch.promote_types(dtype, torch.float32))
     made["initial_state"] = state if with_initial_state else None
-    made["cu_seqlens"] = None
-    if num_sequences is not None:
-        made["cu_seqlens"] = _random_bounds(T, num_sequences, generator).to(device)
+    made["cu_seqlens"] = draw.bounds(T, num_sequences, device)
     return made
 
 
@@ -297,40 +296,58 @@ def path_attention_inputs(
         >>> inputs["q"].shape, inputs["w"].shape, inputs["g"]
         (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 2, 8]), None)
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = _Draw(seed)
     HQ = H if HQ is None else HQ
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    w = normal(B, T, H, K)
-    beta = uniform(B, T, H) * 2
     inputs = {
-        "q": normal(B, T, HQ, K),
-        "k": normal(B, T, H, K),
-        "v": normal(B, T, H, V),
-        "w": w / torch.linalg.vector_norm(w, dim=-1, keepdim=True),
-        "beta": beta if strength is None else torch.full_like(beta, strength),
-        "g": None if decay is None else -2 * decay * uniform(B, T, HQ),
-        "sinks": normal(HQ) if with_sinks else None,
+        "w": draw.unit(B, T, H, K),
+        "beta": draw.beta(strength, B, T, H),
+        "q": draw.normal(B, T, HQ, K),
+        "k": draw.normal(B, T, H, K),
+        "v": draw.normal(B, T, H, V),
+        "g": draw.gates(decay, B, T, HQ),
+        "sinks": draw.normal(HQ) if with_sinks else None,
     }
-    made: dict[str, Tensor | None] = {
-        name: None if x is None else x.to(device, dtype) for name, x in inputs.items()
-    }
-    made["cu_seqlens"] = None
-    if num_sequences is not None:
-        made["cu_seqlens"] = _random_bounds(T, num_sequences, generator).to(device)
+    made = {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
+    made["cu_seqlens"] = draw.bounds(T, num_sequences, device)
     return made
 
 
-def _random_bounds(T: int, num_sequences: int, generator: torch.Generator) -> Tensor:
-    """Cut T tokens into sequences of random lengths, the first of several empty."""
-    S = num_sequences
-    cuts = torch.randint(0, T + 1, (max(S - 2, 0),), generator=generator).sort().values
-    return torch.tensor([0, *([0] if S > 1 else []), *cuts.tolist(), T], dtype=torch.int32)
+class _Draw:
+    """Draw the tensors of the input factories, in float64 and the same for a seed everywhere."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, dtype=torch.float64)
+
+    def unit(self, *shape: int) -> Tensor:
+        """Draw vectors of length 1 along the last dimension."""
+        x = self.normal(*shape)
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+    def beta(self, strength: float | None, *shape: int) -> Tensor:
+        """Draw coefficients of unit reflectors from [0, 2], or give them all one strength."""
+        beta = self.uniform(*shape) * 2
+        return beta if strength is None else torch.full_like(beta, strength)
+
+    def gates(self, decay: float | None, *shape: int) -> Tensor | None:
+        """Draw log gates, −g of mean `decay`."""
+        return None if decay is None else -2 * decay * self.uniform(*shape)
+
+    def bounds(
+        self, T: int, num_sequences: int | None, device: str | torch.device
+    ) -> Tensor | None:
+        """Cut T tokens into sequences of random lengths, the first of several empty."""
+        if num_sequences is None:
+            return None
+        inner = (max(num_sequences - 2, 0),)
+        cuts = torch.randint(0, T + 1, inner, generator=self._generator).sort().values
+        bounds = [0, *([0] if num_sequences > 1 else []), *cuts.tolist(), T]
+        return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def check_linear_map_laws(

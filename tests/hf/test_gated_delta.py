@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 
 import pytest
@@ -74,6 +75,73 @@ def test_logits_and_gradients_are_equal(counted):
     assert our_gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+EXPERTS = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+# Of every model of transformers that has such layers: its classes, and what its config takes.
+FAMILIES = {
+    "qwen3_next": ("Qwen3Next", "Config", {"head_dim": 16, **EXPERTS}),
+    "qwen3_5": ("Qwen3_5", "TextConfig", {"head_dim": 16, "intermediate_size": 32}),
+    "qwen3_5_moe": ("Qwen3_5Moe", "TextConfig", {"head_dim": 16, **EXPERTS}),
+    "qwen4_exp": (
+        "Qwen4Exp",
+        "TextConfig",
+        {"head_dim": 16, "hc_count": 2, "hc_lowrank": 8, **EXPERTS, **INDEXER},
+    ),
+    "olmo_hybrid": ("OlmoHybrid", "Config", {"intermediate_size": 32, "linear_num_key_heads": 4}),
+}
+
+
+@pytest.mark.parametrize("family", gated_delta.MODELS)
+def test_every_family_is_switched_with_equal_logits_and_continuations(family, counted):
+    prefix, suffix, options = FAMILIES[family]
+    package = f"transformers.models.{family}"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"this transformers has no {family}")
+    modeling = importlib.import_module(f"{package}.modeling_{family}")
+    configuration = importlib.import_module(f"{package}.configuration_{family}")
+    shared = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 8,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    config = getattr(configuration, prefix + suffix)(**{**shared, **options})
+    model = getattr(modeling, f"{prefix}ForCausalLM")(config).eval()
+
+    def run():
+        with torch.no_grad():
+            logits = model(tokens(2, 70), use_cache=False).logits
+        return logits, model.generate(tokens(2, 9), max_new_tokens=4, do_sample=False)
+
+    logits, continued = run()
+    assert counted == {"delta_product": 0, "delta_product_step": 0}
+    with householder.use_in_transformers():
+        our_logits, our_continued = run()
+    assert counted == {"delta_product": 3 + 3, "delta_product_step": 3 * 3}
+    torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(our_continued, continued)
 
 
 def test_greedy_and_padded_decoding_are_equal(counted):

@@ -157,6 +157,29 @@ def test_loss_is_that_of_shifted_labels_and_trains(model):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_training_can_go_without_logits():
+    batch = tokens(2, 9)
+    model, frugal = make("delta,path"), make("delta,path")
+    frugal.config.skip_training_logits = True
+    frugal.load_state_dict(model.state_dict())
+    whole, alone = (m.train()(batch, labels=batch) for m in (model, frugal))
+    assert whole.logits is not None
+    assert alone.logits is None
+    assert torch.equal(alone.loss, whole.loss)
+    assert frugal(batch).logits is not None
+    assert frugal.eval()(batch, labels=batch).logits is not None
+
+
+def test_names_of_the_package_are_those_of_its_modules():
+    import householder.hf
+
+    for name in householder.hf.__all__:
+        assert getattr(householder.hf, name).__name__ == name
+    assert set(householder.hf.__all__) <= set(dir(householder.hf))
+    with pytest.raises(AttributeError, match="no attribute 'HouseholderTokenizer'"):
+        householder.hf.HouseholderTokenizer  # noqa: B018
+
+
 def test_parts_of_a_step_add_up_to_its_loss():
     """As `Trainer` accumulates gradients: it gives every part the number of labels of the whole."""
     model = make("delta,path")

@@ -243,11 +243,20 @@ def test_composition_keeps_one_product():
     torch.testing.assert_close(product.to_dense(), a.to_dense() @ b.to_dense())
 
 
+def test_other_errors_name_it_too():
+    with pytest.raises(TypeError, match=r"from_lapack: `tau` must be a tensor, got list"):
+        HouseholderProduct.from_lapack(torch.zeros(3, 2), [0.0, 0.0])
+    for M in (1.5, True):
+        with pytest.raises(TypeError, match=f"frame: `M` must be an int, got {M}"):
+            HouseholderProduct.orthogonal(draw(2, 4)).frame(M)
+
+
 @pytest.mark.parametrize(
     ("reflectors", "beta", "error", "match"),
     [
         (torch.zeros(5), torch.zeros(1), ValueError, r"`reflectors` must be \[\*, N, D\]"),
         (torch.zeros(2, 5), torch.zeros(3), ValueError, r"`beta` must be \[\*, N\] with N = 2"),
+        (torch.zeros(2, 3, 1, 5), torch.zeros(2, 1), ValueError, r"got \[2, 3\] and \[2\]"),
         ("k", torch.zeros(3), TypeError, "`reflectors` must be a tensor, got str"),
         (torch.zeros(2, 5), torch.zeros(2, dtype=torch.int), TypeError, "`beta` must be real"),
     ],

@@ -1,12 +1,18 @@
 """The causal language model: its layers, its three ways of running, its loss."""
 
+import functools
+import itertools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 from householder.models import PRESETS, CausalLM, CausalLMConfig, linear_cross_entropy
+from householder.models._recompute import keeping_the_dear
+from householder.models.block import SwiGLU
 from householder.nn import (
     DeltaNet,
     DeltaProduct,
@@ -185,6 +191,59 @@ def test_checkpointing_changes_no_gradient():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for plain, saved in zip(*gradients, strict=True):
         torch.testing.assert_close(saved, plain)
+
+
+def test_recurrences_know_whether_to_make_their_states_anew():
+    model = make("gated_delta_product,rope")
+    mixer = model.layers[0].mixer
+    seen = [mixer.recompute]
+    for model.recompute, model.checkpoint_activations in itertools.product((True, False), repeat=2):
+        assert model.layers[1].recompute == model.layers[0].recompute == mixer.recompute
+        seen.append(mixer.recompute)
+    # A block that is run again as a whole keeps them in between.
+    assert seen == [True, False, True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_what_a_compiled_block_makes_anew_is_cheap_and_changes_no_gradient():
+    """As many products as before, and of the MLP's three hidden vectors two are kept."""
+    torch._dynamo.reset()
+    block = CausalLMConfig(V, d_model=32, head_dim=16, mlp_width=88).build_block("gated_delta_net")
+    x = torch.randn(2, 70, 32, requires_grad=True)
+    options = {"state": None, "cu_seqlens": None, "mask": None}
+    results, products, kept = [], [], []
+    for function in (block._run, functools.partial(keeping_the_dear, block._run)):
+        graphs = []
+
+        def record(graph, _, graphs=graphs):
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        compiler = aot_autograd(
+            fw_compiler=record, partition_fn=min_cut_rematerialization_partition
+        )
+        compiled = torch.compile(function, fullgraph=True, backend=compiler)
+        hidden = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, hidden=hidden: hidden.append(x.numel() == 140 * 88) or x, lambda x: x
+        ):
+            y = compiled(x, **options)
+        results.append(torch.autograd.grad(y.sin().sum(), [x, *block.parameters()]))
+        nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+        products.append(sum("mm." in node or "householder." in node for node in nodes))
+        kept.append((sum(hidden), len(hidden)))
+    torch.testing.assert_close(*results)
+    assert products[0] == products[1]
+    assert [hidden for hidden, _ in kept] == [3, 2]
+    assert kept[1][1] < kept[0][1]
+
+
+def test_hooks_see_the_hidden_vector_of_the_mlp():
+    mlp, x = SwiGLU(8, width=24), torch.randn(3, 8)
+    plain, seen = mlp(x), []
+    mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    torch.testing.assert_close(mlp(x), plain)
+    assert seen == [(3, 24)]
 
 
 # Dynamo looks at the gradients of its inputs, which are no leaves here, behind a filter of its own.

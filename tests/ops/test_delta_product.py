@@ -428,6 +428,12 @@ class TestTransforms:
             (do, dstate, *args, *saved[2:], "chunk"),
         )
 
+        torch.library.opcheck(
+            torch.ops.householder.delta_product_backward_anew.default,
+            (do, dstate, *args, "chunk"),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
     def test_second_order_is_refused_with_the_remedy(self):
         leaves = [x.clone().requires_grad_() for x in self.args]
         (dk,) = torch.autograd.grad(self.loss()(*leaves), leaves[1], create_graph=True)
@@ -449,6 +455,45 @@ class TestTransforms:
         f = self.loss("reference")
         assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def kept_for_the_gradient(call):
+    """Return what `call` gives, and how many numbers it keeps that are not its inputs'."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = call()
+    return outputs, kept
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("num_sequences", [None, 4])
+def test_recomputing_keeps_the_inputs_alone_and_changes_no_bit(num_sequences, compiled):
+    inputs = {
+        name: x.requires_grad_() if x is not None and x.is_floating_point() else x
+        for name, x in delta_product_inputs(
+            B=1, T=130, HV=4, decay=0.1, num_sequences=num_sequences
+        ).items()
+    }
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    storages = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    call = delta_product
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager_decomp_partition")
+    results = []
+    for recompute in (False, True):
+        (o, state), kept = kept_for_the_gradient(
+            lambda again=recompute: call(**inputs, output_final_state=True, recompute=again)
+        )
+        beside = sum(size for place, size in kept.items() if place not in storages)
+        assert (beside == 0) == recompute
+        results.append((o, state, *torch.autograd.grad(o.sin().sum() + state.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_no_gradient_asked_for_saves_nothing(monkeypatch):

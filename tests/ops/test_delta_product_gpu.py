@@ -1,6 +1,7 @@
 """The Triton kernels of `delta_product` on a GPU: every configuration, against float64."""
 
 import importlib
+import threading
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ SHAPES = {
     "six reflections": (1, 200, 6, 1, 1, 64, 64, None, None),
     "seven reflections": (1, 200, 7, 1, 1, 16, 16, None, None),
     "eight reflections": (1, 200, 8, 1, 2, 32, 16, 0.1, None),
+    "one token": (2, 1, 1, 2, 2, 128, 128, 0.1, None),
+    "shorter than a chunk": (2, 20, 2, 2, 2, 128, 128, None, None),
     "narrow": (2, 300, 1, 2, 2, 64, 64, 0.1, None),
     "narrow, no gate": (2, 300, 1, 2, 2, 64, 64, None, None),
     "keys wider than values": (1, 300, 2, 1, 1, 128, 64, 0.1, None),
@@ -105,16 +108,59 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
             assert torch.equal(a, b), f"{label} changes from run to run"
 
 
-@pytest.mark.parametrize("name", ["gated delta rule", "five reflections", "packed"])
+@pytest.mark.parametrize(
+    ("K", "V", "N", "dtype"),
+    [
+        (80, 112, 1, torch.bfloat16),
+        (112, 224, 2, torch.bfloat16),
+        (144, 16, 3, torch.float16),
+        (208, 240, 1, torch.float32),
+    ],
+)
+def test_other_multiples_of_16(K, V, N, dtype, kernels, poisoned):
+    inputs = arrange((2, 150, N, 1, 2, K, V, 0.1, None), dtype)
+    actual = run(kernels, inputs)
+    torch.use_deterministic_algorithms(False)
+    for label, a, e in zip(OUTPUTS, actual, run(chunk, inputs, torch.float64), strict=True):
+        assert relative_error(a, e) < LIMITS[dtype], label
+
+
+@pytest.mark.parametrize(
+    "name", ["gated delta rule", "five reflections", "packed", "long", "long, gated"]
+)
 def test_portable_forward_agrees_with_float64(name, kernels, monkeypatch):
     """Where a chip has forms of its own, the portable ones run too."""
-    forward = importlib.import_module("householder.ops.delta_product.triton.forward")
-    monkeypatch.setattr(forward, "suits_hopper", lambda p, *tiles: False)
+    for module in ("forward", "segments"):
+        module = importlib.import_module(f"householder.ops.delta_product.triton.{module}")
+        monkeypatch.setattr(module, "suits_hopper", lambda p, *tiles: False)
     inputs = arrange(SHAPES[name], torch.bfloat16)
     actual, expected = run(kernels, inputs), run(chunk, inputs, torch.float64)
     for label, a, e in zip(OUTPUTS, actual, expected, strict=True):
         if e is not None and e.numel():
             assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+
+
+@pytest.mark.parametrize("name", ["gated delta rule", "long, gated", "long and wide"])
+def test_the_first_call_compiles_its_kernels_side_by_side(name, kernels, monkeypatch, tmp_path):
+    import triton
+
+    B, T, N, H, _, *others = SHAPES[name]
+    # Numbers of heads that no other test has: strides are constants of kernels.
+    shape = (B, T, N, H + 2, 3 * (H + 2), *others)
+    compilers = []
+
+    def listen(*, src, cache_hit, **_):
+        compilers.append(threading.current_thread().name)
+        assert not cache_hit, src.name
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    inputs = arrange(shape, torch.bfloat16)
+    first = run(kernels, inputs)
+    assert len(compilers) >= 3
+    assert all(thread.startswith("householder-compiler") for thread in compilers)
+    for a, b in zip(first, run(kernels, inputs), strict=True):
+        assert a is None if b is None else torch.equal(a, b)
 
 
 def test_rows_need_not_start_at_multiples_of_16_bytes(kernels):

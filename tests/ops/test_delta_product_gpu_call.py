@@ -128,6 +128,24 @@ def test_the_op_that_writes_over_what_was_saved_says_so(decay):
     )
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("N", [1, 2])
+def test_recomputing_keeps_the_inputs_alone_and_changes_no_bit(N, compiled):
+    B, T, H, D = 2, 1000, 4, 128
+    inputs = arrange(B, T, N, H, D, D, decay=0.1, with_initial_state=False)
+    given = [inputs[n] for n in ORDER]
+    function = torch.compile(delta_product, fullgraph=True) if compiled else delta_product
+    results = []
+    for recompute, least, most in ((False, 3.4 * N, 5.0 * N), (True, 0.0, 0.1)):
+        function(*given, recompute=recompute)
+        before = torch.cuda.memory_allocated()
+        o, _ = function(*given, recompute=recompute)
+        kept = (torch.cuda.memory_allocated() - before) / (o.numel() * o.element_size()) - 1
+        assert least <= kept <= most
+        results.append((o, *torch.autograd.grad(o.float().sin().sum(), given)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_packed_sequences_are_those_alone():
     inputs = arrange(1, 900, 2, 2, 64, 64, num_sequences=7)
     together, bounds = call(inputs), inputs["cu_seqlens"].tolist()

@@ -1,11 +1,12 @@
-"""What is remembered of calls."""
+"""What every op shares: checks, what is remembered of calls, gradients without gradients."""
 
 import pytest
 import torch
 
 from householder import delta_product, delta_product_step
 from householder.ops import _dispatch
-from householder.ops._dispatch import examined, remember
+from householder.ops._checks import check_tensors
+from householder.ops._dispatch import examined, first_order_only, remember
 
 
 def test_no_more_is_remembered_than_there_is_room_for(monkeypatch):
@@ -79,3 +80,51 @@ def test_one_token_is_examined_with_and_without_gradients():
         delta_product_step(q, k, v, beta, state=state, impl="triton")
     with torch.no_grad(), pytest.raises(NotImplementedError, match="cannot run"):
         delta_product_step(q, k, v, beta, state=state, impl="triton")
+
+
+class Square(torch.autograd.Function):
+    """x², whose gradient is a function of its own without one."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return SquareBackward.apply(dy, *ctx.saved_tensors)
+
+
+class SquareBackward(torch.autograd.Function):
+    setup_context = staticmethod(_dispatch.keep_nothing)
+    backward = first_order_only("square: the form of this test")
+
+    @staticmethod
+    def forward(dy, x):
+        return 2 * x * dy
+
+
+def test_a_second_order_is_refused_with_the_way_to_have_it():
+    x = torch.tensor(3.0, requires_grad=True)
+    (dx,) = torch.autograd.grad(Square.apply(x), x, create_graph=True)
+    assert dx == 6
+    with pytest.raises(NotImplementedError, match=r"square: the form of this test has first-order"):
+        torch.autograd.grad(dx, x)
+    assert torch.func.grad(Square.apply)(torch.tensor(3.0)) == 6
+    compiled = torch.compile(Square.apply, fullgraph=True, backend="aot_eager")
+    assert torch.autograd.grad(compiled(x), x)[0] == 6
+
+
+def test_tensors_are_checked_for_kind_dtype_and_device():
+    x, nowhere = torch.zeros(2), torch.zeros(2, device="meta")
+    check_tensors("op", {"x": x, "y": None, "z": x.bfloat16()}, optional="y")
+    check_tensors("op", {"x": x.to(torch.complex64)}, allow_complex=True)
+    with pytest.raises(TypeError, match="op: `y` must be a tensor, got NoneType"):
+        check_tensors("op", {"x": x, "y": None})
+    with pytest.raises(TypeError, match="op: `x` must be real floating point"):
+        check_tensors("op", {"x": x.to(torch.complex64)})
+    with pytest.raises(ValueError, match="op: all tensors must be on one device, got `x` on cpu"):
+        check_tensors("op", {"x": x, "y": nowhere})

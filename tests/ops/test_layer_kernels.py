@@ -1,4 +1,4 @@
-"""`short_convolution`, `gated_rms_norm` and `swiglu`: kernels beside their definitions.
+"""`short_convolution`, `gated_rms_norm`, `swiglu`, `swiglu_linear`: kernels beside definitions.
 
 As a script, in a process where Triton interprets, it runs the kernels on the CPU in float32; on a
 GPU the tests run them in every dtype.
@@ -20,6 +20,7 @@ from householder.ops import (
     short_convolution,
     short_convolution_step_,
     swiglu,
+    swiglu_linear,
 )
 from householder.ops._dispatch import INTERPRETING
 from householder.testing import assert_as_accurate
@@ -37,6 +38,8 @@ CONVOLUTIONS = {
 }
 NORMS = {"narrow": (2, 3, 5), "heads": (20, 128), "one": (3, 1), "wide": (2, 300)}
 GATED = {"few": (2, 3, 5), "more than a block": (3, 1001)}
+# The hidden vectors, and how wide the product is.
+MULTIPLIED = {"multiplied": ((2, 3, 5), 4), "a block multiplied": ((7, 311), 16)}
 
 
 def convolution(name, dtype, device):
@@ -68,12 +71,27 @@ def norm(name, dtype, device):
 
 
 def gated(name, dtype, device):
+    return draw_gated(GATED[name], dtype, device)
+
+
+def draw_gated(shape, dtype, device):
     generator = torch.Generator().manual_seed(0)
     gate, up, dy = (
-        torch.randn(GATED[name], generator=generator, dtype=torch.float64).to(device, dtype)
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
         for _ in range(3)
     )
     return swiglu, [gate, up], {}, dy
+
+
+def multiplied(name, dtype, device):
+    shape, D = MULTIPLIED[name]
+    _, (gate, up), _, _ = draw_gated(shape, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    weight, dy = (
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)
+        for s in ((D, shape[-1]), (*shape[:-1], D))
+    )
+    return swiglu_linear, [gate, up, weight], {}, dy
 
 
 def differentiate(function, tensors, options, dy, impl, dtype=None):
@@ -110,6 +128,7 @@ def check_transforms(device):
         convolution("three wide", torch.float32, device),
         norm("heads", torch.float32, device),
         gated("few", torch.float32, device),
+        multiplied("multiplied", torch.float32, device),
     ):
 
         def loss(*leaves, function=function, options=options, impl="triton"):
@@ -143,12 +162,14 @@ def check_registration(device):
         (ops.gated_rms_norm_backward, (dnormed, y, gate, scale, 1e-5)),
         (ops.swiglu, hidden),
         (ops.swiglu_backward, (dgated, *hidden)),
+        (ops.swiglu_backward_and_forward, (dgated, *hidden)),
     ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def check_second_order(device):
-    for make, name in ((convolution, "silu"), (norm, "heads"), (gated, "few")):
+    cases = ((convolution, "silu"), (norm, "heads"), (gated, "few"), (multiplied, "multiplied"))
+    for make, name in cases:
         problem = make(name, torch.float32, device)
         function, (x, *rest), options, _ = problem
         x.requires_grad_()
@@ -156,6 +177,56 @@ def check_second_order(device):
         (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match='impl="reference"'):
             dx.sum().backward()
+
+
+def check_kept(device):
+    """Compiled or not, nothing is kept for the gradient of the product but what came in."""
+    function, tensors, options, dy = multiplied("a block multiplied", torch.float32, device)
+    leaves = [x.requires_grad_() for x in tensors]
+    given = {x.untyped_storage().data_ptr() for x in leaves}
+    # Its partitioner decides what a compiled forward pass keeps.
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager_decomp_partition")
+    results = []
+    for call in (function, compiled):
+        kept = []
+
+        def pack(x, kept=kept):
+            kept.append(x.untyped_storage().data_ptr())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = call(*leaves, impl="triton", **options)
+        assert kept
+        assert set(kept) <= given
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    torch.testing.assert_close(*results)
+
+
+def check_frozen_weight(device):
+    function, (gate, up, weight), _, dy = multiplied("multiplied", torch.float32, device)
+    gate.requires_grad_()
+    y = function(gate, up, weight, impl="triton")
+    plain = function(gate, up, weight, impl="reference")
+    torch.testing.assert_close(*(torch.autograd.grad(x, gate, dy) for x in (y, plain)))
+
+
+def check_autocast(device):
+    """As PyTorch's own product, it is made in autocast's dtype of whatever weight there is."""
+    _, (gate, up, weight), _, dy = multiplied("a block multiplied", torch.bfloat16, device)
+    weight = weight.float().requires_grad_()
+    results = []
+    for impl in ("triton", "reference"):
+        with torch.autocast(device, torch.bfloat16):
+            y = swiglu_linear(gate, up, weight, impl=impl)
+        (dweight,) = torch.autograd.grad(y, weight, dy)
+        results.append((y, dweight))
+        assert (y.dtype, dweight.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-1)
+    with (
+        torch.autocast(device, torch.bfloat16),
+        pytest.raises(NotImplementedError, match="all must have the product's dtype"),
+    ):
+        swiglu_linear(gate.float(), up.float(), weight, impl="triton")
 
 
 def test_convolution_is_that_of_pytorch():
@@ -209,6 +280,13 @@ def test_packed_sequences_are_convolved_apart():
         (lambda x, w: gated_rms_norm(x, x[0], w[0, 0]), ValueError, "`gate` must be"),
         (lambda x, w: gated_rms_norm(x, x, w[0]), ValueError, "`weight` must be"),
         (lambda x, w: gated_rms_norm(x.long(), x, w), TypeError, "must be real floating point"),
+        (lambda x, w: swiglu_linear(x, x[0], w[0]), ValueError, "`up` must be"),
+        (lambda x, w: swiglu_linear(x, x, w[0]), ValueError, r"`weight` \[D, width\], got shapes"),
+        (
+            lambda x, w: swiglu_linear(x, x, x[0], impl="triton"),
+            NotImplementedError,
+            "it needs tensors on a CUDA device",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, error, message):
@@ -225,6 +303,10 @@ def compute() -> dict[str, str]:
         for name, (make, n) in checks.items()
     }
     jobs |= {f"gated, {n}": lambda n=n: check(gated(n, torch.float32, "cpu")) for n in GATED}
+    for n in MULTIPLIED:
+        jobs[n] = lambda n=n: check(multiplied(n, torch.float32, "cpu"))
+    jobs["kept"] = lambda: check_kept("cpu")
+    jobs["frozen weight"] = lambda: check_frozen_weight("cpu")
     jobs["step"] = lambda: check_step(torch.float32, "cpu")
     jobs["transforms"] = lambda: check_transforms("cpu")
     jobs["registration"] = lambda: check_registration("cpu")
@@ -250,10 +332,18 @@ def test_interpreted_kernels_are_as_accurate_as_the_definitions():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *NORMS, *GATED])
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *NORMS, *GATED, *MULTIPLIED])
 def test_kernels_are_as_accurate_as_the_definitions(name, dtype):
-    make = convolution if name in CONVOLUTIONS else norm if name in NORMS else gated
+    kinds = ((CONVOLUTIONS, convolution), (NORMS, norm), (GATED, gated), (MULTIPLIED, multiplied))
+    make = next(make for names, make in kinds if name in names)
     check(make(name, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+def test_product_behind_swiglu_on_a_gpu():
+    check_kept("cuda")
+    check_frozen_weight("cuda")
+    check_autocast("cuda")
 
 
 @pytest.mark.gpu

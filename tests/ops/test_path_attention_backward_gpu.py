@@ -1,6 +1,7 @@
 """The backward kernels of `path_attention` on a GPU: every configuration, against float64."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ NAMES = ("q", "k", "v", "w", "beta", "g", "sinks")
 # rounding of sums of 64 terms.
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2.5e-3, torch.float32: 5e-6}
 # Thousands of reflections with β‖w‖² = 2, as in the outputs' test: on an H200 dw was 4.5e-3 off in
-# float16, and in float32 dq 1.2e-5 and dw 3.0e-5.
-REFLECTION_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 7e-3, torch.float32: 5e-5}
+# float16.
+REFLECTION_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 7e-3, torch.float32: 5e-6}
 
 # Sizes and options of `path_attention_inputs`, and `window`: all that gradient_config.py tells
 # apart, trees of up to six levels, and what the kernels have branches for.
@@ -75,6 +76,14 @@ def differentiate(form, arguments, others, dtype=None):
     return form.backward(draw_like(o), *arguments, *others, o, lse)
 
 
+def assert_near(actual, expected, limit, arguments):
+    """Hold the gradients of all arguments to an error, in the arguments' dtypes."""
+    for label, x, a, e in zip(NAMES, arguments, actual, expected, strict=True):
+        if x is not None:
+            assert a.dtype == x.dtype
+            assert relative_error(a, e) < limit, label
+
+
 @pytest.fixture
 def kernels():
     pytest.importorskip("triton")
@@ -100,11 +109,9 @@ def test_gradients_agree_with_float64(name, dtype, kernels, poisoned):
     torch.use_deterministic_algorithms(False)
     expected = differentiate(chunk, arguments, others, torch.float64)
     limits = REFLECTION_LIMITS if "strength" in SHAPES[name] else LIMITS
-    for label, x, a, b, e in zip(NAMES, arguments, actual, again, expected, strict=True):
-        if x is not None:
-            assert a.dtype == x.dtype
-            assert relative_error(a, e) < limits[dtype], label
-            assert torch.equal(a, b), f"d{label} changes from run to run"
+    assert_near(actual, expected, limits[dtype], arguments)
+    for label, a, b in zip(NAMES, actual, again, strict=True):
+        assert a is b is None or torch.equal(a, b), f"d{label} changes from run to run"
 
 
 @pytest.mark.parametrize("decay", [0.5, None])
@@ -170,9 +177,7 @@ def test_portable_forms_agree_with_float64(name, kernels, monkeypatch):
     arguments, others = arrange(SHAPES[name], torch.bfloat16)
     actual = differentiate(kernels, arguments, others)
     expected = differentiate(chunk, arguments, others, torch.float64)
-    for label, a, e in zip(NAMES, actual, expected, strict=True):
-        if a is not None:
-            assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+    assert_near(actual, expected, LIMITS[torch.bfloat16], arguments)
 
 
 def test_inputs_of_several_dtypes(kernels):
@@ -180,9 +185,7 @@ def test_inputs_of_several_dtypes(kernels):
     arguments[2] = arguments[2].bfloat16()
     actual = differentiate(kernels, arguments, others)
     expected = differentiate(chunk, arguments, others, torch.float64)
-    for label, x, a, e in zip(NAMES, arguments, actual, expected, strict=True):
-        assert a.dtype == x.dtype
-        assert relative_error(a, e) < LIMITS[torch.bfloat16], label
+    assert_near(actual, expected, LIMITS[torch.bfloat16], arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -193,10 +196,28 @@ def test_reflectors_in_float32_beside_half_precision(name, dtype, kernels):
     actual = differentiate(kernels, arguments, others)
     expected = differentiate(chunk, arguments, others, torch.float64)
     limit = (REFLECTION_LIMITS if name == "reflections" else LIMITS)[dtype]
-    for label, x, a, e in zip(NAMES, arguments, actual, expected, strict=True):
-        if x is not None:
-            assert a.dtype == x.dtype
-            assert relative_error(a, e) < limit, label
+    assert_near(actual, expected, limit, arguments)
+
+
+@pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks"])
+def test_the_first_call_compiles_its_kernels_side_by_side(name, kernels, monkeypatch, tmp_path):
+    import triton
+
+    # A number of heads that no other test has: strides are constants of kernels.
+    arguments, others = arrange({**SHAPES[name], "H": 5}, torch.bfloat16)
+    compilers = []
+
+    def listen(*, src, cache_hit, **_):
+        compilers.append(threading.current_thread().name)
+        assert not cache_hit, src.name
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    first = differentiate(kernels, arguments, others)
+    assert len(compilers) >= 10
+    assert all(thread.startswith("householder-compiler") for thread in compilers)
+    for a, b in zip(first, differentiate(kernels, arguments, others), strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 def test_small_gradients_in_float16_keep_their_digits(kernels):
@@ -242,12 +263,11 @@ def test_sequences_of_131072_tokens_train(kernels):
     leaves.append(torch.full((1, T, H), 2.0, device="cuda", dtype=torch.bfloat16))
     leaves = [x.requires_grad_() for x in leaves]
     o = path_attention(*leaves, impl="triton")
-    # Only the last queries have a gradient, and give one to all values, and to the keys that they
-    # still see: 65,536 such reflections shorten what passes them by hundreds of powers of ten.
+    # Only the last queries have a gradient, and give one to the first keys and values.
     do = torch.zeros_like(o)
     do[:, -300:].normal_()
     grads = torch.autograd.grad(o, leaves, do)
     assert all(x.isfinite().all() for x in grads)
-    assert grads[2][:, :300].any()
+    assert all(x[:, :300].any() for x in grads[1:3])
     assert all(x[:, -600:-300].any() for x in grads[1:5])
     assert not grads[0][:, :-300].any()

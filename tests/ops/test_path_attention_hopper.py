@@ -226,9 +226,10 @@ def test_attention(sizes):
     assert_close(actual_lse, expected_lse)
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("K", [64, 112, 128])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 6])
-def test_products_of_chunks(chunk, K):
+def test_products_of_chunks(chunk, K, wide):
     chunks, rows = 8, 512
     length, beside, above = rows - 20, chunk ^ 1, chunk // 2
     levels, gradients = torch.randn(2, rows, K)
@@ -244,7 +245,7 @@ def test_products_of_chunks(chunk, K):
     gluon.run(
         hopper_leaf.leaf_kernel, chunks,
         *map(gluon.Pointer, (levels, gradients, w, f, df, wdf, wdft)), None, None, None, length,
-        rows // 128, 1, 0, 0, K, K, False, -(-K // 64),
+        rows // 128, 1, 0, 0, K, K, False, -(-K // 64), wide,
     )  # fmt: skip
     of_chunk = slice(64 * chunk, 64 * chunk + 64)
     assert_close(wdf[of_chunk], w_c @ expected)
@@ -269,11 +270,12 @@ def chunk_by_definition(q, k, v, w, beta, scale, other, other_v):
     return o, logits.logsumexp(1), t, rest
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
     ("K", "V", "n", "chunk", "chunks"),
     [(128, 128, 64, 1, 4), (64, 64, 64, 2, 4), (128, 64, 64, 0, 4), (64, 128, 40, 3, 4)],
 )
-def test_gradients_inside_a_chunk(K, V, n, chunk, chunks):
+def test_gradients_inside_a_chunk(K, V, n, chunk, chunks, wide):
     scale, length, rows = K**-0.5, 64 * (chunks - 1) + 40 if n < 64 else 64 * chunks, 64 * chunks
     valid = (torch.arange(64) < n)[:, None]
     q, k = valid * torch.randn(2, 64, K)
@@ -306,7 +308,7 @@ def test_gradients_inside_a_chunk(K, V, n, chunk, chunks):
         hopper_chunk_back.chunk_kernel, chunks, *tokens, at(delta, rows), gluon.Pointer(inverse),
         *(at(x, rows) for x in (dq, dk, dv, *products)), *map(gluon.Pointer, outputs),
         None, None, None, scale, length, chunks // 2, 1, *strides, K, K, V, K, V, V, K, V, False,
-        K // 64, V // 64,
+        K // 64, V // 64, wide,
     )  # fmt: skip
     for actual, wanted in zip(outputs, expected, strict=True):
         assert_close(actual[64 * chunk : 64 * chunk + n], wanted[:n].view(n, -1))

@@ -54,19 +54,21 @@ def test_longer_sequences_compile_nothing_anew(lengths, form, compiled, monkeypa
     assert numbers[-1] == numbers[0]
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["half reflectors", "float32 reflectors"])
-def test_forms_that_copy_reflectors_beside_keys_want_them_in_one_dtype(wide, compiled, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_forms_that_copy_reflectors_beside_keys_know_their_dtypes(dtype, compiled, monkeypatch):
+    """Reflectors may have the keys' dtype or float32; the portable kernels take others."""
     from householder.ops.path_attention import triton
     from householder.ops.path_attention.triton import problem
 
     monkeypatch.setattr(problem, "is_hopper", lambda device: True)
     q, k, v, w = (torch.zeros(1, 700, 4, 128, dtype=torch.bfloat16) for _ in range(4))
     beta = torch.zeros(1, 700, 4)
-    inputs = q, k, v, w.float() if wide else w, beta, None, None, 0.3, None, None
+    inputs = q, k, v, w.to(dtype), beta, None, None, 0.3, None, None
     assert problem.make_problem(*inputs).precision == "bf16"
     o, lse = triton.forward(*inputs)
     grads = triton.backward(torch.zeros_like(o), *inputs, o, lse)
-    assert grads[3].dtype == inputs[3].dtype
+    assert grads[3].dtype == dtype
     portable = {"pairs_kernel", "solve_kernel", "columns_kernel", "values_kernel"}
-    assert portable & set(compiled) == (portable if wide else set())
-    assert ("chunk_kernel" in compiled) != wide
+    other = dtype == torch.float16
+    assert portable & set(compiled) == (portable if other else set())
+    assert ("chunk_kernel" in compiled) != other

@@ -31,6 +31,8 @@ CASES = {
                                 "decay": None},
     "two rows of their own lengths": {"B": 2, "HQ": 1, "H": 1, "K": 16, "V": 16,
                                       "steps": [1, 4, 6, 1], "apart": True},
+    "in half precision": {"B": 1, "HQ": 2, "H": 1, "K": 24, "V": 16, "steps": [1, 5, 1],
+                          "dtype": "float16"},
 }  # fmt: skip
 PROMPT = 64 * 5 + 62
 
@@ -49,7 +51,8 @@ def compute(case: dict) -> str:
     window, apart, steps = case.pop("window", None), case.pop("apart", False), case.pop("steps")
     max_rollback = case.pop("max_rollback", 0)
     T = PROMPT + sum(steps)
-    inputs = path_attention_inputs(**case, T=T, dtype=torch.float32)
+    dtype = getattr(torch, case.pop("dtype", "float32"))
+    inputs = path_attention_inputs(**case, T=T, dtype=dtype)
     if inputs["g"] is not None:
         inputs["g"][:, 70] = -math.inf  # hides what is before, and must not become NaN
         inputs["g"][:, PROMPT - 3] = inputs["g"][:, PROMPT + 2] = -math.inf

@@ -1,14 +1,17 @@
 """A model small enough to train in a moment, and what a run leaves behind."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from householder.train import TrainConfig, checkpoint
+from householder.train import Interrupted, TrainConfig, checkpoint, train
+from householder.train.interrupt import StopRequest
 from householder.train.metrics import read_metrics
+from householder.train.observer import Observer
 
 TINY: dict[str, Any] = {
     "task": "s3",
@@ -37,6 +40,23 @@ def tiny():
         return TrainConfig(**{**TINY, **settings})
 
     return make
+
+
+class StopAt(Observer):
+    """Send a signal's request at a step."""
+
+    def __init__(self, step):
+        self.step, self.request = step, StopRequest()
+
+    def stepped(self, config, step):
+        if step == self.step:
+            self.request.signum = signal.SIGTERM
+
+
+def interrupt(config, folder, step, **options):
+    observer = StopAt(step)
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}; saved"):
+        train(config, folder, observer=observer, stop=observer.request, **options)
 
 
 def final_state(folder: Path) -> tuple[dict, dict, dict]:

@@ -9,8 +9,7 @@ from householder.train import CheckpointError, Comparison, ConfigError, OutputEr
 from householder.train.comparison import open_folder, stored_settings
 from householder.train.config import run_titles
 
-from .conftest import assert_same_run, results
-from .test_loop import interrupt
+from .conftest import assert_same_run, interrupt, results
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ KNOWN = field_types(TrainConfig)
         ({"length": 8, "min_length": 9}, "`min_length` must be at most length=8, got 9"),
         ({"length": 8, "start_length": 9}, "`start_length` must be at most length=8, got 9"),
         ({"growth_steps": 9}, "`growth_steps` needs `start_length`"),
+        ({"start_length": 9, "compile": True}, "`compile` must be left out with `start_length`"),
         ({"mixer": "delta_net", "num_householder": 2}, "must be 1 with mixer=delta_net, got 2"),
         ({"epochs": 3}, "`epochs` needs `num_samples`"),
         ({"epochs": 3, "num_samples": 10, "batch_size": 4, "steps": 8}, "contradict"),
@@ -55,6 +56,13 @@ def test_toml_gives_back_the_same_settings(tmp_path):
     assert TrainConfig(**read_toml(path, KNOWN)) == config
 
 
+@pytest.mark.parametrize("text", ["a\nb\t", '"\\', "né 🏠", "\x7f\x00", "[x] # y"])
+def test_any_text_survives_toml(tmp_path, text):
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml({"prompt": text, "names": [text]}), encoding="utf-8")
+    assert read_toml(path, ["prompt", "names"]) == {"prompt": text, "names": [text]}
+
+
 def test_toml_takes_dashes_and_underscores(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text("num-householder = [1, 3]\nbatch_size = 7\n")
@@ -75,12 +83,12 @@ def test_unknown_key_names_the_near_match(tmp_path):
 def test_a_file_that_is_not_toml_is_refused(tmp_path, text):
     path = tmp_path / "config.toml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="not a TOML file"):
+    with pytest.raises(ConfigError, match=r"must be TOML, is not: .*; write one"):
         read_toml(path, KNOWN)
 
 
 def test_a_missing_config_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the config file"):
+    with pytest.raises(ConfigError, match=r"config file cannot be read: .*; give a TOML"):
         read_toml(tmp_path / "absent.toml", KNOWN)
 
 

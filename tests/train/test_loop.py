@@ -1,33 +1,14 @@
-import signal
-
 import pytest
 import torch
 from torch import nn
 
-from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, loop, train
+from householder.train import CheckpointError, ConfigError, NonFiniteError, loop, train
 from householder.train import checkpoint as ckpt
-from householder.train.interrupt import StopRequest
 from householder.train.metrics import read_metrics
 from householder.train.observer import Observer
+from householder.train.optim import as_made, make_optimizer, make_recordable
 
-from .conftest import assert_same_run, final_state, timeless_metrics
-
-
-class StopAt(Observer):
-    """Send a signal's request at a step."""
-
-    def __init__(self, step):
-        self.step, self.request = step, StopRequest()
-
-    def stepped(self, config, step):
-        if step == self.step:
-            self.request.signum = signal.SIGTERM
-
-
-def interrupt(config, folder, step, **options):
-    observer = StopAt(step)
-    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}; saved"):
-        train(config, folder, observer=observer, stop=observer.request, **options)
+from .conftest import assert_same_run, final_state, interrupt, timeless_metrics
 
 
 def test_same_seed_same_bits(tiny, tmp_path):
@@ -221,3 +202,43 @@ def test_few_supervised_tokens_give_the_loss_of_all_logits(tiny, tmp_path, monke
     for one, other in zip(few, everything, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["accuracy"] == other["accuracy"]
+
+
+def test_replayed_steps_are_for_a_gpu(tiny, tmp_path):
+    train(tiny(), tmp_path / "one")
+    train(tiny(cuda_graphs=True), tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_recordable_optimizer_takes_the_steps_of_another(tiny):
+    def steps(recordable):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = make_optimizer(model, tiny())
+        for lr in (0.5, 0.25):
+            if recordable:
+                make_recordable(optimizer, torch.tensor(lr))  # the second time moments are there
+                for group in optimizer.param_groups:
+                    group["capturable"] = False  # which a CPU refuses
+            else:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            model(torch.ones(3)).square().sum().backward()
+            optimizer.step()
+        return ckpt.optimizer_tensors(model, optimizer), model.state_dict()
+
+    for ours, plain in zip(steps(True), steps(False), strict=True):
+        assert ours.keys() == plain.keys()
+        for name, value in ours.items():
+            assert value.dtype == plain[name].dtype
+            assert torch.equal(value, plain[name]), name
+
+
+def test_an_optimizer_is_as_made_while_it_is_saved(tiny):
+    optimizer = make_optimizer(nn.Linear(3, 2), tiny())
+    options = [dict(group, params=None) for group in optimizer.param_groups]
+    rate = torch.tensor(0.5)
+    make_recordable(optimizer, rate)
+    with as_made(optimizer, lr=options[0]["lr"]):
+        assert [dict(group, params=None) for group in optimizer.param_groups] == options
+    assert all(group["lr"] is rate and group["capturable"] for group in optimizer.param_groups)

@@ -9,14 +9,14 @@ from householder.train.plot import accuracy_figure, plot_accuracy, wilson_interv
 
 
 @pytest.fixture
-def pair(tiny):
+def runs(tiny):
     def result(n, accuracy):
         config = tiny(num_householder=n)
         evaluation = Evaluation("prefix", tuple(range(1, 13)), tuple(accuracy), 100)
         return TrainResult(config, nn.Identity(), evaluation, 12, 34, 5.6)
 
     fails = [max(0.0, 1 - 0.2 * t) for t in range(12)]
-    return [result(1, fails), result(2, [1.0] * 12)]
+    return [result(1, fails), result(2, [1.0] * 12), result(3, [1.0] * 12), result(4, [1.0] * 12)]
 
 
 def curves(axes, results):
@@ -26,10 +26,10 @@ def curves(axes, results):
         yield [line for line in axes.get_lines() if list(line.get_ydata()) == wanted]
 
 
-def test_both_curves_and_the_training_length_are_drawn(pair):
-    (axes,) = accuracy_figure(pair).axes
-    for lines, result in zip(curves(axes, pair), pair, strict=True):
-        (line,) = lines
+def test_every_curve_and_the_training_length_are_drawn(runs):
+    (axes,) = accuracy_figure(runs).axes
+    for lines, result in zip(curves(axes, runs), runs, strict=True):
+        line = lines[0]
         assert list(line.get_xdata()) == list(result.evaluation.lengths)
     marks = [line for line in axes.get_lines() if list(line.get_xdata()) == [6, 6]]
     assert len(marks) == 1
@@ -38,18 +38,28 @@ def test_both_curves_and_the_training_length_are_drawn(pair):
         assert word in words
 
 
-def test_curves_differ_in_colour(pair):
-    (axes,) = accuracy_figure(pair).axes
-    (one,), (two,) = curves(axes, pair)
-    assert one.get_color() != two.get_color()
+def test_curves_differ_in_colour(runs):
+    (axes,) = accuracy_figure(runs).axes
+    lines = axes.get_lines()
+    colors = [next(x for x in lines if x.get_label() == r.config.name).get_color() for r in runs]
+    assert len(set(colors)) == len(runs)
 
 
-def test_the_same_results_give_the_same_picture(pair):
-    png = plot_accuracy(pair)
+def test_names_of_curves_with_one_end_do_not_touch_nor_leave_the_picture(runs):
+    (axes,) = accuracy_figure(runs).axes
+    names = [text for text in axes.texts if text.get_text().startswith("N = ")]
+    heights = sorted(text.xy[1] for text in names)
+    assert len(heights) == len(runs)
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.07
+    assert 0 <= heights[0] < heights[-1] <= 1
+
+
+def test_the_same_results_give_the_same_picture(runs):
+    png = plot_accuracy(runs)
     assert png.startswith(b"\x89PNG\r\n")
     assert len(png) > 10_000
-    assert plot_accuracy(pair) == png
-    assert plot_accuracy(pair[:1]) != png
+    assert plot_accuracy(runs) == png
+    assert plot_accuracy(runs[:1]) != png
 
 
 def test_wilson_interval_contains_the_measurement():

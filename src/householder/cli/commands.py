@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ from householder.train.text.folder import (
 from householder.train.text.processes import join_processes
 
 app = typer.Typer(
-    help="Train sequence models whose memory is updated by products of Householder reflections.",
+    help="Products of Householder reflections in neural networks: train, generate, fine-tune, "
+    "convert, and reproduce what was published.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,10 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
         _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
-    except (RunError, AdapterError, OSError) as error:
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}cannot be read or written: {error.strerror or error}", 1)
+    except (RunError, AdapterError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; --resume continues from the last checkpoint", 130, label="stopped")
+        _fail(
+            "interrupted; a training run continues from its last checkpoint with --resume",
+            130,
+            label="stopped",
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -141,6 +153,13 @@ def _train(
     on_text = any(name in given or name in file for name in SOURCES)
     folder = _folder(out, in_file, "householder-text" if on_text else "householder-run")
     if on_text or (resume and holds_text_run(folder)):
+        for name in given:
+            if name in field_types(TrainConfig) and name not in field_types(TextConfig):
+                flag = name.replace("_", "-")
+                instead = "give --pattern instead" if name == "mixer" else f"leave --{flag} out"
+                raise ConfigError(
+                    f"`{name}` is a setting of tasks, and this is a run on text; {instead}"
+                )
         _train_on_text({**file, **given}, folder, resume=resume, overwrite=overwrite)
         return
     check_names({**file, **given}, field_types(TrainConfig), "settings without --text")
@@ -196,12 +215,16 @@ def _generate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="bytes, or a tokenizer.json; default: the one beside the model."),
+    ] = None,
 ) -> None:
     """Continue a text with a trained language model, token by token as they are drawn."""
     from householder.train.text.generation import continue_text
 
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt = "" if sys.stdin.isatty() else _standard_input()
     stream = continue_text(
         model,
         prompt,
@@ -212,11 +235,26 @@ def _generate(
         seed=seed,
         device=device,
         dtype=dtype,
+        tokenizer=tokenizer,
     )
     typer.echo(prompt, nl=False)
-    for piece in stream:
-        typer.echo(piece, nl=False)
-    typer.echo()
+    try:
+        for piece in stream:
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:  # the reader has seen enough
+        raise typer.Exit(130) from None
+    finally:
+        typer.echo()
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"`prompt` must be text in UTF-8, got a byte that is none of it on standard input: "
+            f"{error.reason} at {error.start}; convert the text to UTF-8"
+        ) from error
 
 
 @app.command("convert")

@@ -100,7 +100,7 @@ def _setting_parameter(
         help, metavar = f"{help} Several may be given, with commas.", f"<{kind.__name__}s>"
     if kind is bool:
         flag, default = f"{flag}/--no-{flag[2:]}", _shown(default)
-    if show_default and default is not None:
+    if show_default and default not in (None, ""):
         others = [each.default for each in same[1:] if each.default not in (None, field.default)]
         with_text = "".join(f"; with --text {_shown(value)}" for value in others)
         help += f" [dim]Default: {default}{with_text}.[/dim]"

@@ -17,6 +17,8 @@ class HouseholderConfig(PretrainedConfig):
     """A `CausalLMConfig` that transformers can save, load and look up.
 
     Args:
+        skip_training_logits: where a model in training mode is given labels, return the loss alone:
+            then all logits are never in memory, which `Trainer` does not look at.
         **options: fields of `CausalLMConfig`, and those of every `PretrainedConfig`.
 
     Examples:
@@ -35,8 +37,9 @@ class HouseholderConfig(PretrainedConfig):
         "intermediate_size": "mlp_width",
     }
 
-    def __init__(self, **options: Any) -> None:
-        # transformers makes one without arguments to learn the defaults.
+    def __init__(self, *, skip_training_logits: bool = False, **options: Any) -> None:
+        self.skip_training_logits = skip_training_logits
+        # transformers makes one without arguments to learn the defaults: bytes and one more.
         fields = {"vocab_size": 257}
         fields |= {name: options.pop(name) for name in _FIELDS if name in options}
         # What transformers ties by itself is nothing: with tied embeddings there is no head.

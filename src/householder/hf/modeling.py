@@ -109,7 +109,8 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
                 behind). It is read where sequences begin, and ignored afterwards.
             past_key_values: a `HouseholderCache`, which is changed.
             labels: int64 `[B, T]`, the tokens themselves, −100 where nothing is asked; they are
-                shifted here. Without `logits_to_keep` the logits are returned too.
+                shifted here. The logits are returned too, but in training mode with the config's
+                `skip_training_logits`.
             use_cache: return a cache.
             logits_to_keep: of how many of the last positions, or of which, logits are wanted; all
                 if 0.
@@ -125,7 +126,8 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or options.get("inputs_embeds") is not None:
             raise NotImplementedError(
-                "HouseholderForCausalLM: `input_ids` must be given, got `inputs_embeds` or nothing"
+                "HouseholderForCausalLM: `input_ids` must be given, got `inputs_embeds` or "
+                "nothing; give the tokens' numbers"
             )
         if return_dict is False:
             raise NotImplementedError(
@@ -146,17 +148,14 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
                 return_states=True,
             )
             hidden = hidden[:, extra:]
-        loss = None
+        loss, logits = None, None
         if labels is not None:
             loss = linear_cross_entropy(hidden[:, :-1], self.model.head_weight, labels[:, 1:])
             if num_items_in_batch is not None:
                 loss = loss * ((labels[:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            kept = slice(None)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=self.model.logits(hidden[:, kept]), past_key_values=cache
-        )
+        if loss is None or not (self.training and self.config.skip_training_logits):
+            logits = self.model.logits(hidden[:, _kept(logits_to_keep)])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _cache(
         self, input_ids: Tensor, past: HouseholderCache | None, use_cache: bool | None
@@ -185,6 +184,13 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HouseholderCache(self.model)
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Return which positions' logits are wanted."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 
 def _padding(attention_mask: Tensor | None, input_ids: Tensor, cached: bool) -> Tensor | None:

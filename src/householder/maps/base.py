@@ -54,17 +54,36 @@ class LinearMap(ABC):
         """The transpose, as a map."""
         if self.dtype.is_complex:
             raise NotImplementedError(
-                f"{type(self).__name__}: a complex map of this kind has no .mT here; use .mH"
+                f"{type(self).__name__}.mT: a complex map of this kind has only the conjugate "
+                "transpose; use .mH"
             )
         return self.mH
 
     def inverse(self, *, check: bool = True) -> LinearMap:
-        """Return the inverse as a map; with `check`, raise ValueError where values forbid one."""
-        raise NotImplementedError(f"{type(self).__name__}: this kind of map has no inverse")
+        """Return the inverse as a map.
+
+        Args:
+            check: raise where values forbid one. It reads values, so give False inside
+                `torch.compile` and `torch.func.vmap`.
+
+        Raises:
+            NotImplementedError: this kind of map has none.
+            ValueError: the map is singular.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}.inverse: this kind of map has no inverse; solve with to_dense()"
+        )
 
     def logabsdet(self) -> Tensor:
-        """Return log |det A|, of the batch's shape."""
-        raise NotImplementedError(f"{type(self).__name__}: this kind of map has no determinant")
+        """Return log |det A|, of the batch's shape.
+
+        Raises:
+            NotImplementedError: this kind of map has none.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}.logabsdet: this kind of map has no determinant; use "
+            "torch.linalg.slogdet of to_dense()"
+        )
 
     def to_dense(self) -> Tensor:
         """Return the matrix `[*, out, in]`."""
@@ -75,10 +94,22 @@ class LinearMap(ABC):
 
     def __matmul__(self, other: LinearMap) -> LinearMap:
         """Compose: `(A @ B)(x) = A(B(x))`. To apply a map to a tensor, call it."""
+        if isinstance(other, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: `@` composes maps, got a tensor; apply the map by calling "
+                "it, A(x), which acts on the last dimension"
+            )
         return self.compose(other) if isinstance(other, LinearMap) else NotImplemented
 
     def compose(self, other: LinearMap) -> LinearMap:
-        """Do what `@` does; use this inside `torch.compile`, which cannot trace `@` of objects."""
+        """Do what `@` does; use this inside `torch.compile`, which cannot trace `@` of objects.
+
+        Args:
+            other: a map to as many features as this one takes; it acts first.
+
+        Raises:
+            ValueError: the sizes do not fit.
+        """
         return Composition(self, other)
 
     def __repr__(self) -> str:
@@ -86,17 +117,42 @@ class LinearMap(ABC):
 
 
 class Composition(LinearMap):
-    """A product of maps, applied from the last to the first."""
+    """A product of maps, applied from the last to the first: Composition(A, B)(x) = A(B(x)).
+
+    `A @ B` makes it where the two kinds of maps have nothing better. Its shape, transposes, inverse
+    and log-determinant are those of the product.
+
+    Attributes:
+        maps: the factors, without compositions among them.
+
+    Examples:
+        >>> import torch
+        >>> from householder import Composition, HouseholderProduct
+        >>> A, B = (HouseholderProduct.orthogonal(torch.randn(2, 4)) for _ in range(2))
+        >>> x = torch.randn(4)
+        >>> torch.equal(Composition(A, B)(x), A(B(x)))
+        True
+    """
 
     def __init__(self, *maps: LinearMap) -> None:
         """Compose at least one map; neighbours must fit.
 
         Raises:
-            ValueError: the sizes of two neighbours differ.
+            TypeError: an argument is no map.
+            ValueError: there is none, or the sizes of two neighbours differ.
         """
         factors: list[LinearMap] = []
         for m in maps:
+            if not isinstance(m, LinearMap):
+                raise TypeError(
+                    f"Composition: every factor must be a LinearMap, got {type(m).__name__}; "
+                    "apply a map to a tensor by calling it"
+                )
             factors.extend(m.maps if isinstance(m, Composition) else [m])
+        if not factors:
+            raise ValueError(
+                "Composition: there must be a map at least, got none; give those to compose"
+            )
         for left, right in pairwise(factors):
             if left.shape[-1] != right.shape[-2]:
                 raise ValueError(
@@ -135,7 +191,15 @@ class Composition(LinearMap):
         return Composition(*(m.mT for m in reversed(self.maps)))
 
     def inverse(self, *, check: bool = True) -> LinearMap:
-        """Return the product of the factors' inverses, in reversed order."""
+        """Return the product of the factors' inverses, in reversed order.
+
+        Args:
+            check: as in `LinearMap.inverse`, of every factor.
+
+        Raises:
+            NotImplementedError: a factor is of a kind that has none.
+            ValueError: a factor is singular.
+        """
         return Composition(*(m.inverse(check=check) for m in reversed(self.maps)))
 
     def logabsdet(self) -> Tensor:

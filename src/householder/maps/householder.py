@@ -43,13 +43,8 @@ class HouseholderProduct(LinearMap):
 
     def __init__(self, reflectors: Tensor, beta: Tensor | None = None) -> None:
         op = "HouseholderProduct"
-        _checks.check_tensor(op, "reflectors", reflectors)
-        tensors = {"reflectors": reflectors}
-        if beta is not None:
-            _checks.check_tensor(op, "beta", beta)
-            tensors["beta"] = beta
-        _checks.check_floating(op, tensors, allow_complex=True)
-        _checks.check_same_device(op, tensors)
+        tensors = {"reflectors": reflectors, "beta": beta}
+        _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
         if reflectors.dim() < 2:
             raise ValueError(
                 f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
@@ -60,6 +55,8 @@ class HouseholderProduct(LinearMap):
                 f"{op}: `beta` must be [*, N] with N = {reflectors.shape[-2]} as in `reflectors`, "
                 f"got shape {list(beta.shape)}; give one coefficient a reflector"
             )
+        if beta is not None:
+            _check_batches(reflectors, beta)
         self.reflectors = reflectors
         self._beta = beta
 
@@ -83,8 +80,7 @@ class HouseholderProduct(LinearMap):
             (tensor([[0.7500, 1.0000]]), tensor([1.2800]))
         """
         op = "HouseholderProduct.orthogonal"
-        _checks.check_tensor(op, "reflectors", reflectors)
-        _checks.check_floating(op, {"reflectors": reflectors}, allow_complex=True)
+        _checks.check_tensors(op, {"reflectors": reflectors}, allow_complex=True)
         if reflectors.numel():
             # A constant, since the product does not depend on the lengths. (Of an empty tensor
             # there is no largest entry.)
@@ -175,9 +171,14 @@ class HouseholderProduct(LinearMap):
     def frame(self, M: int) -> Tensor:
         """Return the first M columns, `[*, D, M]`, without forming the D × D matrix.
 
-        For an orthogonal product they are orthonormal: a point on the Stiefel manifold.
+        For an orthogonal product they are orthonormal: a point on the Stiefel manifold. Gradients
+        are those of `householder.householder_frame`.
+
+        Args:
+            M: how many columns, from 0 to D.
 
         Raises:
+            TypeError: M is no int.
             ValueError: M is not between 0 and D.
 
         References:
@@ -185,6 +186,10 @@ class HouseholderProduct(LinearMap):
               Stiefel Matrices (Likhosherstov et al., 2021), https://arxiv.org/abs/2004.08675
         """
         D = self.shape[-1]
+        if isinstance(M, bool) or not isinstance(M, (int, torch.SymInt)):
+            raise TypeError(
+                f"HouseholderProduct.frame: `M` must be an int, got {M!r}; give a number of columns"
+            )
         if not 0 <= M <= D:
             raise ValueError(
                 f"HouseholderProduct.frame: `M` must be between 0 and D = {D}, got {M}; "
@@ -197,7 +202,14 @@ class HouseholderProduct(LinearMap):
         return self.frame(self.shape[-1])
 
     def compose(self, other: LinearMap) -> LinearMap:
-        """Compose; two Householder products make one, with the reflectors of both."""
+        """Do what `@` does: two Householder products make one, with the reflectors of both.
+
+        Args:
+            other: any map to as many features; it acts first.
+
+        Raises:
+            ValueError: the sizes do not fit.
+        """
         if not isinstance(other, HouseholderProduct) or self.shape[-1] != other.shape[-1]:
             return Composition(self, other)  # which says so where sizes do not fit
         batch = torch.broadcast_shapes(self.shape[:-2], other.shape[:-2])
@@ -221,8 +233,11 @@ class HouseholderProduct(LinearMap):
             tau: `[*, N]`.
 
         Raises:
+            TypeError: an argument is no tensor.
             ValueError: the shapes do not fit.
         """
+        for name, x in (("a", a), ("tau", tau)):
+            _checks.check_tensor("HouseholderProduct.from_lapack", name, x)
         if a.dim() < 2 or a.shape[-1] > a.shape[-2] or tau.shape[-1:] != a.shape[-1:]:
             raise ValueError(
                 "HouseholderProduct.from_lapack: `a` must be [*, D, N] with N ≤ D and `tau` "
@@ -293,8 +308,7 @@ class HouseholderProduct(LinearMap):
             >>> torch.allclose(HouseholderProduct.from_orthogonal(Q).to_dense(), Q)
             True
         """
-        _checks.check_tensor("HouseholderProduct.from_orthogonal", "Q", Q)
-        _checks.check_floating("HouseholderProduct.from_orthogonal", {"Q": Q}, allow_complex=True)
+        _checks.check_tensors("HouseholderProduct.from_orthogonal", {"Q": Q}, allow_complex=True)
         if Q.dim() < 2 or Q.shape[-1] > Q.shape[-2]:
             raise ValueError(
                 "HouseholderProduct.from_orthogonal: `Q` must be [*, D, M] with M ≤ D, got shape "
@@ -304,6 +318,18 @@ class HouseholderProduct(LinearMap):
             work = Q.detach().to(compute_dtype(Q), copy=True)
             _check_orthonormal(work, torch.finfo(Q.dtype).eps)
             return cls(*_factor_frame(work))
+
+
+def _check_batches(reflectors: Tensor, beta: Tensor) -> None:
+    batches = reflectors.shape[:-2], beta.shape[:-1]
+    # Counted here rather than tried out: `torch.compile` cannot trace the error of a trial.
+    pairs = zip(reversed(batches[0]), reversed(batches[1]), strict=False)
+    if any(m != n and 1 not in (m, n) for m, n in pairs):
+        raise ValueError(
+            "HouseholderProduct: the batch dimensions of `reflectors` and `beta` must broadcast, "
+            f"got {list(batches[0])} and {list(batches[1])}; give a dimension of 1 where one of "
+            "them is the same for all"
+        )
 
 
 def _squared_norm(reflectors: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from householder.models._recompute import keeping_the_dear
 from householder.nn import DeltaProductMixer
 from householder.nn._checks import check_positive_int
 from householder.nn.initialization import init_residual_weight, init_weight
 from householder.nn.softmax_attention import SoftmaxAttention
-from householder.ops import swiglu
+from householder.ops import swiglu, swiglu_linear
 
 Mixer: TypeAlias = DeltaProductMixer | SoftmaxAttention
 """A layer in which tokens meet. The states of `DeltaProductMixer` are values, those of attention
@@ -81,7 +82,20 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [..., d_model]` to `[..., d_model]`."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if type(down) is nn.Linear and down.bias is None and not _has_hooks(down):
+            return swiglu_linear(gate, up, down.weight)
+        # An adapter, a parametrization or somebody's hook is to see the hidden vector.
+        return down(swiglu(gate, up))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class Block(nn.Module):
@@ -97,6 +111,11 @@ class Block(nn.Module):
         num_layers: blocks in the model, which scales the MLP's last weight down; `None` for none.
         device: of the norms and the MLP.
         dtype: of the norms and the MLP.
+
+    Attributes:
+        recompute: where the block is compiled for a GPU, keep for the backward pass the results of
+            matrix products, convolutions and the mixer's recurrence or attention, and make the rest
+            of what it needs anew. Off at first; `BlockStack` sets it.
 
     Examples:
         >>> from householder.nn import DeltaProduct
@@ -119,6 +138,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.recompute = False
         d_model = mixer.d_model
         self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
         self.mixer = mixer
@@ -146,6 +166,21 @@ class Block(nn.Module):
         return_state: bool = False,
     ) -> Any:
         """Run the block on whole sequences; arguments and results as in the mixer's `forward`."""
+        options = {"state": state, "cu_seqlens": cu_seqlens, "mask": mask}
+        recompute = self.recompute and x.is_cuda and torch.compiler.is_compiling()
+        if recompute and state is None and not return_state:
+            return keeping_the_dear(self._run, x, **options)
+        return self._run(x, **options, return_state=return_state)
+
+    def _run(
+        self,
+        x: Tensor,
+        *,
+        state: Any,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        return_state: bool = False,
+    ) -> Any:
         mixed = self.mixer(
             self.mixer_norm(x),
             state=state,

@@ -30,7 +30,10 @@ class CausalLM(BlockStack):
 
     Attributes:
         checkpoint_activations: keep of each block its input alone, and run it again in the backward
-            pass: memory for time.
+            pass: memory for time. Off at first.
+        recompute: on a GPU, make anew in the backward pass what is cheap: the recurrences' states,
+            and in compiled blocks all but the results of matrix products, convolutions, recurrences
+            and attention. On at first.
 
     Raises:
         ValueError: an option is out of range, or options do not fit together.
@@ -72,6 +75,7 @@ class CausalLM(BlockStack):
             config.d_model,
             (config.build_block(name, impl=impl, **factory) for name in config.layer_names()),
             norm_eps=config.norm_eps,
+            recompute=True,
             **factory,
         )
         self.config = config

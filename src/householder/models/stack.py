@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from householder.models._recompute import silence_advice
 from householder.models.block import Block
+from householder.nn import DeltaProductMixer
 
 
 class BlockStack(nn.Module):
@@ -22,12 +24,16 @@ class BlockStack(nn.Module):
         d_model: size of the vectors.
         blocks: the blocks, made when they are asked for, after the embedding.
         norm_eps: added to the mean square in the final norm.
+        recompute: what the attribute begins with.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
         checkpoint_activations: keep of each block its input alone, and run it again in the backward
             pass: memory for time.
+        recompute: on a GPU, make anew in the backward pass what is cheap: the recurrences' states,
+            and in compiled blocks all but the results of matrix products, convolutions, recurrences
+            and attention. Blocks that are run again as a whole keep that in between.
     """
 
     def __init__(
@@ -37,14 +43,45 @@ class BlockStack(nn.Module):
         blocks: Iterable[Block],
         *,
         norm_eps: float,
+        recompute: bool = False,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.checkpoint_activations = False
         self.embeddings = nn.Embedding(vocab_size, d_model, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
+        self._checkpoint_activations = False
+        self._recompute = recompute
+        self._tell_blocks()
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether blocks are run again in the backward pass."""
+        return self._checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self._checkpoint_activations = value
+        self._tell_blocks()
+
+    @property
+    def recompute(self) -> bool:
+        """Whether what is cheap is made anew in the backward pass."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self._recompute = value
+        self._tell_blocks()
+
+    def _tell_blocks(self) -> None:
+        # Nothing in a block that is run again needs a third run.
+        recompute = self.recompute and not self.checkpoint_activations
+        for block in self.blocks():
+            block.recompute = recompute
+            if isinstance(block.mixer, DeltaProductMixer):
+                block.mixer.recompute = recompute
 
     def init_state(self, batch_size: int) -> list[Any]:
         """Return the states before the first token, one per layer.
@@ -118,6 +155,7 @@ class BlockStack(nn.Module):
         Args:
             **options: those of `torch.compile`.
         """
+        silence_advice()
         options = {"fullgraph": True, **options}
         for block in self.blocks():
             block.compile(**options)

@@ -84,8 +84,10 @@ class DeltaProductMixer(nn.Module):
         init_std: standard deviation of the initial projections and kernels; `None` for PyTorch's
             own rule for linear layers.
         num_layers: mixers in the model, which scales the initial `o_proj` down; `None` for none.
-        impl: the form of `delta_product` that whole sequences run. It is kept in the attribute of
-            that name, and may be changed at any time.
+        recompute: on a GPU, make the recurrence's states anew in the backward pass instead of
+            keeping them: less memory for more time, as `delta_product` says.
+        impl: the form of `delta_product` that whole sequences run. It and `recompute` are kept in
+            attributes of their names, and may be changed at any time.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -136,6 +138,7 @@ class DeltaProductMixer(nn.Module):
         norm_eps: float = 1e-5,
         init_std: float | None = None,
         num_layers: int | None = None,
+        recompute: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -163,6 +166,7 @@ class DeltaProductMixer(nn.Module):
         self.norm_eps = norm_eps
         self.init_std = init_std
         self.num_layers = num_layers
+        self.recompute = recompute
         self.impl = impl
         self._check_options()
         self._create_parameters(device, dtype)
@@ -326,6 +330,7 @@ class DeltaProductMixer(nn.Module):
             initial_state=None if state is None else state.matrix,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
+            recompute=self.recompute and x.is_cuda,
             impl=self.impl,
             **self._activations(),
         )

@@ -32,6 +32,7 @@ class MixerOptions(TypedDict, total=False):
     norm_eps: float
     init_std: float | None
     num_layers: int | None
+    recompute: bool
     impl: str
     device: torch.device | str | None
     dtype: torch.dtype | None

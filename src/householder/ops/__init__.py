@@ -6,7 +6,7 @@ from householder.ops.householder_product import householder_frame, householder_p
 from householder.ops.linear_cross_entropy import linear_cross_entropy
 from householder.ops.path_attention import PathCache, path_attention
 from householder.ops.short_convolution import short_convolution, short_convolution_step_
-from householder.ops.swiglu import swiglu
+from householder.ops.swiglu import swiglu, swiglu_linear
 
 __all__ = [
     "PathCache",
@@ -20,4 +20,5 @@ __all__ = [
     "short_convolution",
     "short_convolution_step_",
     "swiglu",
+    "swiglu_linear",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,6 +15,26 @@ def check_tensor(op: str, name: str, x: object) -> None:
         raise TypeError(
             f"{op}: `{name}` must be a tensor, got {type(x).__name__}; convert it first"
         )
+
+
+def check_tensors(
+    op: str,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    optional: Collection[str] = (),
+    allow_complex: bool = False,
+) -> None:
+    """Raise unless all are floating-point tensors on one device; those in `optional` may be None.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: two are on different devices.
+    """
+    for name, x in tensors.items():
+        if x is not None or name not in optional:
+            check_tensor(op, name, x)
+    check_floating(op, tensors, allow_complex)
+    check_same_device(op, tensors)
 
 
 def check_shape(op: str, name: str, x: Tensor, axes: str, shape: Sequence[int]) -> None:

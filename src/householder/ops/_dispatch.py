@@ -109,6 +109,26 @@ def with_signature(function: Function) -> Function:
     return function
 
 
+def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Be the `setup_context` of an `autograd.Function` that is not differentiable."""
+
+
+def first_order_only(form: str) -> Any:
+    """Return the `backward` of a gradient that is not differentiable itself: it refuses.
+
+    Args:
+        form: the op and its form, as in "swiglu: the Triton form".
+    """
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(
+            f"{form} has first-order gradients only, and a second order was asked for; use "
+            'impl="reference", which has every order'
+        )
+
+    return staticmethod(backward)
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call `function.apply(*args)`, at less cost where nothing is transformed or compiled.
 
@@ -189,6 +209,14 @@ def without_autocast(function: Function) -> Function:
             return function(x, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which autocast makes products on the device, or None where it is off."""
+    # Some devices, as "meta", have no autocast.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def contiguous_like(x: Tensor, **options: Any) -> Tensor:

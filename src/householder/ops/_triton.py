@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +43,27 @@ def is_hopper(device: torch.device) -> bool:
     return first <= tuple(map(int, triton.__version__.split(".")[:2])) <= last
 
 
+# How many kernels are compiled at the same time; no call here has more.
+COMPILERS = 8
+
+
+class _ThisThread(threading.local):
+    """Whether launches of this thread only compile their kernels; see `compiled_together`."""
+
+    only_compiles = False
+
+
+_this_thread = _ThisThread()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """Launch a kernel once; see `Launcher` for what is launched often."""
+    if _this_thread.only_compiles:
+        kernel.warmup(*args, grid=grid, **kwargs)
+    else:
+        kernel[grid](*args, **kwargs)
+
+
 class Launcher:
     """Launches of one kernel that differ in their leading arguments, tensors or None, alone.
 
@@ -58,6 +81,9 @@ class Launcher:
 
     def __call__(self, *leading: Tensor | None) -> None:
         """Launch the kernel on the current device, which must always be the same."""
+        if _this_thread.only_compiles:
+            self.kernel.warmup(*leading, grid=self.grid, **self.others)
+            return
         if self.run is not None and self._is_compiled_for(leading):
             self.run(*leading, *self.behind)
             return
@@ -77,6 +103,70 @@ class Launcher:
             elif x.dtype is not dtype or x.data_ptr() % 16:
                 return False
         return True
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels and load them onto the current device."""
+
+    def __init__(self) -> None:
+        super().__init__(COMPILERS, thread_name_prefix="householder-compiler")
+        self.device = torch.cuda.current_device()
+
+    def submit(self, compile_: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def compile_and_load() -> Any:
+            compiled = compile_(*args, **kwargs)
+            with torch.cuda.device(self.device):
+                # Asked for how to run it, Triton loads a program and makes its launcher, by a
+                # compiler of C up to Triton 3.6: half a second each.
+                _ = compiled.run
+            return compiled
+
+        return super().submit(compile_and_load)
+
+
+def compiled_together(kind: Callable[..., Hashable]) -> Callable[[Function], Function]:
+    """Make the first call of each kind of a launcher compile all kernels it needs side by side.
+
+    Kernels are compiled when they are first launched, one after the other, though each of them
+    keeps one processor busy for a second or more. So the first call of a kind goes through its
+    launches twice: once to ask for the programs, which threads compile at the same time, and again
+    to run them. `kind` gets the call's arguments and returns what the programs depend on; what it
+    leaves out costs time, as if there were no threads, and nothing else.
+
+    For the first time nothing is launched, and what the kernels would have written is not there.
+    So kernels must be launched by `launch` or a `Launcher` alone, nothing may wait for values, and
+    nothing but kernels may write to the arguments.
+    """
+
+    def decorate(function: Function) -> Function:
+        known: set[Hashable] = set()
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            this_kind = kind(*args, **kwargs)
+            if this_kind not in known:
+                known.add(this_kind)
+                if _has_compiler() and not _this_thread.only_compiles:
+                    _this_thread.only_compiles = True
+                    try:
+                        with _Compilers() as compilers, triton.AsyncCompileMode(compilers):
+                            function(*args, **kwargs)
+                    finally:
+                        _this_thread.only_compiles = False
+            return function(*args, **kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+    return decorate
+
+
+def _has_compiler() -> bool:
+    """Return whether kernels are compiled here, and this is a moment to load programs."""
+    return (
+        torch.cuda.is_available()
+        and not triton.knobs.runtime.interpret
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -180,10 +270,10 @@ def store_tile_t(pointer, offsets, valid, start, x, D: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def cast_operand(x, PRECISION: tl.constexpr):
-    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or "fp16".
+    """Bring a tile to what `dot` multiplies; PRECISION is what `dot_precision` returns, or more.
 
-    The latter is for what has norms of about 1, as products of reflections: it keeps three bits
-    more than bfloat16 at the same cost.
+    "fp16" is for what has norms of about 1, as products of reflections: it keeps three bits more
+    than bfloat16 at the same cost. "fp32" is for products of hundreds of float32 factors.
     """
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
@@ -202,6 +292,8 @@ def dot(a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b)
     elif PRECISION == "tf32x3":
         return dot_in_parts(a, b)
+    elif PRECISION == "fp32":
+        return dot_to_nearest(a, b)
     else:
         return tl.dot(a, b, input_precision="tf32")
 
@@ -213,6 +305,8 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc)
     elif PRECISION == "tf32x3":
         return acc + dot_in_parts(a, b)
+    elif PRECISION == "fp32":
+        return acc + dot_to_nearest(a, b)
     else:
         return tl.dot(a, b, acc, input_precision="tf32")
 
@@ -235,6 +329,39 @@ def dot_in_parts(a, b):
         part_b = tl.where(part == 1, b - large_b, large_b)
         product = tl.dot(part_a, part_b, product, input_precision="tf32")
     return product
+
+
+@triton.jit
+def leading_bits(x, AXIS: tl.constexpr):
+    """Round a float32 tile to multiples of 2⁻⁷ times the power of two of its maximum along AXIS."""
+    most = tl.max(tl.abs(x), AXIS, keep_dims=True).to(tl.int32, bitcast=True)
+    # 1.5 · 2¹⁶ times that power of two: a float32 of this size has no bits below.
+    large = ((most & 0x7F800000) + (16 << 23)).to(tl.float32, bitcast=True) * 1.5
+    return (x + large) - large
+
+
+@triton.jit
+def dot_to_nearest(a, b):
+    """Multiply float32 tiles as `dot_in_parts`, with sums that are rounded to nearest.
+
+    The tensor cores cut off what does not fit into a sum: so sums shrink, and a product of
+    hundreds of reflections by 5e-7 a factor. Here the leading bits of both sides are integers
+    below 2⁸ times one power of two for each row or column, whose sums of up to 256 products lose
+    nothing. What is cut off belongs to the rest, 2⁻⁸ of it, and both are added at the end.
+    """
+    first_a, first_b = leading_bits(a, 1), leading_bits(b, 0)
+    second_a, second_b = round_to_tf32(a - first_a), round_to_tf32(b - first_b)
+    product = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    rest = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    for part in range(6 + tl.program_id(2)):
+        part_a = tl.where((part == 2) | (part == 3), second_a, first_a)
+        part_a = tl.where(part == 0, a - first_a - second_a, part_a)
+        part_b = tl.where((part == 2) | (part == 4), second_b, first_b)
+        part_b = tl.where(part == 1, b - first_b - second_b, part_b)
+        product = tl.where(part < 5, product, 0.0)
+        product = tl.dot(part_a, part_b, product, input_precision="tf32")
+        rest = tl.where(part < 5, product, rest)
+    return product + rest
 
 
 @triton.jit
@@ -290,18 +417,19 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
     o_b = tl.arange(0, R // 16)
     on_diagonal = o_b[:, None, None, None] == o_b[None, None, :, None]
     blocks = tl.sum(tl.where(on_diagonal, tl.reshape(m, (R // 16, 16, R // 16, 16)), 0.0), axis=2)
-    x = substitute(blocks) if PRECISION == "tf32x3" else join_all(blocks)
+    IN_FLOAT32: tl.constexpr = PRECISION == "tf32x3" or PRECISION == "fp32"
+    x = substitute(blocks) if IN_FLOAT32 else join_all(blocks)
     x = tl.where(on_diagonal, tl.reshape(x, (R // 16, 16, 1, 16)), 0.0)
     x = tl.reshape(x, (R, R))
     for level in tl.static_range(R // 32):
         beside = tl.where(beside_diagonal(o_r, 16 << level), -m, 0.0)
-        if PRECISION == "tf32x3":
+        if IN_FLOAT32:
             product = dot(x, beside, PRECISION)
             x = dot_add(product, x, x, PRECISION)
         else:
             right = x.to(tl.float16)
             x = tl.dot(tl.dot(right, beside.to(tl.float16)).to(tl.float16), right, x)
-    if PRECISION != "tf32x3":
+    if not IN_FLOAT32:
         right = x.to(tl.float16)
         x = right.to(tl.float32)
         high = (-m).to(tl.float16)

@@ -52,6 +52,7 @@ _GPU: dict[str, Any] = {
     "warmup": 100,
     "weight_decay": 0.1,
     "eval_samples": 4096,
+    "cuda_graphs": True,
     "log_interval": 100,
     "checkpoint_interval": 500,
 }

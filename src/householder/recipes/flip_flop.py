@@ -25,12 +25,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from householder.recipes.sizes import of_size
 from householder.recipes.transitions import record_transitions, transitions_figure
 from householder.storage import write_atomically
 from householder.train.build import resolve_device
 from householder.train.config import TrainConfig, run_titles
 from householder.train.data import generator_for
-from householder.train.errors import ConfigError
 from householder.train.evaluation import autocast, evaluation_mode
 from householder.train.loop import TrainResult
 from householder.train.plot import COLORS, FAINT, INK, name_curve, set_title, style, to_png
@@ -50,8 +50,6 @@ TEST_TITLES = {
     "flip-flop-sparse": "sparse, FFL(.98)",
     "flip-flop-dense": "dense, FFL(.1)",
 }
-
-SIZES = ("cpu", "gpu")
 
 # Task and model are the published ones; the optimizer is ours.
 _GPU: dict[str, Any] = {
@@ -104,9 +102,8 @@ def settings(size: str) -> dict[str, Any]:
         >>> settings("gpu")["mixer"]
         ['path_attention', 'rotary_attention', 'forgetting_attention']
     """
-    if size not in SIZES:
-        raise ConfigError(f"flip-flop: `size` must be one of cpu, gpu, got {size!r}")
-    return {"task": "flip-flop", "mixer": list(PUBLISHED), **(_GPU if size == "gpu" else _CPU)}
+    chosen = of_size("flip-flop", {"cpu": _CPU, "gpu": _GPU}, size)
+    return {"task": "flip-flop", "mixer": list(PUBLISHED), **chosen}
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ _GPU: dict[str, Any] = {
     "weight_decay": 0.1,
     "eval_samples": 3000,
     "dtype": "bfloat16",
+    "compile": True,
+    "cuda_graphs": True,
     "log_interval": 100,
     "checkpoint_interval": 5000,
 }
@@ -85,6 +87,7 @@ _CPU: dict[str, Any] = {
     "warmup": 50,
     "eval_samples": 512,
     "dtype": "float32",
+    "compile": False,
     "log_interval": 10,
     "checkpoint_interval": 100,
 }

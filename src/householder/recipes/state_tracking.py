@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from householder.recipes.sizes import of_size
 from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError
 from householder.train.loop import TrainResult
@@ -34,8 +35,6 @@ PUBLISHED_S5 = {
     3: ((50, 0.0),),
     4: ((190, 1.0), (330, 0.5), (512, 0.0)),
 }
-
-SIZES = ("cpu", "gpu")
 
 # The scale of the published code's README: 100,000 words, d = 128, 8 heads of 32. Its optimizer
 # (100 epochs in batches of 2048, learning rate 1e-3, weight decay 1e-6) learns S3 alone. What makes
@@ -108,16 +107,15 @@ def settings(task: str, size: str) -> dict[str, Any]:
             f"state-tracking: `task` must be one of {known}, got {task!r}; "
             "other tasks train with `householder train`"
         )
-    if size not in SIZES:
-        raise ConfigError(f"state-tracking: `size` must be one of cpu, gpu, got {size!r}")
-    if size == "cpu" and task not in _CPU:
+    gpu = dict.fromkeys(PUBLISHED_REFLECTIONS, _GPU)
+    by_task = of_size("state-tracking", {"cpu": _CPU, "gpu": gpu}, size)
+    if task not in by_task:
         raise ConfigError(
             f"state-tracking: `size` must be gpu for {task}, which no CPU learns in minutes; "
             f"use --size gpu, or choose your own settings with `householder train --task {task}`"
         )
     needed = PUBLISHED_REFLECTIONS[task]
-    shared = _GPU if size == "gpu" else _CPU[task]
-    return {"task": task, "num_householder": [needed - 1, needed], **shared}
+    return {"task": task, "num_householder": [needed - 1, needed], **by_task[task]}
 
 
 def published(config: TrainConfig) -> str:

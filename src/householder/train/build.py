@@ -9,6 +9,10 @@ from householder.train.config import TrainConfig
 from householder.train.errors import ConfigError
 from householder.train.tasks import Task
 
+_DEVICES = (
+    "`device` must be auto, cpu, cuda or cuda:<n>, got {!r}; auto takes a GPU if there is one"
+)
+
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is the first GPU when there is one, else the CPU.
@@ -21,9 +25,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"`device` must be auto, cpu, cuda or cuda:<n>, got {name!r}") from error
+        raise ConfigError(_DEVICES.format(name)) from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"`device` must be auto, cpu, cuda or cuda:<n>, got {name!r}")
+        raise ConfigError(_DEVICES.format(name))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"`device` is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs here; "

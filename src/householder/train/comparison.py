@@ -132,7 +132,7 @@ def _as_list(name: str, value: Any) -> list[Any]:
     if not values or len(set(values)) != len(values):
         raise ConfigError(
             f"`{name}` must list different {'mixers' if name == 'mixer' else 'numbers'}, "
-            f"got {values}"
+            f"got {values}; give each once"
         )
     return values
 

@@ -13,7 +13,7 @@ from householder.train.settings import Settings, setting
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """The settings of one training run.
+    """The settings of one training run; `householder train --help` says what each of them means.
 
     Every field is checked when the object is made; the lengths are in supervised tokens (a leading
     BOS token is not counted), the batch in sequences.
@@ -25,10 +25,10 @@ class TrainConfig(Settings):
         >>> config = TrainConfig(task="s3", num_householder=2, steps=100)
         >>> config.eval_length
         128
-        >>> TrainConfig(steps=0)
+        >>> TrainConfig(steps=0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        householder.train.errors.ConfigError: `steps` must be at least 1, got 0
+        householder.train.errors.ConfigError: `steps` must be at least 1, got 0; it means: Opt...
     """
 
     task: str = setting(
@@ -177,6 +177,19 @@ class TrainConfig(Settings):
         choices=("auto", "chunk", "reference", "triton"),
         may_change=True,
     )
+    compile: bool = setting(
+        False,
+        "Compile the blocks of the model, anew for every length.",
+        section="Run",
+        may_change=True,
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "On a GPU, record the optimizer step once and replay it: several times as fast where the "
+        "model is small.",
+        section="Run",
+        may_change=True,
+    )
     threads: int | None = setting(
         None,
         "CPU threads; default: 1 for small steps, else what PyTorch chooses.",
@@ -202,19 +215,32 @@ class TrainConfig(Settings):
     def _check_together(self) -> None:
         if self.min_length is not None and self.min_length > self.length:
             raise ConfigError(
-                f"`min_length` must be at most length={self.length}, got {self.min_length}"
+                f"`min_length` must be at most length={self.length}, got {self.min_length}; "
+                "sequences are between the two"
             )
         if self.start_length is None and self.growth_steps is not None:
-            raise ConfigError("`growth_steps` needs `start_length`: the prefixes' first length")
+            raise ConfigError(
+                "`growth_steps` needs `start_length`, got it alone; give the prefixes' first length"
+            )
         if self.start_length is not None and self.start_length > self.length:
             raise ConfigError(
-                f"`start_length` must be at most length={self.length}, got {self.start_length}"
+                f"`start_length` must be at most length={self.length}, got {self.start_length}; "
+                "prefixes grow from it to length"
+            )
+        if self.start_length is not None and self.compile:
+            raise ConfigError(
+                "`compile` must be left out with `start_length`: every length of the growing "
+                "prefixes would be compiled anew; `cuda_graphs` serves them"
             )
         if self.epochs is not None and self.num_samples is None:
-            raise ConfigError("`epochs` needs `num_samples`: fresh data has no end; give `steps`")
+            raise ConfigError(
+                f"`epochs` needs `num_samples`, got epochs={self.epochs} of fresh data, which has "
+                "no end; give `num_samples`, or `steps` in its place"
+            )
         if self.eval_length is not None and self.eval_length < self.length:
             raise ConfigError(
-                f"`eval_length` must be at least length={self.length}, got {self.eval_length}"
+                f"`eval_length` must be at least length={self.length}, got {self.eval_length}; "
+                "the evaluation tells the accuracy at the training length too"
             )
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError(
@@ -227,9 +253,15 @@ class TrainConfig(Settings):
                 "delta_product and gated_delta_product take more"
             )
         if self.stop_when_solved and not self.eval_interval:
-            raise ConfigError("`stop_when_solved` counts evaluations: give `eval_interval` too")
+            raise ConfigError(
+                f"`stop_when_solved` counts evaluations while training, got "
+                f"{self.stop_when_solved} without any; give `eval_interval` too"
+            )
         if self.solved_accuracy > 1:
-            raise ConfigError(f"`solved_accuracy` must be at most 1, got {self.solved_accuracy}")
+            raise ConfigError(
+                f"`solved_accuracy` must be at most 1, got {self.solved_accuracy}; give a share, "
+                "not per cent"
+            )
 
     def _fill_in(self) -> None:
         """Replace the defaults that depend on other fields by their values."""
@@ -240,7 +272,8 @@ class TrainConfig(Settings):
             if self.steps not in (None, steps):
                 raise ConfigError(
                     f"`steps` and `epochs` contradict each other: epochs={self.epochs} of "
-                    f"{self.num_samples} samples are {steps} steps, got steps={self.steps}"
+                    f"{self.num_samples} samples are {steps} steps, got steps={self.steps}; give "
+                    "one of the two"
                 )
         growth_steps = self.growth_steps
         if self.start_length is not None and growth_steps is None:

@@ -156,7 +156,7 @@ def _predict(
     # Without gradients there is room for more tokens at once than in a small training step.
     rows = max(1, max(config.batch_size * config.length, MIN_TOKENS) // length)
     predictions = []
-    with evaluation_mode(model), torch.inference_mode(), autocast(config, device):
+    with evaluation_mode(model), torch.inference_mode(), autocast(config, device), not_compiled():
         for tokens in batch.tokens.split(rows):
             predictions.append(model(tokens.to(device)).argmax(dim=-1))
             check()
@@ -172,3 +172,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def not_compiled() -> AbstractContextManager[object]:
+    """Return the context in which compiled blocks run as they are written.
+
+    Other lengths than those of training would be compiled anew, for longer than they run.
+    """
+    return torch.compiler.set_stance("force_eager")

@@ -8,10 +8,11 @@ same machine, and so does a run that was killed at any moment and resumed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from householder.models import SequenceTagger
 from householder.train import checkpoint as ckpt
 from householder.train.build import build_model, cpu_threads, resolve_device
+from householder.train.capture import CapturedSteps
 from householder.train.config import TrainConfig
 from householder.train.data import (
     FixedData,
@@ -36,6 +38,7 @@ from householder.train.interrupt import StopRequest
 from householder.train.metrics import MetricsWriter
 from householder.train.observer import Observer
 from householder.train.optim import learning_rate, make_optimizer
+from householder.train.step_state import StepState
 from householder.train.tasks import IGNORE_INDEX, Batch, Task
 from householder.train.tasks.metrics import token_accuracy
 
@@ -160,6 +163,22 @@ class Stopwatch:
             self._since += time.perf_counter() - begun
 
 
+class _Step(NamedTuple):
+    """What an optimizer step leaves on the device.
+
+    Attributes:
+        loss: of the batch, before the step.
+        grad_norm: of all gradients, before they were clipped.
+        logits: `[B, L, num_classes]`, of the supervised tokens.
+        labels: int64 `[B, L]`.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
 @dataclass
 class _Run:
     """The moving parts of a run, and how far it has come."""
@@ -171,12 +190,9 @@ class _Run:
     stop: StopRequest
     task: Task
     model: SequenceTagger
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     data: FreshData | FixedData | GrowingPrefixes
-    # The first step whose loss or gradient was not finite, 0 while there is none. It lives on the
-    # device and is read only when metrics or a checkpoint are due, because reading waits for the
-    # device to catch up.
-    bad_step: Tensor
+    state: StepState
     step: int = 0
     solved_in_a_row: int = 0
     seconds: float = 0.0
@@ -193,11 +209,13 @@ class _Run:
     ) -> _Run:
         task = make_training_task(config)
         model = build_model(config, task).to(device)
+        if config.compile:
+            model.compile_blocks(dynamic=False)
         optimizer = make_optimizer(model, config)
         data = make_data(task, config, device)
         folder.mkdir(parents=True, exist_ok=True)
-        bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(config, folder, device, observer, stop, task, model, optimizer, data, bad_step)
+        state = StepState.of(optimizer, device, replayed=config.cuda_graphs)
+        return cls(config, folder, device, observer, stop, task, model, optimizer, data, state)
 
     @property
     def num_parameters(self) -> int:
@@ -213,10 +231,12 @@ class _Run:
         """Step until the end, a signal, or a loss that is not finite."""
         config = self.config
         self.model.train()
+        take_step = self._make_step()
         self.watch.start()
         while not self.finished:
             batch = self.data.batch(self.step)
-            loss, grad_norm, logits, labels = self._update(batch)
+            self.state.set_learning_rate(learning_rate(config, self.step))
+            result = take_step(batch)
             self.step += 1
             self.watch.tokens += batch.tokens.numel()
             self.observer.stepped(config, self.step)
@@ -230,35 +250,46 @@ class _Run:
             if stopping or any(due.values()) or self.device.type == "cpu":
                 self._raise_if_not_finite()
             if due["log"]:
-                self._log(metrics, labels, loss, grad_norm, logits)
+                self._log(metrics, result)
             if due["evaluate"]:
                 self._evaluate(metrics)
             if due["save"] or stopping or self.finished:
                 self._save(metrics)
             self.raise_if_stopped()
 
-    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take one optimizer step; return loss, gradient norm, and logits with their labels.
+    def _make_step(self) -> Callable[[Batch], _Step]:
+        """Return what takes an optimizer step on a batch."""
+        self.state.prepare(self.step)
+        if not self.state.recorded:
+            return self._update
+        return CapturedSteps(self._update, self._warm_up, self.device)
 
-        All are still on the device.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        with autocast(self.config, self.device):
-            logits, labels = self._predict(batch)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
-        )
+    def _update(self, batch: Batch) -> _Step:
+        """Take one optimizer step, without a word from the device."""
         self.optimizer.zero_grad()
+        loss, logits, labels = self._loss(batch)
         loss.backward()
         # An infinite limit clips nothing and still gives the norm.
         limit = self.config.grad_clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
+        self.state.count(loss, grad_norm)
+        return _Step(loss.detach(), grad_norm, logits.detach(), labels)
 
-        first = (self.bad_step == 0) & ~(loss.isfinite() & grad_norm.isfinite())
-        self.bad_step = torch.where(first, self.step + 1, self.bad_step)
-        return loss.detach(), grad_norm, logits.detach(), labels
+    def _warm_up(self, batch: Batch) -> None:
+        """Run forward and backward for nothing."""
+        loss, _, _ = self._loss(batch)
+        loss.backward()
+        self.optimizer.zero_grad()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, and the logits and labels it is of."""
+        with autocast(self.config, self.device):
+            logits, labels = self._predict(batch)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX
+        )
+        return loss, logits, labels
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits and labels, of the supervised tokens alone where they are few."""
@@ -271,24 +302,17 @@ class _Run:
         hidden = self.model.hidden(batch.tokens).take_along_dim(places[..., None], dim=1)
         return self.model.head(hidden), batch.labels.gather(1, places)
 
-    def _log(
-        self,
-        metrics: MetricsWriter,
-        labels: Tensor,
-        loss: Tensor,
-        grad_norm: Tensor,
-        logits: Tensor,
-    ) -> None:
+    def _log(self, metrics: MetricsWriter, result: _Step) -> None:
         seconds, tokens = self.watch.lap()
         self.seconds += seconds
-        predictions = logits.argmax(dim=-1)
+        predictions = result.logits.argmax(dim=-1)
         record = {
             "step": self.step,
             "length": training_length(self.config, self.step - 1),
-            "loss": loss.item(),
-            "accuracy": accuracy(self.task, predictions, labels),
-            "token_accuracy": token_accuracy(predictions, labels),
-            "grad_norm": grad_norm.item(),
+            "loss": result.loss.item(),
+            "accuracy": accuracy(self.task, predictions, result.labels),
+            "token_accuracy": token_accuracy(predictions, result.labels),
+            "grad_norm": result.grad_norm.item(),
             "lr": learning_rate(self.config, self.step - 1),
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
@@ -351,7 +375,7 @@ class _Run:
         self.solved_in_a_row, self.seconds = state["solved_in_a_row"], state["seconds"]
 
     def _raise_if_not_finite(self) -> None:
-        if bad_step := int(self.bad_step):
+        if bad_step := int(self.state.bad_step):
             raise ckpt.not_finite(self.config.name, bad_step, self.checkpoints)
 
     def raise_if_stopped(self) -> None:

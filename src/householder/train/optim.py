@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class OptimizerSettings(Protocol):
@@ -48,6 +50,45 @@ def make_optimizer(model: nn.Module, config: OptimizerSettings) -> torch.optim.A
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+
+
+def make_recordable(optimizer: torch.optim.AdamW, lr: Tensor) -> None:
+    """Make an optimizer ready for steps that a CUDA graph records.
+
+    Such a step reads on the device what differs from one to the next, and allocates nothing: its
+    moments are made here where there are none yet.
+
+    Args:
+        optimizer: of parameters on one GPU.
+        lr: the learning rate, float32 there; what is written to it is that of the next step.
+    """
+    for group in optimizer.param_groups:
+        group.update(lr=lr, capturable=True)
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+@contextmanager
+def as_made(optimizer: torch.optim.AdamW, lr: float) -> Iterator[None]:
+    """Give an optimizer's groups the options they had before `make_recordable`, for a while.
+
+    Args:
+        optimizer: made recordable or not.
+        lr: the learning rate as a number.
+    """
+    before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.update(lr=lr, capturable=False)
+    try:
+        yield
+    finally:
+        for group, (rate, capturable) in zip(optimizer.param_groups, before, strict=True):
+            group.update(lr=rate, capturable=capturable)
 
 
 class Schedule(Protocol):

@@ -61,7 +61,7 @@ class OutputFolder:
         try:
             if resume:
                 check_same()
-            elif overwrite and self._held():
+            elif overwrite and self._is_occupied():
                 self._delete()
             else:
                 self.require_free()
@@ -79,7 +79,7 @@ class OutputFolder:
             raise OutputError(
                 f"{self.path}: must be a folder, is a file; choose another with --out"
             )
-        if self._held():
+        if self._is_occupied():
             raise OutputError(
                 f"{self.path}: the output folder is occupied; continue with --resume, replace "
                 "it with --overwrite, or choose another with --out"
@@ -105,6 +105,11 @@ class OutputFolder:
                 f"{self.path}: what it holds does not fit the requested settings: "
                 f"{describe_differences(different)}; drop these settings or use another folder"
             )
+
+    def _is_occupied(self) -> bool:
+        # The settings alone are what a run leaves that failed before it had anything to keep.
+        names = [path.name for path in self._held()]
+        return bool(names) and not (names == [CONFIG_FILE] and self.holds_run())
 
     def _held(self) -> list[Path]:
         # Names with a leading dot are what a kill leaves of a file being written.

@@ -166,15 +166,12 @@ def _draw_curve(axes: Axes, result: TrainResult, color: str) -> None:
 
 def _name_curves(axes: Axes, results: Sequence[TrainResult], longest: int) -> None:
     """Write title and last accuracy at each curve's end, moved apart where they would touch."""
-    apart, height = 0.075, -1.0
     titles = run_titles([result.config for result in results])
-    for place, result in sorted(
-        enumerate(results), key=lambda x: (x[1].evaluation.accuracy[-1], -x[0])
-    ):
+    ends = [result.evaluation.accuracy[-1] for result in results]
+    heights = spread_apart(ends, 0.075)
+    for result, title, end, height in zip(results, titles, ends, heights, strict=True):
         line = next(x for x in axes.get_lines() if x.get_label() == result.config.name)
-        last = result.evaluation.accuracy[-1]
-        height = max(last, height + apart)
-        name_curve(axes, f"{titles[place]}  ({last:.1%})", (longest, height), line.get_color())
+        name_curve(axes, f"{title}  ({end:.1%})", (longest, height), line.get_color())
 
 
 def _title(results: Sequence[TrainResult]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import typing
@@ -116,21 +117,28 @@ def _checked(field: dataclasses.Field[Any], annotation: Any, value: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(
             f"`{field.name}` must be of type {kind.__name__}, "
-            f"got {value!r} of type {type(value).__name__}"
+            f"got {value!r} of type {type(value).__name__}; {_meaning(field)}"
         )
     rules = field.metadata
+    required = None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"`{field.name}` must be finite, got {value}")
-    if rules["choices"] is not None and value not in rules["choices"]:
-        allowed = ", ".join(rules["choices"])
-        raise ConfigError(f"`{field.name}` must be one of {allowed}, got {value!r}")
-    if rules["at_least"] is not None and value < rules["at_least"]:
-        raise ConfigError(f"`{field.name}` must be at least {rules['at_least']}, got {value}")
-    if rules["above"] is not None and value <= rules["above"]:
-        raise ConfigError(f"`{field.name}` must be above {rules['above']}, got {value}")
-    if rules["below"] is not None and value >= rules["below"]:
-        raise ConfigError(f"`{field.name}` must be below {rules['below']}, got {value}")
+        required = "finite"
+    elif rules["choices"] is not None and value not in rules["choices"]:
+        required = f"one of {', '.join(rules['choices'])}"
+    elif rules["at_least"] is not None and value < rules["at_least"]:
+        required = f"at least {rules['at_least']}"
+    elif rules["above"] is not None and value <= rules["above"]:
+        required = f"above {rules['above']}"
+    elif rules["below"] is not None and value >= rules["below"]:
+        required = f"below {rules['below']}"
+    if required is not None:
+        raise ConfigError(f"`{field.name}` must be {required}, got {value!r}; {_meaning(field)}")
     return value
+
+
+def _meaning(field: dataclasses.Field[Any]) -> str:
+    """Return what a setting is for, as the remedy in an error about it."""
+    return f"it means: {field.metadata['help'].rstrip('.')}"
 
 
 def differences(stored: Settings, requested: Settings) -> dict[str, tuple[Any, Any]]:
@@ -161,7 +169,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
     Raises:
         ConfigError: with the unknown name and the near match.
     """
-    known = sorted(known)
+    known = sorted(set(known))
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -185,16 +193,22 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the config file: {error}") from error
+        raise ConfigError(
+            f"{path}: the config file cannot be read: {error}; give a TOML file of settings"
+        ) from error
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+        raise ConfigError(
+            f"{path}: must be TOML, is not: {error}; write one `name = value` a line"
+        ) from error
     settings: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name in settings:
-            raise ConfigError(f"{path}: `{name}` is given twice, with dashes and with underscores")
+            raise ConfigError(
+                f"{path}: `{name}` is given twice, with dashes and with underscores; drop one"
+            )
         settings[name] = value
     check_names(settings, known, str(path))
     return settings
@@ -218,7 +232,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's too, but for one character that JSON writes as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     # repr of a Python float is the shortest that reads back to the same bits, and is TOML.
     return repr(value)

@@ -76,12 +76,40 @@ def test_an_empty_prompt_and_no_model_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="`prompt` must have a token"):
         next(sample_tokens(model, [], **options()))
     settings = {"top_k": None, "top_p": None, "seed": 0, "device": "cpu", "dtype": "float32"}
+    settings |= {"max_new_tokens": 1, "temperature": 1.0}
     with pytest.raises(ConfigError, match=r"must hold config.json and model.safetensors"):
-        continue_text(tmp_path, "a", max_new_tokens=1, temperature=1.0, **settings)
+        continue_text(tmp_path, "a", **settings)
+    save_causal_lm(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"must hold tokenizer.json .* --tokenizer bytes"):
+        continue_text(tmp_path, "a", **settings)
+    with pytest.raises(ConfigError, match=r"`prompt` must be text in UTF-8, .* at character 1"):
+        continue_text(tmp_path, "a\udcff", tokenizer="bytes", **settings)
+    assert len("".join(continue_text(tmp_path, "a", tokenizer="bytes", **settings))) <= 1
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path):
+    save_causal_lm(CausalLM(CausalLMConfig(256, d_model=16, num_layers=1, head_dim=8)), tmp_path)
+    words = ["generate", str(tmp_path), "a", "--tokenizer", "bytes", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    with pytest.raises(ConfigError, match="at most the model's 256 tokens, bytes has 257"):
+        continue_text(
+            tmp_path,
+            "a",
+            max_new_tokens=1,
+            temperature=1.0,
+            top_k=None,
+            top_p=None,
+            seed=0,
+            device="cpu",
+            dtype="float32",
+            tokenizer="bytes",
+        )
 
 
 def test_command_continues_an_argument_and_standard_input(model, tmp_path, capsys, monkeypatch):
     save_causal_lm(model, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(ByteTokenizer.file_content())
     words = ["generate", str(tmp_path), "--temperature", "0", "--max-new-tokens", "4"]
 
     def run(*more: str) -> str:
@@ -93,3 +121,7 @@ def test_command_continues_an_argument_and_standard_input(model, tmp_path, capsy
     monkeypatch.setattr(sys, "stdin", io.StringIO("né"))
     assert given == run()
     assert given.startswith("né")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"n\xe9"), encoding="utf-8"))
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--device", "cpu"])
+    assert "`prompt` must be text in UTF-8" in capsys.readouterr().err

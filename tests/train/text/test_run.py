@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from .conftest import TINY
 
 def train(texts: Path, folder: Path, *, resume=False, overwrite=False, **settings: Any):
     observer, stop = settings.pop("observer", None), settings.pop("stop", None)
-    with join_processes("cpu") as processes:
+    with join_processes(settings.get("device", TINY["device"])) as processes:
         return run_text(
             {**TINY, "text": [str(texts)], **settings},
             folder,
@@ -46,9 +47,8 @@ def train(texts: Path, folder: Path, *, resume=False, overwrite=False, **setting
 def timeless(folder: Path) -> list[dict[str, Any]]:
     records = read_metrics(folder / "metrics.jsonl")
     assert records
-    return [
-        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records
-    ]
+    timings = ("seconds", "tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in timings} for r in records]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,6 +155,43 @@ def test_compiled_run_has_the_losses_of_a_plain_one(texts, tmp_path, monkeypatch
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+REPLAYED: dict[str, Any] = {
+    "device": "cuda",
+    "separate_documents": False,
+    "cuda_graphs": True,
+    "d_model": 32,
+    "head_dim": 16,
+    "mlp_width": 32,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pattern": "gated_delta_net,rope", "dtype": "bfloat16"}, {"pattern": "path_fox"}],
+    ids=["product and path", "gated and rotary", "path_fox"],
+)
+def test_replayed_run_has_the_losses_of_a_plain_one_and_resumes(texts, tmp_path, settings):
+    chosen = {**REPLAYED, **settings}
+    train(texts, tmp_path / "plain", **{**chosen, "cuda_graphs": False})
+    train(texts, tmp_path / "whole", **chosen)
+    observer = StopAt(5)
+    with pytest.raises(Interrupted, match="SIGTERM at step 5"):
+        train(texts, tmp_path / "parts", observer=observer, stop=observer.request, **chosen)
+    train(texts, tmp_path / "parts", resume=True, **chosen)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    whole, plain = (
+        [r["loss"] for r in timeless(tmp_path / name) if "loss" in r] for name in ("whole", "plain")
+    )
+    assert whole == pytest.approx(plain, rel=1e-2 if "dtype" in settings else 1e-4)
+    # What a replayed run has saved, a plain one takes up, and the other way round.
+    for name, cuda_graphs in (("whole", False), ("plain", True)):
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000008")
+        train(texts, tmp_path / name, resume=True, **{**chosen, "cuda_graphs": cuda_graphs})
+        last = [r["loss"] for r in timeless(tmp_path / name) if "loss" in r][-1]
+        assert last == pytest.approx(plain[-1], rel=1e-2)
+
+
 def test_perplexity_is_that_of_the_logits(texts, tmp_path):
     result = train(texts, tmp_path / "out", steps=1)
     model = result.model.eval()
@@ -191,6 +228,42 @@ def test_occupied_folders_are_kept(texts, tmp_path):
     assert timeless(tmp_path / "out")[-1]["step"] == 2
 
 
+def test_what_fails_before_it_has_anything_leaves_a_free_folder(texts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no files in"):
+        train(tmp_path / "empty", tmp_path / "out")
+    stop = StopRequest()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match=r"SIGTERM after \d+ tokens of the text"):
+        train(texts, tmp_path / "out", stop=stop)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.toml"]
+    train(texts, tmp_path / "out", steps=1)
+
+
+class StopAtEvaluation(StopAt):
+    def logged(self, record: dict[str, Any]) -> None:
+        if "loss" in record and record["step"] == self.step:  # what comes next at that step
+            self.request.signum = signal.SIGTERM
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_signal_ends_an_evaluation_and_resuming_makes_it_good(texts, tmp_path, step):
+    train(texts, tmp_path / "whole")
+    observer = StopAtEvaluation(step)
+    with pytest.raises(Interrupted, match=f"SIGTERM at step {step}; saved") as raised:
+        train(texts, tmp_path / "out", observer=observer, stop=observer.request)
+    assert raised.value.signum == signal.SIGTERM
+    assert not any("validation_loss" in r and r["step"] == step for r in timeless(tmp_path / "out"))
+    assert not (tmp_path / "out" / "results.json").exists()
+    train(texts, tmp_path / "out", resume=True)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    found, expected = (
+        json.loads((tmp_path / name / "results.json").read_text())["perplexity"]
+        for name in ("out", "whole")
+    )
+    assert found == expected
+
+
 def test_resume_refuses_other_settings_text_and_folders(texts, tmp_path):
     with pytest.raises(OutputError, match="nothing to resume"):
         train(texts, tmp_path / "none", resume=True)
@@ -221,9 +294,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(texts, tmp_path):
     [
         ({"pattern": "mamba"}, "`pattern` must be one of"),
         ({"accumulate": 3}, "`accumulate` must divide batch_size=4, got 3"),
+        ({"cuda_graphs": True}, "separate_documents=True, accumulate=1"),
+        (
+            {"cuda_graphs": True, "separate_documents": False, "accumulate": 2},
+            "separate_documents=False, accumulate=2",
+        ),
         ({"min_lr": 1.0}, "`min_lr` must be at most lr=0.001, got 1.0"),
         ({"eval_contexts": "64,x"}, "`eval_contexts` must be numbers"),
         ({"global_layers": "2"}, "`global_layers` must be indices from 0 to 1"),
+        ({"pattern": "rope", "head_dim": 5}, "`head_dim` must be even, got 5"),
         ({"task": "s3"}, "unknown setting `task`"),
         ({"dataset": "a/b"}, "one of them; got text, dataset"),
         ({"text": []}, "one of them; got neither"),

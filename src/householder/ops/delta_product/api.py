@@ -39,6 +39,7 @@ def delta_product(
     gate_activation: str | None = None,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    recompute: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Run a matrix state through products of N Householder transformations per token.
@@ -79,6 +80,9 @@ def delta_product(
         gate_activation: `"softplus"`, in float32 at least, which needs `g` and `A_log`; or None.
         A_log: logarithms of the gates' rates `[HV]`; only with `gate_activation`.
         dt_bias: added to `g` `[HV]`, or None for zero; only with `gate_activation`.
+        recompute: keep only the inputs for the gradient, and make the states at the chunks' starts
+            and what their tokens write anew in the backward pass: less memory for more time. In
+            bfloat16 with K = V = 128 these are 3.6 times v. The reference keeps all it does.
         impl: `"chunk"` (blocked into matrix products, on any device), `"reference"` (a loop over
             tokens), `"triton"` (GPU kernels, for float32, bfloat16 and float16, K and V multiples
             of 16 up to 256, N ≤ 8), or `"auto"`, which is `"triton"` on a CUDA device for what
@@ -136,8 +140,10 @@ def delta_product(
     if impl == "reference":
         o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
     else:
-        save = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state)
+        save = (
+            not recompute
+            and torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state))
         )
         args = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
         o, state, *_ = apply(DeltaProduct, *args, save, form)
@@ -350,7 +356,10 @@ def _check_sequence_inputs(
     B, T, N, HV, V = v.shape
     H, K = _key_shape(op, k, 5)
     if N < 1:
-        raise ValueError(f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}")
+        raise ValueError(
+            f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}; "
+            "where nothing is to be written, give β = 0"
+        )
     _check_groups(op, H, HV)
     _checks.check_shape(op, "q", q, "[B, T, H, K]", (B, T, H, K))
     _checks.check_shape(op, "k", k, "[B, T, N, H, K]", (B, T, N, H, K))

@@ -112,6 +112,18 @@ def _backward_over_u_fake(*args: Any) -> tuple[Tensor, ...]:
     return (dq, dk, *others)
 
 
+def _backward_anew(do: Tensor, dfinal_state: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, form = args
+    kernels = _kernels(form)
+    saved = kernels.forward(*inputs, True)[2:]
+    q, k, v, _, _, scale, *_ = inputs
+    # Nobody else holds what was made here.
+    over_u = form == "triton" and kernels.overwrites_u(q, k, v, scale)
+    dv = (saved[2],) if over_u else ()
+    grads = kernels.backward(do, dfinal_state, *inputs, *saved, *dv)
+    return tuple(do.new_empty(0) if x is None else x for x in grads)
+
+
 def _step(*args: Any) -> tuple[Tensor, Tensor]:
     return _kernels("triton").step(*args)
 
@@ -170,6 +182,15 @@ BACKWARD_OVER_U = register(
     cpu=_backward_over_u,
     cuda=_backward_over_u,
 )
+# For a forward pass that kept nothing: makes that anew.
+BACKWARD_ANEW = register(
+    "delta_product_backward_anew",
+    f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, str form) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    cpu=_backward_anew,
+    cuda=_backward_anew,
+)
 _STEP_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale"
 _STEP_OPTIONS = (
     "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None"
@@ -191,6 +212,7 @@ STEP_INPLACE = register(
 delta_product_op = torch.ops.householder.delta_product.default
 delta_product_backward_op = torch.ops.householder.delta_product_backward.default
 delta_product_backward_over_u_op = torch.ops.householder.delta_product_backward_over_u.default
+delta_product_backward_anew_op = torch.ops.householder.delta_product_backward_anew.default
 delta_product_step_op = torch.ops.householder.delta_product_step.default
 delta_product_step_inplace_op = torch.ops.householder.delta_product_step_.default
 
@@ -234,8 +256,8 @@ def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
 class DeltaProduct(torch.autograd.Function):
     """Differentiable `(q, k, v, beta, g, scale, initial_state, cu_seqlens, save, form)`.
 
-    `save` says that a gradient is expected. It only spares work: under function transforms a
-    caller cannot know, and then `backward` makes what was not saved. `form` is "chunk" or "triton".
+    `save` says to keep for the gradient more than the inputs, which spares `backward` making it
+    anew. Under function transforms nothing is kept. `form` is "chunk" or "triton".
     """
 
     @staticmethod
@@ -312,8 +334,8 @@ class DeltaProductBackward(torch.autograd.Function):
         inputs = (q, k, v, beta, g, scale, initial_state, cu_seqlens)
         saved = (states, ut, u, maps, growth, table)
         if states.shape[0] == 0:
-            saved = delta_product_op(*inputs, True, form)[2:]
-        elif _may_overwrite_u(q, k, v, scale, form):
+            return delta_product_backward_anew_op(do, dstate, *inputs, form)
+        if _may_overwrite_u(q, k, v, scale, form):
             dq, dk, *others = delta_product_backward_over_u_op(do, dstate, *inputs, *saved, form)
             return dq, dk, u.detach(), *others
         return delta_product_backward_op(do, dstate, *inputs, *saved, form)

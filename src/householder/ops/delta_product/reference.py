@@ -38,10 +38,10 @@ def step(
     if g is not None:
         state = state * g.to(state.dtype).exp()[..., None, None]
     for j in range(k.shape[1]):
-        k_j, v_j, beta_j = k[:, j], v[:, j], beta[:, j, :, None]
-        recalled = torch.einsum("bhk,bhkv->bhv", k_j, state)
-        state = state + torch.einsum("bhk,bhv->bhkv", k_j, beta_j * (v_j - recalled))
-    return scale * torch.einsum("bhk,bhkv->bhv", q, state), state
+        column, v_j, beta_j = k[:, j, :, :, None], v[:, j, :, None], beta[:, j, :, None, None]
+        recalled = column.mT @ state  # a row, as is v_j
+        state = torch.addcmul(state, column, beta_j * (v_j - recalled))
+    return ((scale * q)[..., None, :] @ state).squeeze(-2), state
 
 
 @without_autocast

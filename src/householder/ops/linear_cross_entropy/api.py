@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl, runs_triton, without_autocast
+from householder.ops._dispatch import (
+    apply,
+    autocast_dtype,
+    check_impl,
+    runs_triton,
+    without_autocast,
+)
 from householder.ops.linear_cross_entropy import reference
 from householder.ops.linear_cross_entropy.op import LinearCrossEntropy, why_not_triton
 
@@ -97,16 +103,9 @@ def _without_autocast(x: Tensor, *args: object) -> Tensor:
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    device = x.device.type
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    # Some devices, as "meta", have no autocast; where it is on it leaves float64 alone.
-    if (
-        dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
-        return torch.get_autocast_dtype(device)
-    return dtype
+    # Autocast leaves float64 alone.
+    return dtype if dtype == torch.float64 else autocast_dtype(x.device) or dtype
 
 
 def _check_inputs(op: str, x: Tensor, weight: Tensor, labels: Tensor) -> None:

@@ -1,14 +1,20 @@
-"""The public function `swiglu`."""
+"""The public functions `swiglu` and `swiglu_linear`."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl, runs_triton
+from householder.ops._dispatch import apply, autocast_dtype, check_impl, runs_triton
 from householder.ops.swiglu import reference
-from householder.ops.swiglu.op import SwiGLU, why_not_triton
+from householder.ops.swiglu.op import (
+    SwiGLU,
+    SwiGLULinear,
+    why_not_triton,
+    why_not_triton_linear,
+)
 
 IMPLS = ("triton", "reference")
 
@@ -48,12 +54,73 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     check_impl(op, impl, IMPLS)
     if impl == "auto" and torch.compiler.is_compiling():
         impl = "reference"
+    _check_inputs(op, gate, up)
+    if runs_triton(op, impl, gate.device, lambda: why_not_triton(gate, up)):
+        return apply(SwiGLU, gate, up)
+    return reference.forward(gate, up)
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto") -> Tensor:
+    """Gate the hidden vectors of an MLP and multiply: y = (SiLU(gate) ⊙ up) Wᵀ.
+
+    For the gradient the product's input, as large as gate, is made anew rather than kept. Under
+    autocast the product is made in its dtype.
+
+    Args:
+        gate: `[..., width]`.
+        up: of the same shape.
+        weight: W `[D, width]`.
+        impl: `"triton"` (the GPU kernels of `swiglu` around PyTorch's products, for float32,
+            bfloat16 and float16, gate and up in the product's dtype), `"reference"` (PyTorch, which
+            keeps the product's input), or `"auto"`, which is `"triton"` on a CUDA device for what
+            the kernels take, also under `torch.compile`, and `"reference"` otherwise. Under
+            transforms of `torch.func` the input is kept.
+
+    Returns:
+        y `[..., D]`, in the dtype of the product.
+
+    Raises:
+        ValueError: the shapes or devices differ, or `impl` is unknown.
+        TypeError: an argument is no tensor, or is not real floating point.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of
+            it is asked for.
+
+    Gradients:
+        To all three: first order by the kernels, every order by the reference.
+
+    Examples:
+        >>> import torch
+        >>> swiglu_linear(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(5, 3)).shape
+        torch.Size([2, 5])
+
+    References:
+        GLU Variants Improve Transformer (Shazeer, 2020), https://arxiv.org/abs/2002.05202
+    """
+    op = "swiglu_linear"
+    check_impl(op, impl, IMPLS)
+    _check_inputs(op, gate, up)
+    _checks.check_tensor(op, "weight", weight)
+    _checks.check_floating(op, {"weight": weight})
+    _checks.check_same_device(op, {"gate": gate, "weight": weight})
+    if weight.dim() != 2 or gate.dim() < 1 or weight.shape[1] != gate.shape[-1]:
+        raise ValueError(
+            f"{op}: `gate` must be [..., width] and `weight` [D, width], got shapes "
+            f"{list(gate.shape)} and {list(weight.shape)}; the last sizes must agree"
+        )
+    dtype = autocast_dtype(gate.device) or weight.dtype
+    if not runs_triton(
+        op, impl, gate.device, lambda: why_not_triton_linear(gate, up, weight, dtype)
+    ):
+        return F.linear(swiglu(gate, up, impl="auto" if impl == "auto" else "reference"), weight)
+    if torch._C._are_functorch_transforms_active():
+        return F.linear(swiglu(gate, up, impl="triton"), weight)
+    return apply(SwiGLULinear, gate, up, weight.to(dtype))
+
+
+def _check_inputs(op: str, gate: Tensor, up: Tensor) -> None:
     tensors = {"gate": gate, "up": up}
     for name, x in tensors.items():
         _checks.check_tensor(op, name, x)
     _checks.check_floating(op, tensors)
     _checks.check_same_device(op, tensors)
     _checks.check_shape(op, "up", up, "[...], as gate", gate.shape)
-    if runs_triton(op, impl, gate.device, lambda: why_not_triton(gate, up)):
-        return apply(SwiGLU, gate, up)
-    return reference.forward(gate, up)

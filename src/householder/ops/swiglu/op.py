@@ -1,10 +1,17 @@
-"""Registration of `householder::swiglu` with PyTorch: schema, fakes, autograd, vmap."""
+"""Registration of `householder::swiglu` with PyTorch: schema, fakes, autograd, vmap.
+
+Followed by a product it has an autograd function of its own, which keeps what gate and up are and
+makes the product's input anew, with the kernel that makes the gradients. That kernel is an op too,
+and an opaque one: a compiler that saw the same operations in both passes would join them, and keep
+the result.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from householder.ops import _dispatch
@@ -16,6 +23,15 @@ def why_not_triton(gate: Tensor, up: Tensor) -> str | None:
     if gate.dtype != up.dtype:
         return f"both must have one dtype, got {gate.dtype} and {up.dtype}"
     return _dispatch.why_not_triton({"gate": gate, "up": up}, {})
+
+
+def why_not_triton_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, dtype: torch.dtype
+) -> str | None:
+    """Return the same of SwiGLU with a product behind it, whose dtype is `dtype`."""
+    if gate.dtype != dtype:
+        return f"all must have the product's dtype, {dtype}, got {gate.dtype}"
+    return why_not_triton(gate, up) or _dispatch.why_not_triton({"weight": weight}, {})
 
 
 def _kernels() -> Any:
@@ -40,6 +56,16 @@ def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     return contiguous_like(gate), contiguous_like(up)
 
 
+def _backward_and_forward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels().backward_and_forward(dy, gate, up)
+
+
+def _backward_and_forward_fake(
+    dy: Tensor, gate: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return contiguous_like(gate), contiguous_like(up), contiguous_like(up)
+
+
 # Kernels of the CPU are the same ones under Triton's interpreter.
 FORWARD = register(
     "swiglu",
@@ -55,8 +81,16 @@ BACKWARD = register(
     cpu=_backward,
     cuda=_backward,
 )
+BACKWARD_AND_FORWARD = register(
+    "swiglu_backward_and_forward",
+    "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_and_forward_fake,
+    cpu=_backward_and_forward,
+    cuda=_backward_and_forward,
+)
 swiglu_op = torch.ops.householder.swiglu.default
 swiglu_backward_op = torch.ops.householder.swiglu_backward.default
+swiglu_backward_and_forward_op = torch.ops.householder.swiglu_backward_and_forward.default
 
 
 def _batched(size: int, dims: Any, tensors: Any) -> list[Tensor]:
@@ -110,3 +144,50 @@ class SwiGLUBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return SwiGLUBackward.apply(*_batched(info.batch_size, in_dims, args)), (0, 0)
+
+
+class SwiGLULinear(torch.autograd.Function):
+    """Differentiable `(gate, up, weight)`, of one dtype: SwiGLU by its kernel, then the product."""
+
+    @staticmethod
+    @with_signature
+    def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(swiglu_op(gate, up), weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.needs_input_grad[2])
+
+
+class SwiGLULinearBackward(torch.autograd.Function):
+    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`.
+
+    `of_weight` says whether the weight needs one.
+    """
+
+    @staticmethod
+    @with_signature
+    def forward(
+        dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool
+    ) -> tuple[Tensor | None, ...]:
+        dhidden = dy @ weight
+        if not of_weight:
+            return *swiglu_backward_op(dhidden, gate, up), None
+        dgate, dup, hidden = swiglu_backward_and_forward_op(dhidden, gate, up)
+        rows = dy.reshape(-1, dy.shape[-1])
+        return dgate, dup, rows.mT @ hidden.reshape(-1, hidden.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "swiglu_linear: the Triton form has first-order gradients only, and a second order was "
+            'asked for; use impl="reference", which has every order'
+        )

@@ -23,8 +23,8 @@ def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_gradient_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
-    """Write the gradients of a range of numbers."""
+def swiglu_gradient_kernel(dy, gate, up, dgate, dup, y, size, BLOCK: tl.constexpr):
+    """Write the gradients of a range of numbers, and y anew if there is room for it."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
     b_dy = tl.load(dy + o, mask=mask, other=0.0).to(tl.float32)
@@ -34,6 +34,8 @@ def swiglu_gradient_kernel(dy, gate, up, dgate, dup, size, BLOCK: tl.constexpr):
     b_dg = b_dy * b_u * (b_s * (1 + b_g * (1 - b_s)))
     tl.store(dgate + o, b_dg.to(dgate.dtype.element_ty), mask=mask)
     tl.store(dup + o, (b_dy * (b_g * b_s)).to(dup.dtype.element_ty), mask=mask)
+    if y is not None:
+        tl.store(y + o, (b_g * b_s * b_u).to(y.dtype.element_ty), mask=mask)
 
 
 @on_its_device
@@ -49,10 +51,21 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 @on_its_device
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up."""
+    return _backward(dy, gate, up, None)
+
+
+@on_its_device
+def backward_and_forward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of gate and up, and y."""
+    y = torch.empty_like(up, memory_format=torch.contiguous_format)
+    return *_backward(dy, gate, up, y), y
+
+
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     if size := dy.numel():
         swiglu_gradient_kernel[(-(-size // BLOCK),)](
-            dy, gate, up, dgate, dup, size, BLOCK=BLOCK, num_warps=WARPS
+            dy, gate, up, dgate, dup, y, size, BLOCK=BLOCK, num_warps=WARPS
         )
     return dgate, dup

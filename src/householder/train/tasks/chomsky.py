@@ -62,7 +62,31 @@ class Parity(Task):
         return _ask(bits, sizes, bits.sum(dim=1) % 2, self.pad)
 
 
-class ModularArithmetic(Task):
+class _Arithmetic(Task):
+    """What tasks share that evaluate an expression modulo m: tokens 0 … m−1, then marks, then PAD.
+
+    Args:
+        marks: a character for each token that is neither a digit nor PAD.
+        modulus: m.
+        min_length: with it, lengths vary from there on.
+    """
+
+    metric = "final"
+
+    def __init__(self, marks: str, modulus: int, min_length: int | None) -> None:
+        self.modulus = _check_modulus(self.name, modulus)
+        self.min_length, self._varied = _length_range(self.name, min_length, self.min_length)
+        self._symbols = [*map(str, range(modulus)), *marks, ""]
+        self.vocab_size = len(self._symbols)
+        self.num_classes = modulus
+        self.chance = 1 / modulus
+
+    def decode(self, tokens: Tensor) -> str:
+        """Write one sequence of tokens `[L]` as text, PAD left out."""
+        return "".join(self._symbols[i] for i in tokens.tolist())
+
+
+class ModularArithmetic(_Arithmetic):
     """Evaluate a flat expression of digits, +, − and × modulo m; × binds tighter.
 
     `length` counts the published line, for example 3×2−4= and its answer 2: D digits alternating
@@ -97,21 +121,11 @@ class ModularArithmetic(Task):
     """
 
     name = "mod-arithmetic"
-    metric = "final"
     min_length = 3
 
     def __init__(self, *, modulus: int = 5, min_length: int | None = None) -> None:
-        self.modulus = _check_modulus(self.name, modulus)
-        self.min_length, self._varied = _length_range(self.name, min_length, self.min_length)
-        self._symbols = [*map(str, range(modulus)), "+", "−", "×", "=", ""]
+        super().__init__("+−×=", modulus, min_length)
         self.plus, self.minus, self.times, self.equals, self.pad = range(modulus, modulus + 5)
-        self.vocab_size = modulus + 5
-        self.num_classes = modulus
-        self.chance = 1 / modulus
-
-    def decode(self, tokens: Tensor) -> str:
-        """Write one sequence of tokens `[L]` as text, PAD left out."""
-        return "".join(self._symbols[i] for i in tokens.tolist())
 
     def _generate(self, num: int, length: int, generator: torch.Generator) -> Batch:
         most = (length - 1) // 2
@@ -143,7 +157,7 @@ class ModularArithmetic(Task):
         return (finished + term) % self.modulus
 
 
-class BracketedArithmetic(Task):
+class BracketedArithmetic(_Arithmetic):
     """Evaluate a bracketed expression of digits, +, − and × modulo m.
 
     An expression of n ≥ 5 tokens is "(L op R)" with the length of L uniform from 1 to n − 4, R of
@@ -180,25 +194,15 @@ class BracketedArithmetic(Task):
     """
 
     name = "mod-arithmetic-brackets"
-    metric = "final"
     min_length = 5
 
     def __init__(
         self, *, modulus: int = 5, multiplication: bool = True, min_length: int | None = None
     ) -> None:
-        self.modulus = _check_modulus(self.name, modulus)
+        super().__init__("+−×()=", modulus, min_length)
         self.multiplication = multiplication
-        self.min_length, self._varied = _length_range(self.name, min_length, self.min_length)
-        self._symbols = [*map(str, range(modulus)), "+", "−", "×", "(", ")", "=", ""]
         self.plus, self.minus, self.times = range(modulus, modulus + 3)
         self.open, self.close, self.equals, self.pad = range(modulus + 3, modulus + 7)
-        self.vocab_size = modulus + 7
-        self.num_classes = modulus
-        self.chance = 1 / modulus
-
-    def decode(self, tokens: Tensor) -> str:
-        """Write one sequence of tokens `[L]` as text, PAD left out."""
-        return "".join(self._symbols[i] for i in tokens.tolist())
 
     def _generate(self, num: int, length: int, generator: torch.Generator) -> Batch:
         longest = length - 3

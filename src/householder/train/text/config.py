@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from householder.models import PRESETS, CausalLMConfig
+import torch
+
+from householder.models import PRESETS, CausalLM, CausalLMConfig
 from householder.train.errors import ConfigError
 from householder.train.settings import Settings, setting
 
@@ -46,8 +48,8 @@ class TextConfig(Settings):
     )
     pattern: str = setting(
         "gated_delta_net",
-        "Mixers of the layers, repeated: delta, gated_delta, delta_product, gated_delta_product, "
-        "path, path_fox, rope, fox, swa, joined by commas.",
+        "Mixers of the layers, repeated: delta_net or delta, gated_delta_net or gated_delta, "
+        "delta_product, gated_delta_product, path, path_fox, rope, fox, swa, joined by commas.",
         section=_MODEL,
     )
     global_layers: str = setting(
@@ -153,6 +155,13 @@ class TextConfig(Settings):
         choices=("float32", "bfloat16"),
     )
     compile: bool = setting(False, "Compile the model.", section=_RUN, may_change=True)
+    cuda_graphs: bool = setting(
+        False,
+        "On a GPU, record the optimizer step once and replay it: for small models, and windows "
+        "whose documents see one another.",
+        section=_RUN,
+        may_change=True,
+    )
     checkpoint_activations: bool = setting(
         False,
         "Run blocks again in the backward pass to save memory.",
@@ -192,6 +201,12 @@ class TextConfig(Settings):
                 f"`accumulate` must divide batch_size={self.batch_size}, got {self.accumulate}; "
                 "the parts of a step have equally many windows"
             )
+        if self.cuda_graphs and (self.separate_documents or self.accumulate > 1):
+            raise ConfigError(
+                "`cuda_graphs` must be left out with separate documents, whose bounds differ from "
+                f"step to step, and with accumulate > 1, got separate_documents="
+                f"{self.separate_documents}, accumulate={self.accumulate}"
+            )
         if self.min_lr > self.lr:
             raise ConfigError(f"`min_lr` must be at most lr={self.lr}, got {self.min_lr}")
 
@@ -229,6 +244,21 @@ class TextConfig(Settings):
                 use_short_conv=self.use_short_conv,
                 **options,
             )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+
+    def make_model(self, vocab_size: int, *, device: torch.device | str | None = None) -> CausalLM:
+        """Return a new model.
+
+        Args:
+            vocab_size: of the tokenizer, as in `model_config`.
+            device: of the parameters; on "meta" it only shows whether there can be such a model.
+
+        Raises:
+            ConfigError: a mixer does not take the settings.
+        """
+        try:
+            return CausalLM(self.model_config(vocab_size), impl=self.impl, device=device)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
 

@@ -105,11 +105,19 @@ def _json_lines(file: Path) -> Iterator[str]:
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
                 raise ConfigError(
-                    f'{file}:{number}: every line must be a JSON object with a "text": {error!r}'
-                ) from error
+                    f'`text`: line {number} of {file} must be a JSON object with a string "text", '
+                    f"got {_shortened(line.strip())}; mend or remove the line"
+                )
+            yield text
+
+
+def _shortened(line: str, most: int = 80) -> str:
+    return repr(line if len(line) <= most else f"{line[:most]}…")
 
 
 def dataset_documents(name: str) -> Iterator[str]:
@@ -155,7 +163,7 @@ def write_corpus(
         validation: share of the tokens to hold out, in whole documents; of a single document, its
             end.
         source: what the documents are, to be kept in `corpus.json`.
-        progress: told how many tokens there are so far.
+        progress: told how many tokens there are so far; it may raise, and nothing is left then.
         max_tokens: stop after the document that reaches so many; `None` for all.
 
     Raises:
@@ -165,12 +173,44 @@ def write_corpus(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left behind by a kill
     temporary.mkdir(parents=True)
+    try:
+        _write_files(
+            texts,
+            temporary,
+            tokenizer,
+            validation=validation,
+            source=source,
+            progress=progress,
+            max_tokens=max_tokens,
+        )
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    temporary.rename(folder)
+    fsync_path(folder.parent)
+
+
+def _write_files(
+    texts: Iterable[str],
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    validation: float,
+    source: dict[str, Any],
+    progress: Callable[[int], None],
+    max_tokens: int | None,
+) -> None:
+    """Write the files of a corpus to the disk, into a folder that is there."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    with open(temporary / "tokens.bin", "wb") as file:
+    with open(folder / "tokens.bin", "wb") as file:
         starts = _write_tokens(texts, file, tokenizer, dtype, progress, max_tokens)
     if len(starts) < 2 or starts[-1] <= len(starts) - 1:
-        raise ConfigError("`text`: there is no text in it; name other files")
-    np.save(temporary / "documents.npy", np.array(starts, dtype=np.int64))
+        named = ", ".join(map(str, source.get("text", source.values()))) or "these files"
+        raise ConfigError(
+            f"`text` must name files with text in UTF-8, got {named}, with not a character of it; "
+            "name other files"
+        )
+    np.save(folder / "documents.npy", np.array(starts, dtype=np.int64))
     summary = {
         "format": FORMAT,
         "tokenizer": tokenizer.identity,
@@ -182,11 +222,9 @@ def write_corpus(
         "validation": validation,
         "source": source,
     }
-    write_atomically(temporary / "corpus.json", json.dumps(summary, indent=1) + "\n")
-    for path in [*temporary.iterdir(), temporary]:
+    write_atomically(folder / "corpus.json", json.dumps(summary, indent=1) + "\n")
+    for path in [*folder.iterdir(), folder]:
         fsync_path(path)
-    temporary.rename(folder)
-    fsync_path(folder.parent)
 
 
 def _write_tokens(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from householder.train.errors import ConfigError
+from householder.train.errors import ConfigError, Interrupted
 from householder.train.interrupt import StopRequest
 from householder.train.output_folder import OutputFolder
 from householder.train.settings import check_names, differences, field_types, read_toml
@@ -64,7 +64,7 @@ def run_text(
         resume: continue what the folder holds.
         overwrite: delete what the folder holds from an earlier text run.
         observer: told of every step.
-        stop: looked at after every step.
+        stop: looked at while the text is read, after every step and in evaluations.
 
     Returns:
         The trained model and its evaluation.
@@ -83,16 +83,22 @@ def run_text(
             "give --text FILES_OR_FOLDERS or --dataset NAME, one of them; got "
             f"{', '.join(source) or 'neither'}"
         )
+    # What cannot be is refused before a folder is made for it and a long text is read.
+    config.make_model(2, device="meta")
     if processes.first:
         _open_folder(config, source, folder, resume=resume, overwrite=overwrite)
         if not (folder / "corpus").exists():
-            make_corpus(config, source, folder / "corpus", observer or TextObserver())
+            make_corpus(config, source, folder / "corpus", observer or TextObserver(), stop)
     processes.wait()
     return train_text(config, folder, processes, resume=resume, observer=observer, stop=stop)
 
 
 def make_corpus(
-    config: TextConfig, source: Mapping[str, Any], folder: Path, observer: TextObserver
+    config: TextConfig,
+    source: Mapping[str, Any],
+    folder: Path,
+    observer: TextObserver,
+    stop: StopRequest | None = None,
 ) -> None:
     """Tokenize the text of a run into a folder, as `write_corpus` does.
 
@@ -102,10 +108,22 @@ def make_corpus(
             Python's standard library.
         folder: to write; it must not exist.
         observer: told of files that are no text, and of the tokens.
+        stop: looked at from time to time.
 
     Raises:
         ConfigError: there is no text.
+        Interrupted: a signal came; nothing of the text is kept.
     """
+
+    def progress(tokens: int) -> None:
+        observer.tokenizing(tokens)
+        if stop is not None and stop.signum is not None:
+            raise Interrupted(
+                f"{stop.name} after {tokens} tokens of the text were read, which are not kept; "
+                "start again",
+                stop.signum,
+            )
+
     if "dataset" in source:
         texts = dataset_documents(source["dataset"])
     else:
@@ -118,7 +136,7 @@ def make_corpus(
         make_tokenizer(config.tokenizer),
         validation=config.validation,
         source=dict(source),
-        progress=observer.tokenizing,
+        progress=progress,
         max_tokens=config.max_tokens,
     )
 
@@ -132,8 +150,9 @@ def _open_folder(
         stored = stored_text_settings(folder)
         stored_source = {name: stored.pop(name) for name in SOURCES if name in stored}
         different = differences(TextConfig(**stored), config)
-        if stored_source != dict(source):
-            different["text"] = stored_source, dict(source)
+        for name in SOURCES:
+            if stored_source.get(name) != source.get(name):
+                different[name] = stored_source.get(name), source.get(name)
         output.require_same(different)
 
     settings = {**config.to_dict(), **source}

@@ -26,6 +26,7 @@ def continue_text(
     seed: int | None,
     device: str,
     dtype: str,
+    tokenizer: str | None = None,
 ) -> Iterator[str]:
     """Return the pieces of text with which a trained model continues a prompt.
 
@@ -39,37 +40,62 @@ def continue_text(
         seed: of the draws; `None` for PyTorch's own generator.
         device: where to run.
         dtype: of the weights, "float32" or "bfloat16".
+        tokenizer: "bytes", or a `tokenizer.json` or its folder; `None` for the model's own.
 
     Raises:
-        ConfigError: the folder holds no model, or an option is out of range.
+        ConfigError: the folder holds no model or no tokenizer, the tokenizer has more tokens than
+            the model, the prompt is no text, or an option is out of range.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"`dtype` must be float32 or bfloat16, got {dtype!r}")
+    try:
+        check_draw_options("sample_tokens", temperature, top_k, top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if (folder / "model").is_dir():
         folder /= "model"
     try:
         model = load_causal_lm(folder, device=resolve_device(device), dtype=getattr(torch, dtype))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    has_file = (folder / "tokenizer.json").is_file()
-    tokenizer = make_tokenizer(str(folder) if has_file else BYTES)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    words = _tokenizer_for(model, folder, tokenizer)
     try:
-        check_draw_options("sample_tokens", temperature, top_k, top_p)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        numbers = words.encode(prompt).tolist()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            "`prompt` must be text in UTF-8, got a byte that is none of it at character "
+            f"{error.start}; convert the text to UTF-8"
+        ) from error
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     tokens = sample_tokens(
         model,
-        [tokenizer.separator, *tokenizer.encode(prompt).tolist()],
+        [words.separator, *numbers],
         max_new_tokens=max_new_tokens,
-        num_tokens=tokenizer.vocab_size,
+        num_tokens=words.vocab_size,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=tokenizer.separator,
+        stop=words.separator,
         generator=generator,
     )
-    return stream_text(tokens, tokenizer)
+    return stream_text(tokens, words)
+
+
+def _tokenizer_for(model: CausalLM, folder: Path, name: str | None) -> Tokenizer:
+    """Return the tokenizer of that name, or the one beside the model."""
+    if name is None and not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"`model`: {folder} must hold tokenizer.json beside the weights, and does not; name "
+            f"one with --tokenizer, or give --tokenizer {BYTES} for a model of bytes"
+        )
+    tokenizer = make_tokenizer(str(folder) if name is None else name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"`tokenizer` must have at most the model's {model.config.vocab_size} tokens, "
+            f"{name or folder / 'tokenizer.json'} has {tokenizer.vocab_size}; give the one that "
+            "the model was trained with"
+        )
+    return tokenizer
 
 
 def sample_tokens(

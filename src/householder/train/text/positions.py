@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from householder.train.errors import ConfigError, Interrupted
+from householder.train.evaluation import not_compiled
 from householder.train.interrupt import StopRequest
 from householder.train.settings import Settings, setting
 from householder.train.text.corpus import open_corpus
 from householder.train.text.evaluation import spaced_windows, token_losses
-from householder.train.text.run import TextResult, not_compiled
+from householder.train.text.run import TextResult
 
 
 @dataclass(frozen=True)

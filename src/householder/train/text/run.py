@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,15 @@ from torch import Tensor, nn
 from householder.models import CausalLM, pretrained
 from householder.storage import write_atomically
 from householder.train import checkpoint as ckpt
+from householder.train.capture import CapturedSteps
 from householder.train.errors import CheckpointError, ConfigError, Interrupted
+from householder.train.evaluation import not_compiled
 from householder.train.interrupt import StopRequest
 from householder.train.loop import Stopwatch, global_state
 from householder.train.metrics import MetricsWriter
-from householder.train.optim import learning_rate, make_optimizer
+from householder.train.optim import as_made, learning_rate, make_optimizer
+from householder.train.step_state import StepState
+from householder.train.tasks import Batch
 from householder.train.text import checkpoint as text_ckpt
 from householder.train.text.batches import TextBatch, Windows
 from householder.train.text.config import TextConfig
@@ -46,6 +49,9 @@ from householder.train.text.trackers import Trackers
 
 # Dense bfloat16 operations per second, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+Loss: TypeAlias = Callable[..., Tensor]
+"""`CausalLM.loss`, compiled or not."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ def train_text(
         processes: of the run, from `join_processes`.
         resume: continue from the newest checkpoint, or from the start when there is none.
         observer: told of every step; used in the first process alone.
-        stop: looked at after every step; when a signal has come to any process, the run is saved
-            and stopped.
+        stop: looked at after every step and in evaluations; when a signal has come to any process,
+            the run is saved and stopped.
         corpus: folder of the tokens; `None` for `folder/corpus`.
 
     Returns:
@@ -137,6 +143,13 @@ def _metrics(path: Path | None, step: int) -> MetricsWriter:
     return _NoMetrics() if path is None else MetricsWriter(path, after_step=step)
 
 
+class _Step(NamedTuple):
+    """What an optimizer step leaves on the device: the loss before it and the gradient's norm."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
 @dataclass
 class _Run:
     """The moving parts of a run, and how far it has come."""
@@ -150,14 +163,14 @@ class _Run:
     corpus: Corpus
     windows: Windows
     model: CausalLM
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     num_parameters: int
     flops_per_token: float
-    # The first step whose loss or gradient was not finite, 0 while there is none; on the device,
-    # and read only when something is due.
-    bad_step: Tensor
+    state: StepState
     step: int = 0
     seconds: float = 0.0
+    # A signal came before the evaluation that is due at this step was done.
+    unevaluated: bool = False
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
@@ -175,6 +188,8 @@ class _Run:
                 f"`batch_size` must be a multiple of accumulate={config.accumulate} times the "
                 f"{processes.world_size} processes, got {config.batch_size}"
             )
+        if config.cuda_graphs and processes.several:
+            raise ConfigError("`cuda_graphs` must be left out with torchrun: it is for one process")
         tokenizer = make_tokenizer(config.tokenizer)
         corpus = open_corpus(tokens)
         if corpus.summary["tokenizer"] != tokenizer.identity:
@@ -184,7 +199,7 @@ class _Run:
             )
         separator = corpus.separator if config.separate_documents else None
         windows = Windows(corpus.train, config.context, config.seed, separator)
-        model = CausalLM(config.model_config(tokenizer.vocab_size), impl=config.impl)
+        model = config.make_model(tokenizer.vocab_size)
         model.to(processes.device).train()
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
@@ -192,7 +207,7 @@ class _Run:
             model.compile_blocks(fullgraph=False)  # some read the bounds of packed documents
         processes.shard(model)
         optimizer = make_optimizer(model, config)
-        bad_step = torch.zeros((), dtype=torch.int64, device=processes.device)
+        state = StepState.of(optimizer, processes.device, replayed=config.cuda_graphs)
         return cls(
             config,
             folder,
@@ -206,7 +221,7 @@ class _Run:
             optimizer,
             num_parameters,
             3 * flops,
-            bad_step,
+            state,
         )
 
     @property
@@ -223,9 +238,13 @@ class _Run:
         loss_of = self.model.loss
         if config.compile and self.processes.several:
             loss_of = torch.compile(loss_of)  # around what gathers the parameters
+        take_step = self._make_step(loss_of)
         self.watch.start()
+        if self.unevaluated:
+            self._evaluate(metrics, trackers)
         while self.step < config.steps:
-            loss, grad_norm = self._update(loss_of)
+            self.state.set_learning_rate(learning_rate(config, self.step))
+            loss, grad_norm = take_step()
             self.step += 1
             self.watch.tokens += config.batch_size * config.context
             self.observer.stepped(self.step)
@@ -247,14 +266,35 @@ class _Run:
             if stopping:
                 self._raise_stopped()
 
-    def _update(self, loss_of: Any) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step; return loss and gradient norm, still on the device."""
+    def _make_step(self, loss_of: Loss) -> Callable[[], _Step]:
+        """Return what takes the next optimizer step."""
+        self.state.prepare(self.step)
+        if not self.state.recorded:
+            return lambda: self._update(loss_of, self._parts())
+
+        def update(batch: Batch) -> _Step:
+            return self._update(loss_of, [TextBatch(*batch, None)])
+
+        def warm_up(batch: Batch) -> None:
+            with self._autocast():
+                loss = loss_of(*batch)
+            loss.backward()
+            self.optimizer.zero_grad()
+
+        captured = CapturedSteps(update, warm_up, self.processes.device)
+
+        def take_step() -> _Step:
+            (part,) = self._parts()
+            return captured(Batch(part.tokens, part.labels))
+
+        return take_step
+
+    def _update(self, loss_of: Loss, parts: Iterable[TextBatch]) -> _Step:
+        """Take one optimizer step, without a word from the device."""
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.processes.device)
-        for batch in self._parts():
+        for batch in parts:
             with self._autocast():
                 loss = loss_of(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
             (loss / config.accumulate).backward()
@@ -265,9 +305,8 @@ class _Run:
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.optimizer.step()
         total = self.processes.mean(total)
-        first = (self.bad_step == 0) & ~(total.isfinite() & norm.isfinite())
-        self.bad_step = torch.where(first, self.step + 1, self.bad_step)
-        return total, norm
+        self.state.count(total, norm)
+        return _Step(total, norm)
 
     def _parts(self) -> Iterable[TextBatch]:
         """Yield this process's part of each part of the step's windows."""
@@ -307,6 +346,16 @@ class _Run:
         self.observer.logged(record)
 
     def _evaluate(self, metrics: MetricsWriter, trackers: Trackers) -> None:
+        """Evaluate and draw a sample; at a signal, save and leave that to who resumes."""
+        self.unevaluated = True
+        try:
+            self._evaluate_to_the_end(metrics, trackers)
+        except Interrupted:
+            self._save(metrics)
+            raise
+        self.unevaluated = False
+
+    def _evaluate_to_the_end(self, metrics: MetricsWriter, trackers: Trackers) -> None:
         with self.watch.paused():
             results = self._perplexities((self.config.context,))
             for result in results:
@@ -329,6 +378,7 @@ class _Run:
                 contexts,
                 max_tokens=self.config.eval_tokens,
                 separator=self.separator,
+                check=self._raise_if_stopping,
             )
 
     def _sample(self) -> str:
@@ -357,18 +407,20 @@ class _Run:
                 "config": self.config.to_dict(),
                 "corpus": self.corpus.summary,
                 "seconds": self.seconds,
+                "unevaluated": self.unevaluated,
                 "random": ckpt.random_state(self.processes.device),
                 "torch": torch.__version__,
             }
-            text_ckpt.save(
-                self.checkpoints,
-                self.step,
-                self.model,
-                self.optimizer,
-                state,
-                keep=self.config.keep_checkpoints,
-                processes=self.processes,
-            )
+            with as_made(self.optimizer, learning_rate(self.config, self.step - 1)):
+                text_ckpt.save(
+                    self.checkpoints,
+                    self.step,
+                    self.model,
+                    self.optimizer,
+                    state,
+                    keep=self.config.keep_checkpoints,
+                    processes=self.processes,
+                )
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one.
@@ -389,6 +441,7 @@ class _Run:
         text_ckpt.restore(path, self.model, self.optimizer, self.processes)
         ckpt.restore_random_state(state["random"], self.processes.device)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.unevaluated = state.get("unevaluated", False)
 
     def finish(self) -> TextResult:
         """Write the model, evaluate it, and write the results."""
@@ -410,8 +463,12 @@ class _Run:
         return TextResult(self.config, self.model, results, self.step, self.seconds)
 
     def _raise_if_not_finite(self) -> None:
-        if bad_step := int(self.bad_step):
+        if bad_step := int(self.state.bad_step):
             raise ckpt.not_finite("text", bad_step, self.checkpoints)
+
+    def _raise_if_stopping(self) -> None:
+        if self.processes.any(self.stop.signum is not None):
+            self._raise_stopped()
 
     def _raise_stopped(self) -> None:
         # The signal may have come to another process; then its number is not known here.
@@ -419,14 +476,6 @@ class _Run:
         raise Interrupted(
             f"{self.stop.name} at step {self.step}; saved; continue with --resume", signum
         )
-
-
-def not_compiled() -> AbstractContextManager[object]:
-    """Return the context in which compiled blocks run as they are written.
-
-    Other lengths than those of training would be compiled anew, for longer than they run.
-    """
-    return torch.compiler.set_stance("force_eager")
 
 
 def write_model(

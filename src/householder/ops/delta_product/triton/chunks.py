@@ -8,7 +8,7 @@ from small tables made on the device, so that nothing waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,12 +67,15 @@ def locate_chunk(
     """
     if PACKED:
         i_s = tl.load(chunk_sequence + i_chunk)
+        batch = 0
         start = tl.load(cu_seqlens + i_s) + (i_chunk - tl.load(first_chunk + i_s)) * C
-        return 0, start, tl.minimum(tl.load(cu_seqlens + i_s + 1) - start, C)
+        n = tl.minimum(tl.load(cu_seqlens + i_s + 1) - start, C)
     else:
         per_row = tl.cdiv(T, C)
+        batch = i_chunk // per_row
         start = (i_chunk % per_row) * C
-        return i_chunk // per_row, start, tl.minimum(T - start, C)
+        n = tl.minimum(T - start, C)
+    return tl.cast(batch, tl.int64), start.to(tl.int64), n
 
 
 @triton.jit
@@ -84,17 +87,23 @@ def locate_sequence(
     With SEGMENT, a number of chunks, it is a segment of a sequence (see `segments.py`).
     """
     if PACKED:
+        batch = 0
         start = tl.load(cu_seqlens + i_s)
-        return 0, start, tl.load(cu_seqlens + i_s + 1) - start, tl.load(first_chunk + i_s)
+        length = tl.load(cu_seqlens + i_s + 1) - start
+        chunk = tl.load(first_chunk + i_s)
     elif SEGMENT:
         per_row = tl.cdiv(T, SEGMENT * C)
-        row = i_s // per_row
+        batch = i_s // per_row
         index = i_s % per_row
         start = index * (SEGMENT * C)
         length = tl.minimum(T - start, SEGMENT * C).to(tl.int32)
-        return row, start, length, row * tl.cdiv(T, C) + index * SEGMENT
+        chunk = batch * tl.cdiv(T, C) + index * SEGMENT
     else:
-        return i_s, 0, T, i_s * tl.cdiv(T, C)
+        batch = i_s
+        start = 0
+        length = T
+        chunk = i_s * tl.cdiv(T, C)
+    return tl.cast(batch, tl.int64), tl.cast(start, tl.int64), length, tl.cast(chunk, tl.int64)
 
 
 @triton.jit
@@ -156,8 +165,6 @@ def table_kernel(
     batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
     if n <= 0:
         return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
     o_h = (tl.program_id(1) * BH + tl.arange(0, BH)[None, :]).to(tl.int64)
     o_r = tl.arange(0, R)[:, None].to(tl.int64)
     token = o_r // N
@@ -293,13 +300,38 @@ class Problem(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Compile-time arguments that the kernels of matrix products share."""
+        """Compile-time arguments that the kernels of matrix products share.
+
+        Walks take all of them, in the forms for Hopper as in the portable ones, which then differ
+        in nothing for who launches them.
+        """
         return self.plan.constants
 
     @property
     def heads(self) -> int:
         """Value heads, HV."""
         return self.v.shape[3]
+
+
+class Saved(NamedTuple):
+    """What the forward keeps for the backward, all chunks and value heads side by side."""
+
+    states: Tensor  # [chunks·HV, V, K], at the chunks' starts
+    ut: Tensor  # [chunks·HV, R·R], the triangles T
+    u: Tensor  # [B, T, N, HV, V], the writes
+    maps: Tensor  # of long sequences' segments; see `make_maps`
+    growth: Tensor
+    table: Tensor  # [chunks, HV, 6 or 1, R], coefficients
+
+
+class Gradients(NamedTuple):
+    """Where gradients are written; those of q and k have a head for every value head."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
 
 
 def make_problem(
@@ -335,6 +367,16 @@ def make_problem(
         num_chunks=plan.num_chunks,
         plan=plan,
     )
+
+
+def kind_of_call(
+    k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, *others: Hashable
+) -> Hashable:
+    """Return what the programs of a call depend on, whatever its length and batch."""
+    T, N, HV, V = v.shape[1:]
+    cut = config.segment_chunks(T, N, HV, V) > 0
+    packed = cu_seqlens is not None
+    return k.device, k.dtype, v.dtype, k.shape[2:], (HV, V), g is None, packed, cut, *others
 
 
 def suits_hopper(p: Problem, do: Tensor | None = None) -> bool:

@@ -15,6 +15,8 @@ the shadow of the products that do, than written and read.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from torch import Tensor
 from householder.ops._triton import (
     Launcher,
     cast_operand,
+    compiled_together,
     dot,
     dot_add,
     inverse_unit_lower,
@@ -41,6 +44,7 @@ from householder.ops.delta_product.triton.chunks import (
     Problem,
     attention,
     empty_table,
+    kind_of_call,
     locate_chunk,
     locate_sequence,
     make_problem,
@@ -64,9 +68,8 @@ from householder.ops.delta_product.triton.segments import (
 def prepare_kernel(
     k, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    BC: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write T `[R, R]` of one chunk and value head.
 
@@ -78,8 +81,6 @@ def prepare_kernel(
     batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
     if n <= 0:
         return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
     o_r = tl.arange(0, R)
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
@@ -118,9 +119,6 @@ def walk_kernel(
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )
-    batch = tl.cast(batch, tl.int64)
-    first = tl.cast(first, tl.int64)
-    chunk = tl.cast(chunk, tl.int64)
 
     o_r = tl.arange(0, R)
     o_c = tl.arange(0, BC)
@@ -196,15 +194,18 @@ def prepare(p: Problem, growth: Tensor | None, for_hopper: bool) -> tuple[Tensor
 def _prepare_launcher(p: Problem, for_hopper: bool) -> Launcher:
     kernel, steps = prepare_kernel, strides("k", p.k)
     launch = config.prepare_launch(p.sizes["K"], p.precision)
+    names = ["N", "K", "C", "R", "GROUP", "GATED", "PACKED"]
     if for_hopper:
         from householder.ops.delta_product.triton import hopper_forward
 
         kernel = hopper_forward.prepare_kernel
         launch = config.hopper_prepare_launch(p.sizes["K"], p.g is not None)
         steps |= steps_of_coefficients(p)
+    else:
+        names.append("PRECISION")
     return Launcher(
         kernel, (p.num_chunks * p.heads,), T=p.q.shape[1], HV=p.heads,
-        **steps, **p.constants, BK=launch.block, **launch.options,
+        **steps, **{n: p.constants[n] for n in names}, BK=launch.block, **launch.options,
     )  # fmt: skip
 
 
@@ -227,7 +228,15 @@ def _walk_launcher(
     )  # fmt: skip
 
 
+def _kind(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, save: bool = False,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(k, v, g, cu_seqlens, initial_state is None, save)
+
+
 @on_its_device
+@compiled_together(_kind)
 def forward(
     q: Tensor,
     k: Tensor,

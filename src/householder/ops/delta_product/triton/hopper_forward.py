@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._gluon import (
-    async_load,
     barrier,
     copy_tile,
     invert_blocks,
@@ -39,7 +38,15 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
 )
-from householder.ops.delta_product.triton.hopper_tiles import add, buffers, exp, pick, tile_rows
+from householder.ops.delta_product.triton.hopper_tiles import (
+    add,
+    buffers,
+    copy_triangle_and_table,
+    exp,
+    locate_walk,
+    pick,
+    tile_rows,
+)
 
 
 @gluon.jit
@@ -53,10 +60,7 @@ def copy_chunk(
     """Start to copy all that chunk `i` needs; past the sequence's end nothing is read."""
     warps: gl.constexpr = gl.num_warps()
     load_k: gl.constexpr = row_layout(BK, 8, warps)
-    load_r: gl.constexpr = row_layout(R, 8, warps)
     load_v: gl.constexpr = row_layout(BV, 8, warps)
-    width: gl.constexpr = 6 * R if GATED else R
-    size_g: gl.constexpr = 8 * R if GATED else R
     i = gl.to_tensor(i)
     n = gl.where(i >= 0, gl.minimum(length - i * C, C), 0)
     start = i.to(gl.int64) * C
@@ -67,17 +71,7 @@ def copy_chunk(
     copy_tile(s_q.index(stage), p_q + start * q_t, q_rows, o_qrows, n, 0, K, BK, load_k)
     v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
     copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n * N, i_v, V, BV, load_v)
-    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
-    left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
-    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
-    left = gl.where(n > 0, width, 0)
-    async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
-    if GATED:
-        # A query's gates are those of its token's first row; past the chunk's end there is none.
-        o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
-        o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
-        async_load(s_l.index(stage), table + i_ch * width + o_log, mask=o_l < left)
+    copy_triangle_and_table(stage, i_ch, n > 0, ut, table, s_t, s_g, s_l, N, C, R, BC, GATED, GATED)
     async_copy.commit_group()
 
 
@@ -195,24 +189,9 @@ def walk_kernel(
     i_sh = (gl.program_id(0) // num_v).to(gl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    if PACKED:
-        batch = gl.to_tensor(0).to(gl.int64)
-        first = gl.load(cu_seqlens + i_s)
-        length = gl.load(cu_seqlens + i_s + 1) - first
-        first = first.to(gl.int64)
-        chunk = gl.load(first_chunk + i_s).to(gl.int64)
-    elif SEGMENT:
-        per_row = (gl.to_tensor(T) + (SEGMENT * C - 1)) // (SEGMENT * C)
-        batch = i_s // per_row
-        index = i_s % per_row
-        first = index * (SEGMENT * C)
-        length = gl.minimum(T - first, SEGMENT * C).to(gl.int32)
-        chunk = batch * ((gl.to_tensor(T) + C - 1) // C) + index * SEGMENT
-    else:
-        batch = i_s
-        first = gl.to_tensor(0).to(gl.int64)
-        length = gl.to_tensor(T)
-        chunk = i_s * ((length + C - 1) // C)
+    batch, first, length, chunk = locate_walk(
+        i_s, gl.to_tensor(T), cu_seqlens, first_chunk, C, PACKED, SEGMENT
+    )
     num_chunks = (length + C - 1) // C
 
     p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
@@ -296,9 +275,8 @@ def prepare_kernel(
     k, beta, g, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, beta_b, beta_h, g_b, g_h, k_t: gl.constexpr, k_n: gl.constexpr,
     beta_t: gl.constexpr, beta_n: gl.constexpr, g_t: gl.constexpr,
-    N: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
-    BC: gl.constexpr, GROUP: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
-    PRECISION: gl.constexpr, BK: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, C: gl.constexpr, R: gl.constexpr, GROUP: gl.constexpr,
+    GATED: gl.constexpr, PACKED: gl.constexpr, BK: gl.constexpr,
 ):  # fmt: skip
     """Write T `[R, R]` and the table of coefficients of one chunk and value head.
 

@@ -156,8 +156,6 @@ def gate_kernel(
     batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
     if n <= 0:
         return
-    batch = tl.cast(batch, tl.int64)
-    start = start.to(tl.int64)
     p = parts + (i_chunk * HV + i_h) * parts_step
     p_table = table + (i_chunk * HV + i_h) * (6 * R)
     # A token's gate is crossed by what rows before its first one write, and by what it and rows

@@ -12,14 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma_wait
 
-from householder.ops._gluon import async_load, barrier
+from householder.ops._gluon import barrier
 from householder.ops._triton import Launcher, has_wide_rows
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
@@ -28,7 +23,9 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_HIGH,
     TO_END,
     TOKEN_FROM_START,
+    Gradients,
     Problem,
+    Saved,
     strides,
 )
 from householder.ops.delta_product.triton.hopper_gates import (
@@ -46,133 +43,111 @@ from householder.ops.delta_product.triton.hopper_gates import (
     store_row_sums,
     sum_rows,
 )
-from householder.ops.delta_product.triton.hopper_tiles import pick
+from householder.ops.delta_product.triton.hopper_tiles import (
+    copy_coefficients,
+    copy_query_logs,
+    copy_rows,
+    hidden_zero,
+    hide,
+    in_pairs,
+    locate_walk,
+    multiply,
+    multiply_add,
+    pick,
+    publish,
+    reinterpret,
+    store_tile_rows,
+    times,
+)
 from householder.ops.delta_product.triton.segments import Segments
 
-# A name that changed after Triton 3.6.
-REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+@gluon.constexpr_function
+def wide_rows(BK, WARPS):
+    """Return how threads copy tiles of BK columns, 16 bytes at a time."""
+    return gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
 
 
 @gluon.jit
-def hide(i):
-    """Return a number whose origin the compiler does not see.
-
-    It would keep one pointer for every access, counted on from chunk to chunk, in memory.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], gl.int32, True, 1)
+def copy_triangle(t_tile, ut, i_ch, n, R: gl.constexpr, WARPS: gl.constexpr, z=0):
+    """Start copying a chunk's T, if `n` is not zero."""
+    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    copy_rows(t_tile, ut + i_ch * (R * R), n * R, 1, R, 0, R, narrow, z)
 
 
 @gluon.jit
-def hidden_zero(i):
-    """Return zero, which the compiler takes for something made of `i`.
-
-    What is made of it is made anew in every chunk, where registers are rather for accumulators.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], gl.int32, True, 1)
-
-
-@gluon.jit
-def multiply(a, b, LAYOUT: gl.constexpr):
-    """Start the product of two tiles."""
-    zero = gl.full([a.shape[0], b.shape[1]], 0.0, gl.float32, layout=LAYOUT)
-    return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def multiply_add(a, b, acc):
-    """Start adding the product of two tiles to `acc`."""
-    return warpgroup_mma(a, b, acc, is_async=True)
-
-
-@gluon.jit
-def times(x, factor):
-    """Multiply bfloat16 numbers by a float32 one, rounded once, without leaving pairs of them."""
-    high = factor.to(gl.bfloat16)
-    low = (factor - high.to(gl.float32)).to(gl.bfloat16)
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }",
-        "=r,r,r,r", [x, high, low], gl.bfloat16, True, 2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def in_pairs(x):
-    """Round to bfloat16, two numbers to a register, where the compiler would keep them apart."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], gl.bfloat16, True, 2
-    )
-
-
-@gluon.jit
-def publish():
-    """Make what threads stored and copied visible to the products of all of them."""
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
-def row_offsets(o_r, N: gl.constexpr, stride_t, stride_n):
-    """Return the offsets of reflector rows, N to a token."""
-    if N == 1:
-        return o_r * stride_t
-    else:
-        return (o_r // N) * stride_t + (o_r % N) * stride_n
-
-
-@gluon.jit
-def reinterpret(smem, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Take shared memory for a tile of another shape."""
-    if REINTERPRET:
-        return smem.reinterpret(gl.bfloat16, [ROWS, COLUMNS], LAYOUT)
-    else:
-        return smem._reinterpret(gl.bfloat16, [ROWS, COLUMNS], LAYOUT)
-
-
-@gluon.jit
-def copy_rows(
-    smem, pointer, valid, N: gl.constexpr, stride_t, stride_n, D: gl.constexpr,
-    LAYOUT: gl.constexpr, z=0,
+def copy_chunk(
+    place, start, i_ch, n, p_do, p_q, p_k, table, do_tiles, q_tiles, k_tiles, tables, query_logs,
+    do_t: gl.constexpr, q_t: gl.constexpr, k_t: gl.constexpr, k_n: gl.constexpr, N: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, R: gl.constexpr, GATED: gl.constexpr,
+    BK: gl.constexpr, WARPS: gl.constexpr, z=0,
 ):  # fmt: skip
-    """Start copying rows of D elements to a tile; zero beyond the first `valid` rows.
-
-    `z` is zero, or what `hidden_zero` returns.
-    """
-    o_r = gl.arange(0, smem.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
-    o_d = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
-    offsets = row_offsets(o_r, N, stride_t, stride_n)[:, None] + o_d[None, :]
-    async_load(smem, pointer + offsets, mask=mask)
-
-
-@gluon.jit
-def copy_coefficients(smem, pointer, left, WIDTH: gl.constexpr, WARPS: gl.constexpr):
-    """Start copying a chunk's table of coefficients, if `left` is not zero."""
-    vector: gl.constexpr = 2 if smem.shape[0] == 64 else 4
-    layout: gl.constexpr = gl.BlockedLayout([vector], [32], [WARPS], [0])
-    o = gl.arange(0, smem.shape[0], layout=layout)
-    async_load(smem, pointer + o, mask=o < gl.minimum(left, 1) * WIDTH)
+    """Start copying what `n` tokens from `start` on give to a place of the ring, and commit."""
+    wide: gl.constexpr = wide_rows(BK, WARPS)
+    copy_rows(k_tiles.index(place), p_k + start * k_t, n * N, N, k_t, k_n, K, wide, z)
+    copy_rows(q_tiles.index(place), p_q + start * q_t, n, 1, q_t, 0, K, wide, z)
+    copy_rows(do_tiles.index(place), p_do + start * do_t, n, 1, do_t, 0, V, wide, z)
+    if GATED:
+        p_table = table + i_ch * (6 * R)
+        copy_coefficients(tables.index(place), p_table, n, 6 * R, WARPS)
+        if N > 1:
+            copy_query_logs(query_logs.index(place), p_table, n, C, N, R, WARPS)
+    async_copy.commit_group()
 
 
 @gluon.jit
-def copy_query_logs(
-    smem, p_table, left, C: gl.constexpr, N: gl.constexpr, R: gl.constexpr, WARPS: gl.constexpr
+def store_beta_gradient(
+    p_dbeta, b_m, coefficients, rows, stride, factor, z, R: gl.constexpr, GROUPS: gl.constexpr
 ):
-    """Start copying the sums of log gates, in two parts, that a chunk's queries have."""
-    BC: gl.constexpr = smem.shape[0] // 2
-    o = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    # Those of its token's rows; past the chunk's end there is no query.
-    o_log = (LOG_HIGH + o // BC) * R + gl.minimum(o % BC, C - 1) * N
-    async_load(smem, p_table + o_log, mask=o < gl.minimum(left, 1) * (2 * BC))
+    """Store the diagonal of U Dᵀ, here with −β D / scale for D, over β: the gradient of β.
+
+    U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
+    """
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, b_m.type.layout))
+    column = gl.arange(0, R, layout=gl.SliceLayout(0, b_m.type.layout))
+    b_dbeta = sum_rows(gl.where(row[:, None] == column[None, :], b_m, 0.0), GROUPS)
+    by_row: gl.constexpr = gl.SliceLayout(1, b_dbeta.type.layout)
+    o_r = gl.arange(0, R, layout=by_row) + z
+    o_p = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, b_dbeta.type.layout))
+    b_beta = pick(coefficients, BETA, R, R, by_row)
+    b_dbeta *= (factor / (b_beta * b_beta))[:, None]
+    pointers = p_dbeta + o_r[:, None] * stride + o_p[None, :] * 0
+    mask = (o_r // (R // GROUPS))[:, None] == o_p[None, :]
+    mask = mask & (o_r < rows)[:, None]
+    gl.store(pointers, b_dbeta.to(p_dbeta.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
-def store_rows(pointer, x, valid, stride, D: gl.constexpr, LAYOUT: gl.constexpr, z=0):
-    """Store rows of a tile in `LAYOUT`."""
-    o_r = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT)) + z
-    o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    mask = (o_r < valid)[:, None] & (o_d < D)[None, :]
-    offsets = o_r[:, None] * stride + o_d[None, :]
-    gl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
+def store_kept(p_parts, s_tile, ds_tile, coefficients, z, R: gl.constexpr, WARPS: gl.constexpr):
+    """Store the parts of what S keeps to the chunk's end."""
+    b_kept = inner_product(s_tile, ds_tile)
+    o_part = gl.arange(0, WARPS, layout=b_kept.type.layout) + z
+    b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
+    b_kept *= b_decay.load(b_kept.type.layout)
+    gl.store(p_parts + KEPT * R + o_part, b_kept)
+
+
+@gluon.jit
+def sum_from_here_on(
+    rows_tile, queries_tile, N: gl.constexpr, R: gl.constexpr, BC: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Start to sum what each row gives to rows and queries at or after each token.
+
+    They are products with ones; a token's sum stands in all its rows. Returns them with the ones,
+    which are read until they are done.
+    """
+    ones: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
+    o_t = gl.arange(0, R, layout=gl.SliceLayout(1, ones)) // N
+    o_r = gl.arange(0, R, layout=gl.SliceLayout(0, ones)) // N
+    here_on = gl.where(o_r[None, :] >= o_t[:, None], 1.0, 0.0).to(gl.bfloat16)
+    b_crossing = multiply(here_on, rows_tile.permute((1, 0)), LAYOUT)
+    queries_on = here_on
+    if N > 1:
+        o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, ones))
+        queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(gl.bfloat16)
+        b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
+    return b_crossing, here_on, queries_on
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -195,8 +170,7 @@ def hopper_sweep_kernel(
     flat_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BK // GROUPS, 16])
     pair_r: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, R // GROUPS, 16])
     pair_c: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [WARPS, 1], [1, 0])
-    narrow: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    wide: gl.constexpr = wide_rows(BK, WARPS)
     bf16: gl.constexpr = gl.bfloat16
     # dK and, beside gates and where there are as many queries as rows, dQ are held by rows: then
     # sums over K need no other warp.
@@ -210,23 +184,7 @@ def hopper_sweep_kernel(
     i_sh = gl.program_id(0).to(gl.int64)
     i_s = i_sh // HV
     i_h = i_sh % HV
-    if PACKED:
-        batch = 0
-        first = gl.load(cu_seqlens + i_s).to(gl.int64)
-        length = gl.load(cu_seqlens + i_s + 1) - gl.load(cu_seqlens + i_s)
-        chunk = gl.load(first_chunk + i_s).to(gl.int64)
-    elif SEGMENT:
-        per_row = (T + (SEGMENT * C - 1)) // (SEGMENT * C)
-        batch = i_s // per_row
-        first = (i_s % per_row) * (SEGMENT * C)
-        length = gl.minimum(T - first, SEGMENT * C).to(gl.int32)
-        chunk = batch * ((T + C - 1) // C) + (i_s % per_row) * SEGMENT
-    else:
-        batch = i_s
-        first = i_s * 0
-        length = T
-        chunk = i_s * ((T + C - 1) // C)
-
+    batch, first, length, chunk = locate_walk(i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT)
     p_q = q + batch * q_b + first * q_t + (i_h // GROUP) * q_h
     p_k = k + batch * k_b + first * k_t + (i_h // GROUP) * k_h
     p_do = do + batch * do_b + first * do_t + i_h * do_h
@@ -261,7 +219,6 @@ def hopper_sweep_kernel(
     if GATED and N > 1:
         query_logs = gl.allocate_shared_memory(gl.float32, [2, 2 * BC], vector)
     by_column: gl.constexpr = gl.SliceLayout(0, tall_r)
-    here_r: gl.constexpr = gl.DotOperandLayout(0, pair_r, 2)
     if GATED:
         # Pairs for the gates' gradient stand where A and T have been read for the last time.
         rows_tile = t_tile
@@ -285,21 +242,19 @@ def hopper_sweep_kernel(
         b_ds = gl.load(dfinal + i_sh * K * V + o_k * V + o_v, mask=in_state, other=0.0)
         b_ds = b_ds.to(gl.float32) * (1.0 / scale)
 
-    WIDTH: gl.constexpr = 6 * R if GATED else R
     num_chunks = (length + C - 1) // C
     i = num_chunks - 1
     n = gl.minimum(length - i * C, C) * (num_chunks > 0).to(gl.int32)
     start = gl.maximum(i, 0).to(gl.int64) * C
     i_ch = (chunk + gl.maximum(i, 0)) * HV + i_h
-    copy_rows(k_tiles.index(0), p_k + start * k_t, n * N, N, k_t, k_n, K, wide)
-    copy_rows(q_tiles.index(0), p_q + start * q_t, n, 1, q_t, 0, K, wide)
-    copy_rows(do_tiles.index(0), p_do + start * do_t, n, 1, do_t, 0, V, wide)
     copy_rows(u_tile, p_u + start * (N * HV * V), n * N, 1, HV * V, 0, V, wide)
-    copy_coefficients(tables.index(0), table + i_ch * WIDTH, n, WIDTH, WARPS)
-    if GATED and N > 1:
-        copy_query_logs(query_logs.index(0), table + i_ch * WIDTH, n, C, N, R, WARPS)
-    async_copy.commit_group()
-    copy_rows(t_tile, ut + i_ch * (R * R), n * R, 1, R, 0, R, narrow)
+    if not GATED:
+        copy_coefficients(tables.index(0), table + i_ch * R, n, R, WARPS)
+    copy_chunk(
+        0, start, i_ch, n, p_do, p_q, p_k, table, do_tiles, q_tiles, k_tiles, tables, query_logs,
+        do_t, q_t, k_t, k_n, N, K, V, C, R, GATED, BK, WARPS,
+    )  # fmt: skip
+    copy_triangle(t_tile, ut, i_ch, n, R, WARPS)
     async_copy.commit_group()
     for step in tl.range(num_chunks, disable_licm=True):
         i = hide(num_chunks - 1 - step)
@@ -348,18 +303,11 @@ def hopper_sweep_kernel(
         n_before = gl.minimum(i, 1) * C
         start_before = before.to(gl.int64) * C
         i_before = (chunk + before) * HV + i_h
-        p = p_k + start_before * k_t
-        copy_rows(k_tiles.index(1 - step % 2), p, n_before * N, N, k_t, k_n, K, wide, z)
-        p = p_q + start_before * q_t
-        copy_rows(q_tiles.index(1 - step % 2), p, n_before, 1, q_t, 0, K, wide, z)
-        p = p_do + start_before * do_t
-        copy_rows(do_tiles.index(1 - step % 2), p, n_before, 1, do_t, 0, V, wide, z)
-        p = table + i_before * WIDTH
-        if GATED:
-            copy_coefficients(tables.index(1 - step % 2), p, n_before, WIDTH, WARPS)
-        if GATED and N > 1:
-            copy_query_logs(query_logs.index(1 - step % 2), p, n_before, C, N, R, WARPS)
-        async_copy.commit_group()
+        copy_chunk(
+            1 - step % 2, start_before, i_before, n_before, p_do, p_q, p_k, table,
+            do_tiles, q_tiles, k_tiles, tables, query_logs,
+            do_t, q_t, k_t, k_n, N, K, V, C, R, GATED, BK, WARPS, z,
+        )  # fmt: skip
 
         b_a = warpgroup_mma_wait(2, [b_a])
         seen = row_of_query[:, None] <= column_of_query[None, :]
@@ -417,29 +365,13 @@ def hopper_sweep_kernel(
 
         p_row = start * (N * HV)
         b_dv = times(d_tile.load(wide), -scale)
-        store_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
+        store_tile_rows(p_dv + p_row * V, b_dv, n * N, HV * V, V, wide, z)
         if GATED:
-            # What S keeps to the chunk's end.
             b_kk = warpgroup_mma_wait(3, [b_kk])
-            b_kept = inner_product(s_tile, ds_tile)
-            o_part = gl.arange(0, WARPS, layout=b_kept.type.layout) + z
-            b_decay = coefficients.slice(FROM_START * R + R - 1, 1)
-            b_kept *= b_decay.load(b_kept.type.layout)
-            gl.store(p_parts + KEPT * R + o_part, b_kept)
+            store_kept(p_parts, s_tile, ds_tile, coefficients, z, R, WARPS)
 
-        # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
         b_m = warpgroup_mma_wait(2 if GATED else 4, [b_m])
-        on_diagonal = row_of_pair[:, None] == column_of_pair[None, :]
-        b_dbeta = sum_rows(gl.where(on_diagonal, b_m, 0.0), GROUPS)
-        by_row: gl.constexpr = gl.SliceLayout(1, b_dbeta.type.layout)
-        o_r = gl.arange(0, R, layout=by_row) + z
-        o_p = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, b_dbeta.type.layout))
-        b_beta = pick(coefficients, BETA, R, R, by_row)
-        b_dbeta *= (-scale / (b_beta * b_beta))[:, None]
-        pointers = p_dbeta + p_row + o_r[:, None] * HV + o_p[None, :] * 0
-        mask = (o_r // (R // GROUPS))[:, None] == o_p[None, :]
-        mask = mask & (o_r < n * N)[:, None]
-        gl.store(pointers, b_dbeta.to(dbeta.dtype.element_ty), mask=mask)
+        store_beta_gradient(p_dbeta + p_row, b_m, coefficients, n * N, HV, -scale, z, R, GROUPS)
         above = row_of_pair[:, None] < column_of_pair[None, :]
         if GATED:
             b_decays = pair_decay(coefficients, coefficients, LOG_HIGH, R, R, pair_r)
@@ -463,17 +395,9 @@ def hopper_sweep_kernel(
             b_dk = b_dk * to_end + b_read * from_start
         publish()
         if GATED:
-            # What rows give to others at or after each token, from before it: sums over the later
-            # ones by products with ones. A token's sum stands in all its rows.
-            o_t = gl.arange(0, R, layout=gl.SliceLayout(1, here_r)) // N
-            o_r = gl.arange(0, R, layout=gl.SliceLayout(0, here_r)) // N
-            here_on = gl.where(o_r[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
-            b_crossing = multiply(here_on, rows_tile.permute((1, 0)), pair_r)
-            queries_on = here_on
-            if N > 1:
-                o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, here_r))
-                queries_on = gl.where(o_c[None, :] >= o_t[:, None], 1.0, 0.0).to(bf16)
-                b_crossing = multiply_add(queries_on, queries_tile.permute((1, 0)), b_crossing)
+            b_crossing, here_on, queries_on = sum_from_here_on(
+                rows_tile, queries_tile, N, R, BC, pair_r
+            )
             if FLAT_Q:
                 b_dq = multiply(do_tile, s_tile, flat_k)
             else:
@@ -481,8 +405,8 @@ def hopper_sweep_kernel(
         p = p_u + start_before * (N * HV * V)
         copy_rows(u_tile, p, n_before * N, 1, HV * V, 0, V, wide, z)
         if not GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
-            copy_coefficients(coefficients, table + i_before * WIDTH, n_before, WIDTH, WARPS)
+            copy_triangle(t_tile, ut, i_before, n_before, R, WARPS, z)
+            copy_coefficients(coefficients, table + i_before * R, n_before, R, WARPS)
         async_copy.commit_group()
         b_dk = multiply_add(m_tile, k_tile, b_dk)
         b_dk = multiply_add(m_tile.permute((1, 0)), k_tile, b_dk)
@@ -523,10 +447,10 @@ def hopper_sweep_kernel(
             dk_tile.store((b_dk * scale).to(bf16))
         barrier()
         if GATED:
-            copy_rows(t_tile, ut + i_before * (R * R), n_before * R, 1, R, 0, R, narrow, z)
+            copy_triangle(t_tile, ut, i_before, n_before, R, WARPS, z)
             async_copy.commit_group()
-        store_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide, z)
-        store_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide, z)
+        store_tile_rows(p_dq + start * (HV * K), dq_tile.load(wide), n, HV * K, K, wide, z)
+        store_tile_rows(p_dk + p_row * K, dk_tile.load(wide), n * N, HV * K, K, wide, z)
 
     async_copy.wait_group(0)
     if dinitial is not None:
@@ -539,23 +463,16 @@ def hopper_sweep(
     segments: Segments,
     launch: config.Launch,
     do: Tensor,
-    table: Tensor,
     scale: float,
-    ut: Tensor,
-    states: Tensor,
-    u: Tensor,
+    saved: Saved,
     dfinal: Tensor | None,
     dinitial: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbeta: Tensor,
-    dg: Tensor | None,
-    over_ut: bool,
+    out: Gradients,
 ) -> None:
-    """Run the kernel: the gradients are written where the arguments `d…` are.
+    """Run the kernel: the gradients are written to `dinitial` and `out`.
 
-    With `over_ut` the triangles are not needed afterwards, and their memory is used.
+    If that of v goes where U was, the triangles are not needed afterwards either, and their memory
+    is used.
     """
     if not p.num_sequences:
         return
@@ -567,19 +484,19 @@ def hopper_sweep(
     if not has_wide_rows(do):
         do = do.clone(memory_format=torch.contiguous_format)
     parts, step = None, PARTS_SIZE
-    if p.g is not None and over_ut:
+    if p.g is not None and out.v is saved.u:
         # A chunk's triangle has been read when its parts are written.
-        parts, step = ut.view(torch.float32), config.CHUNK_ROWS**2 // 2
+        parts, step = saved.ut.view(torch.float32), config.CHUNK_ROWS**2 // 2
     elif p.g is not None:
-        parts = table.new_empty(p.num_chunks * p.heads, step)
+        parts = saved.table.new_empty(p.num_chunks * p.heads, step)
     key = "sweep", segments.chunks, scale, do.stride(), dfinal is None, dinitial is None, step
     p.plan.launcher(key, lambda: _sweep_launcher(p, segments, launch, do, q, k, scale, step))(
-        do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
-        segments.bounds, segments.first_chunk,
+        do, q, k, saved.table, saved.ut, saved.states, saved.u, dfinal, dinitial,
+        out.q, out.k, out.v, out.beta, parts, segments.bounds, segments.first_chunk,
     )  # fmt: skip
-    if parts is not None and dg is not None and p.num_chunks:
+    if parts is not None and out.g is not None and p.num_chunks:
         p.plan.launcher(("gates", scale, step), lambda: _gate_launcher(p, launch, step, scale))(
-            parts, table, dg, *p.packing
+            parts, saved.table, out.g, *p.packing
         )
 
 

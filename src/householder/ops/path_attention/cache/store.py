@@ -26,6 +26,7 @@ TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
 # Elements of half-precision keys or values that a CPU converts at a time: they stay in its cache.
 CONVERTED_ELEMENTS = 1 << 17
+MAX_INT16 = torch.iinfo(torch.int16).max
 FLOAT16_MAX = torch.finfo(torch.float16).max
 # What the Triton kernels for new tokens hold in registers, and how many tokens they take.
 MAX_HEAD_DIM = 256
@@ -63,7 +64,24 @@ TOKEN_AXIS = {
 }
 
 
-_OF_BLOCKS = ("products", "paths", "decays", "path_decays")
+_OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
+
+
+class Held(NamedTuple):
+    """The tensors of a store that the Triton kernels read and write."""
+
+    keys: Tensor
+    values: Tensor
+    w: Tensor
+    beta: Tensor
+    g: Tensor | None
+    tw: Tensor
+    ty: Tensor
+    paths: Tensor
+    path_scales: Tensor | None
+    block_decay: Tensor | None
+    path_decays: Tensor | None
+    ready: Tensor
 
 
 class Store:
@@ -104,13 +122,16 @@ class Store:
         self.tw = k.new_zeros(B, H, room, K, dtype=self.exact)
         self.ty = k.new_zeros(B, H, room, room, dtype=self.exact)
         # Of blocks: the product F of each, by level, and what brings a query from the end of the
-        # newest block to the end of the next but i. The latter is read at every token: beside keys
-        # in half precision it is in float16, whose eleven bits are no fewer than theirs, and whose
-        # range is enough for products of reflectors.
+        # newest block to the end of the next but i. The kernels read the latter at every token:
+        # beside keys in half precision it has 16 bits of fixed point and a scale for each column,
+        # which for products of reflectors is nearer than float16 by two bits or three.
         self.products = k.new_zeros(0, B, H, K, K, dtype=dtype)
-        self.paths = k.new_zeros(
-            0, B, H, K, K, dtype=torch.float16 if half and k.is_cuda else dtype
-        )
+        scaled = half and self.has_kernels()
+        self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
+        self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
+        # For the kernels: how many of their programs have arrived where others wait for them. Zero
+        # between calls.
+        self.ready = torch.zeros(B, H, 2, dtype=torch.int32, device=k.device)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -160,11 +181,14 @@ class Store:
         assert counts is not None
         from householder.ops.path_attention.cache import triton as kernels
 
-        names = ["keys", "values", "w", "beta", "tw", "ty", "paths"]
-        names += ["g", "block_decay", "path_decays"] if self.gated else []
-        tensors = {name: getattr(self, name) for name in names}
+        gated = self.gated
+        held = Held(
+            self.keys, self.values, self.w, self.beta, self.g if gated else None, self.tw, self.ty,
+            self.paths, self.path_scales, self.block_decay if gated else None,
+            self.path_decays if gated else None, self.ready,
+        )  # fmt: skip
         return kernels.decode(
-            q, k, v, w, beta, g, scale, sinks, window, tensors, counts, new, num_tokens
+            q, k, v, w, beta, g, scale, sinks, window, held, counts, new, num_tokens
         )
 
     def room(self) -> int:
@@ -203,9 +227,10 @@ class Store:
             self.resize_recent(recent)
         num_levels = (self._room("keys") // BLOCK).bit_length()
         if self.products.shape[0] < num_levels:
-            names = ("products", "paths", *(("decays", "path_decays") if self.gated else ()))
-            for name in names:
-                x = getattr(self, name)
+            for name in _OF_BLOCKS:
+                x = getattr(self, name, None)
+                if x is None:
+                    continue
                 grown = x.new_zeros(num_levels, *x.shape[1:])
                 grown[: x.shape[0]] = x
                 setattr(self, name, grown)
@@ -263,7 +288,7 @@ class Store:
             decay = g.sum(-1, keepdim=True)
 
         blocks = list(at.blocks())
-        queries = [q, *(q @ self.paths[: len(blocks) - 1, rows].to(self.dtype))]
+        queries = [q, *(q @ self._paths(len(blocks) - 1, rows))]
         for i, (level, start) in enumerate(blocks):
             seen = slice(max(start, first), start + (BLOCK << level))
             if seen.start >= seen.stop:
@@ -462,15 +487,29 @@ class Store:
 
     def _make_paths(self, at: Group) -> None:
         """Multiply the products of the newest blocks, each with those before it."""
-        path: Tensor | None = None
-        decay: Tensor | float = 0.0
-        for i, (level, _) in enumerate(list(at.blocks())[:-1]):
-            product = self.products[level, at.rows]
-            path = product if path is None else path @ product
-            self.paths[i, at.rows] = path
-            if self.gated:
-                decay = decay + self.decays[level, at.rows]
-                self.path_decays[i, at.rows] = decay
+        levels = [level for level, _ in at.blocks()][:-1]
+        if not levels:
+            return
+        paths = [self.products[levels[0], at.rows]]
+        for level in levels[1:]:
+            paths.append(paths[-1] @ self.products[level, at.rows])
+        path, count = torch.stack(paths), len(levels)
+        if self.path_scales is not None:
+            largest = path.abs().amax(-2)
+            scales = largest.clamp_min(torch.finfo(path.dtype).tiny) / MAX_INT16
+            self.path_scales[:count, at.rows] = scales
+            path = (path / scales.unsqueeze(-2)).round_()
+        self.paths[:count, at.rows] = path.to(self.paths.dtype)
+        if self.gated:
+            decays = torch.stack([self.decays[level, at.rows] for level in levels])
+            self.path_decays[:count, at.rows] = decays.cumsum(0)
+
+    def _paths(self, count: int, rows: slice) -> Tensor:
+        """Return the first paths `[count, b, H, K, K]` as they are multiplied with."""
+        paths = self.paths[:count, rows].to(self.dtype)
+        if self.path_scales is not None:
+            paths = paths * self.path_scales[:count, rows].unsqueeze(-2)
+        return paths
 
     def _drop_recent(self, at: Group, size: int) -> None:
         rest = at.recent + at.new - size

@@ -7,6 +7,8 @@ are all tokens before it.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from householder.ops._triton import (
     cast_operand,
+    compiled_together,
     dot,
     dot_add,
+    launch,
     load_tile,
     on_its_device,
     store_tile,
@@ -26,6 +30,7 @@ from householder.ops.path_attention.triton.problem import (
     LOG2_E,
     SIZES,
     block_slot,
+    kind_of_call,
     locate_tile,
     lowest_bit,
     make_problem,
@@ -179,7 +184,15 @@ def attend_kernel(
     tl.store(lse + of_token + o_m * HQ, (b_top + tl.log2(b_total)) * LN_2, mask=m_m)
 
 
+def _kind(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
+    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+
+
 @on_its_device
+@compiled_together(_kind)
 def forward(
     q: Tensor,
     k: Tensor,
@@ -209,10 +222,11 @@ def forward(
 
         hopper_attend.attend(p, tree.q, tree.k, tree.f, o, lse)
     elif o.numel():
-        columns, launch = config.attend_launch(K, V, p.precision)
-        attend_kernel[(p.chunks * HQ,)](
+        columns, parameters = config.attend_launch(K, V, p.precision)
+        launch(
+            attend_kernel, (p.chunks * HQ,),
             tree.q, tree.k, tree.f, p.v, tree.decay, p.sinks, o, lse, *p.packing, p.window, T,
             p.num_tiles, H, **strides("v", p.v), **p.constants,
-            **p.value_constants, WINDOWED=p.window is not None, BN=columns, **launch.options,
+            **p.value_constants, WINDOWED=p.window is not None, BN=columns, **parameters.options,
         )  # fmt: skip
     return o, lse

@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
-from householder.ops.path_attention.triton.prepare import decay_inside, load_gates
-from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, locate_tile
+from householder.ops.path_attention.triton.gates import decay_inside, load_gates
+from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, locate_chunk
 
 
 @triton.jit
@@ -68,16 +68,10 @@ def pairs_kernel(
     i_chunk = tl.program_id(0) // HQ
     i_hq = (tl.program_id(0) % HQ).to(tl.int64)
     i_h = i_hq // GROUP
-    batch, first, length, tile = locate_tile(
-        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
-    )
-    token = (i_chunk - 2 * tile) * 64
-    n = length - token
+    batch, start, _, n = locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     if n <= 0:
         return
     num_rows = tl.cast(num_tiles, tl.int64) * 128
-    batch = tl.cast(batch, tl.int64)
-    start = tl.cast(first, tl.int64) + token
     row = i_hq * num_rows + i_chunk.to(tl.int64) * 64
     o_c = tl.arange(0, 64)
     m_c = o_c < n
@@ -160,16 +154,10 @@ def solve_kernel(
     """Write E, β ⊙ D_E, N + Nᵀ and dβ of one chunk and key head."""
     i_chunk = tl.program_id(0) // H
     i_h = (tl.program_id(0) % H).to(tl.int64)
-    batch, first, length, tile = locate_tile(
-        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
-    )
-    chunk = i_chunk - 2 * tile
-    n = length - chunk * 64
+    batch, start, chunk, n = locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     if n <= 0:
         return
     num_rows = tl.cast(num_tiles, tl.int64) * 128
-    batch = tl.cast(batch, tl.int64)
-    start = tl.cast(first, tl.int64) + chunk * 64
     within = i_chunk.to(tl.int64) * 64
     row = i_h * num_rows + within
     o_c = tl.arange(0, 64)
@@ -183,7 +171,7 @@ def solve_kernel(
     b_beta = tl.load(p_beta + o_c * beta_t, mask=m_c, other=0.0).to(tl.float32)
     # The first and the last chunk's products have no gradient.
     passed = 0
-    if (chunk > 0) & (chunk < tl.cdiv(length, 64) - 1):
+    if (chunk > 0) & (n > 64):
         passed = 64
 
     b_inverse = load_pairs(inverse + row * 64, EXACT)
@@ -239,16 +227,10 @@ def columns_kernel(
     i_k = (tl.program_id(0) % num_k) * BK
     i_h = ((tl.program_id(0) // num_k) % H).to(tl.int64)
     i_chunk = tl.program_id(0) // (num_k * H)
-    batch, first, length, tile = locate_tile(
-        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
-    )
-    chunk = i_chunk - 2 * tile
-    n = length - chunk * 64
+    batch, start, chunk, n = locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     if n <= 0:
         return
     num_rows = tl.cast(num_tiles, tl.int64) * 128
-    batch = tl.cast(batch, tl.int64)
-    start = tl.cast(first, tl.int64) + chunk * 64
     within = i_chunk.to(tl.int64) * 64
     row = i_h * num_rows + within
     out = (batch * T + start) * H + i_h
@@ -294,7 +276,7 @@ def columns_kernel(
     )
     b_inverse = load_pairs(inverse + row * 64, PRECISION)
     # The first and the last chunk's products have no gradient.
-    if (chunk > 0) & (chunk < tl.cdiv(length, 64) - 1):
+    if (chunk > 0) & (n > 64):
         b_dz += load_tile(wdf + row * K, o_c * K, everywhere, i_k, K, BK).to(tl.float32)
         b_wdft = load_tile(wdft + row * K, o_c * K, everywhere, i_k, K, BK).to(tl.float32)
         b_wdft = cast_operand(b_wdft * b_beta[:, None], PRECISION)
@@ -315,16 +297,10 @@ def values_kernel(
     i_v = (tl.program_id(0) % num_v) * BV
     i_h = ((tl.program_id(0) // num_v) % H).to(tl.int64)
     i_chunk = tl.program_id(0) // (num_v * H)
-    batch, first, length, tile = locate_tile(
-        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
-    )
-    token = (i_chunk - 2 * tile) * 64
-    n = length - token
+    batch, start, _, n = locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     if n <= 0:
         return
     num_rows = tl.cast(num_tiles, tl.int64) * 128
-    batch = tl.cast(batch, tl.int64)
-    start = tl.cast(first, tl.int64) + token
     within = i_chunk.to(tl.int64) * 64
     o_c = tl.arange(0, 64)
     m_c = o_c < n

@@ -63,6 +63,9 @@ def hopper_prepare_launch(K: int, V: int) -> Launch:
 def join_launch(K: int, precision: str) -> tuple[int, Launch]:
     """Tile, all of K or part of it, and parameters of the kernel that multiplies products."""
     block = key_block(K, precision)
+    if precision == "tf32x3":
+        # Each of two operands is there in three parts.
+        return min(block, 64), Launch(8, 1)
     return (block, Launch(4 if block <= 64 else 8, 1)) if block <= 128 else (64, Launch(4, 2))
 
 

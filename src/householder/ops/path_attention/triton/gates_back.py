@@ -10,7 +10,7 @@ import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot, load_tile
 from householder.ops.path_attention.triton.chunk_back import load_pairs
-from householder.ops.path_attention.triton.problem import SIZES, locate_tile
+from householder.ops.path_attention.triton.problem import SIZES, locate_chunk
 
 
 @triton.jit(do_not_specialize=["number"])
@@ -44,14 +44,10 @@ def gate_kernel(
     """
     i_chunk = tl.program_id(0) // HQ
     i_hq = (tl.program_id(0) % HQ).to(tl.int64)
-    batch, first, length, tile = locate_tile(
-        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
-    )
-    chunk = i_chunk - 2 * tile
-    n = length - chunk * 64
+    batch, start, chunk, n = locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     if n <= 0:
         return
-    num_chunks = tl.cdiv(length, 64)
+    num_chunks = chunk + tl.cdiv(n, 64)
     num_rows = tl.cast(num_tiles, tl.int64) * 128
     row = i_chunk.to(tl.int64) * 64
     o_c = tl.arange(0, 64)
@@ -62,7 +58,7 @@ def gate_kernel(
     for level in range(num_levels):
         block = chunk >> level
         of_head = (tl.cast(level, tl.int64) * HQ + i_hq) * num_rows
-        p_totals = totals + of_head // 64 + tl.cast(tile, tl.int64) * 2
+        p_totals = totals + of_head // 64 + (i_chunk - chunk)
         if block % 2 == 1:
             b_sum = tl.load(sums + of_head + row + o_c)
             b_dg += tl.sum(tl.where(later, b_sum[:, None], 0.0), 0)
@@ -72,6 +68,5 @@ def gate_kernel(
             b_sum = tl.load(sums + of_head + row + o_c)
             b_dg += tl.sum(tl.where(later, 0.0, b_sum[:, None]), 0)
             b_dg += sum_range(p_totals, block << level, chunk, BLOCK)
-    p_dg = dg + tl.cast(batch, tl.int64) * dg_b + (tl.cast(first, tl.int64) + chunk * 64) * dg_t
-    p_dg += i_hq * dg_h
+    p_dg = dg + batch * dg_b + start * dg_t + i_hq * dg_h
     tl.store(p_dg + o_c * dg_t, b_dg.to(dg.dtype.element_ty), mask=o_c < n)

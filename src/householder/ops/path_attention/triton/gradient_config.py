@@ -12,7 +12,7 @@ class Tiles(NamedTuple):
 
     rows: int  # queries
     columns: int  # keys
-    inner: int  # how much of K passes a product at a time
+    inner: int  # how much of K passes a product at a time, at most
     launch: Launch
 
 
@@ -43,32 +43,47 @@ def gradient_precision(precision: str) -> str:
     return "tf32" if precision == "fp16" else precision
 
 
+# Where the operands are bfloat16 and where not, for K and V of up to 64, up to 128, and more.
+QUERY_TILES: dict[bool, tuple[Tiles, ...]] = {
+    True: (
+        Tiles(64, 64, 64, Launch(4, 3)),
+        Tiles(128, 64, 128, Launch(8, 3)),
+        Tiles(64, 32, 64, Launch(4, 2)),
+    ),
+    False: (
+        Tiles(64, 32, 32, Launch(4, 1)),
+        Tiles(64, 32, 32, Launch(8, 1)),
+        Tiles(32, 32, 32, Launch(4, 1)),
+    ),
+}
+KEY_TILES: dict[bool, tuple[Tiles, ...]] = {
+    True: (
+        Tiles(64, 64, 64, Launch(4, 3)),
+        Tiles(64, 128, 128, Launch(8, 3)),
+        Tiles(32, 64, 64, Launch(8, 2)),
+    ),
+    False: (
+        Tiles(32, 64, 32, Launch(4, 1)),
+        Tiles(32, 64, 32, Launch(8, 1)),
+        Tiles(32, 32, 32, Launch(4, 1)),
+    ),
+}
+
+
 def query_tiles(K: int, V: int, precision: str) -> Tiles:
     """Tiles of the kernel of the queries; at most 128 rows."""
-    block, widest = key_block(K, precision), key_block(max(K, V), precision)
-    if precision != "bf16":
-        if widest <= 128:
-            return Tiles(64, 32, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
-        return Tiles(32, 32, min(block, 32), Launch(4, 1))
-    if widest <= 64:
-        return Tiles(64, 64, block, Launch(4, 3))
-    if widest <= 128:
-        return Tiles(128, 64, block, Launch(8, 3))
-    return Tiles(64, 32, min(block, 64), Launch(4, 2))
+    return _choose(QUERY_TILES, K, V, precision)
 
 
 def key_tiles(K: int, V: int, precision: str) -> Tiles:
     """Tiles of the kernel of the keys; at most 128 columns."""
-    block, widest = key_block(K, precision), key_block(max(K, V), precision)
-    if precision != "bf16":
-        if widest <= 128:
-            return Tiles(32, 64, min(block, 32), Launch(4 if widest <= 64 else 8, 1))
-        return Tiles(32, 32, min(block, 32), Launch(4, 1))
-    if widest <= 64:
-        return Tiles(64, 64, block, Launch(4, 3))
-    if widest <= 128:
-        return Tiles(64, 128, block, Launch(8, 3))
-    return Tiles(32, 64, min(block, 64), Launch(8, 2))
+    return _choose(KEY_TILES, K, V, precision)
+
+
+def _choose(table: dict[bool, tuple[Tiles, ...]], K: int, V: int, precision: str) -> Tiles:
+    widest = key_block(max(K, V), precision)
+    tiles = table[precision == "bf16"][(widest > 64) + (widest > 128)]
+    return tiles._replace(inner=min(tiles.inner, key_block(K, precision)))
 
 
 def hopper_key_stages() -> int:

@@ -7,12 +7,19 @@ the chunks (`chunk_back.py`).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from householder.ops._triton import addressable, has_wide_rows, on_its_device
+from householder.ops._triton import (
+    addressable,
+    compiled_together,
+    has_wide_rows,
+    launch,
+    on_its_device,
+)
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
@@ -32,6 +39,7 @@ from householder.ops.path_attention.triton.gates_back import gate_kernel, totals
 from householder.ops.path_attention.triton.problem import (
     Problem,
     has_near_heads,
+    kind_of_call,
     make_problem,
     strides,
 )
@@ -67,7 +75,8 @@ def make_rows(p: Problem, o: Tensor, lse: Tensor, do: Tensor) -> Rows:
         return torch.empty(p.heads, p.rows, dtype=torch.float32, device=o.device)
 
     rows = Rows(room(), room(), None if p.sinks is None else room())
-    rows_kernel[(p.chunks * p.heads,)](
+    launch(
+        rows_kernel, (p.chunks * p.heads,),
         o, do, lse, p.sinks, *rows, *p.packing, o.shape[1], p.num_tiles, p.heads, *o.stride()[:3],
         *do.stride()[:3], *lse.stride(), **p.value_constants, PACKED=p.cu_seqlens is not None,
         num_warps=4,
@@ -106,12 +115,14 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
     rows_read = tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f
     others = *p.packing, p.window, T, p.num_tiles, L, H
     tiles = config.query_tiles(K, V, p.precision)
-    query_kernel[(p.rows // tiles.rows * HQ,)](
+    launch(
+        query_kernel, (p.rows // tiles.rows * HQ,),
         *rows_read, x.dq_levels, x.dq, x.sums, *others, **constants,
         BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
     )  # fmt: skip
     tiles = config.key_tiles(K, V, p.precision)
-    key_kernel[(p.rows // tiles.columns * H,)](
+    launch(
+        key_kernel, (p.rows // tiles.columns * H,),
         *rows_read, x.dk_levels, x.dk, x.dv, x.sums, *others, **constants,
         BM=tiles.rows, BN=tiles.columns, BP=tiles.inner, **tiles.launch.options,
     )  # fmt: skip
@@ -144,11 +155,13 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     rows = tree.q, tree.k, x.dq_levels, x.dk_levels
     number = p.chunks if p.cu_seqlens is not None else sum(at_level[1 : L - 1])
     if number:
-        sum_kernel[(number * H * pieces,)](
-            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants(blocks)
-        )
+        launch(
+            sum_kernel, (number * H * pieces,),
+            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants(blocks),
+        )  # fmt: skip
     for level in range(L - 3, 0, -1):
-        descend_kernel[(at_level[level] * H * pieces,)](
+        launch(
+            descend_kernel, (at_level[level] * H * pieces,),
             tree.f, df, *p.packing, T, p.num_tiles, level, H, BR=blocks.second,
             **constants(blocks),
         )  # fmt: skip
@@ -159,7 +172,8 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
         return wdf, wdft
     w = strides("w", p.w)
     blocks = config.leaf_blocks(K, p.precision)
-    leaf_kernel[(p.chunks * H,)](
+    launch(
+        leaf_kernel, (p.chunks * H,),
         *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, w["w_b"], w["w_h"],
         w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
     )  # fmt: skip
@@ -208,24 +222,28 @@ def finish_chunks(
         for name, y in zip(("q", "k", "v", "w", "beta", "do"), (*p[:5], do), strict=True)
     )
     g = {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
-    pairs_kernel[(p.chunks * HQ,)](
+    launch(
+        pairs_kernel, (p.chunks * HQ,),
         p.q, p.k, p.v, p.w, p.beta, p.g, o, do, lse, rows.delta, tree.inverse, x.dq,
         p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs, *p.packing, p.scale, p.window, T,
         p.num_tiles, HQ, **q, **k, **v, **w, **beta, **g, **strides("o", o), **do_strides,
         **constants, **exact, REFLECTORS=reflectors, V=V, BV=blocks.inner_v,
         GATED=p.g is not None, WINDOWED=p.window is not None, **blocks.pairs.options,
     )  # fmt: skip
-    solve_kernel[(p.chunks * H,)](
+    launch(
+        solve_kernel, (p.chunks * H,),
         p.k, p.w, p.beta, tree.inverse, x.dk, wdf, x_pairs, da_pairs, r_pairs, e_pairs, de_pairs,
         n_pairs, dbeta, *p.packing, T, p.num_tiles, H, **k, **w, **beta, **constants, **exact,
         **blocks.pairs.options,
     )  # fmt: skip
-    columns_kernel[(p.chunks * H * -(-K // blocks.columns_k),)](
+    launch(
+        columns_kernel, (p.chunks * H * -(-K // blocks.columns_k),),
         p.q, p.k, p.w, p.beta, tree.inverse, x.dq, x.dk, wdf, wdft, x_pairs, da_pairs, dx_pairs,
         e_pairs, de_pairs, n_pairs, dq, dk, dw, *p.packing, p.scale, T, p.num_tiles, H, **q, **k,
         **w, **beta, **constants, K=K, BK=blocks.columns_k, **blocks.columns.options,
     )  # fmt: skip
-    values_kernel[(p.chunks * H * -(-V // blocks.columns_v),)](
+    launch(
+        values_kernel, (p.chunks * H * -(-V // blocks.columns_v),),
         do, p_pairs, x.dv, dv, *p.packing, T, p.num_tiles, H, **do_strides, **constants, V=V,
         BV=blocks.columns_v, **blocks.columns.options,
     )  # fmt: skip
@@ -234,17 +252,27 @@ def finish_chunks(
         number = x.sums.numel() // CHUNK_TOKENS
         totals = x.sums.new_empty(number)
         if number:
-            totals_kernel[(-(-number // TOTALS_BLOCK),)](
-                x.sums, totals, number, BLOCK=TOTALS_BLOCK, num_warps=4
-            )
-        gate_kernel[(p.chunks * HQ,)](
+            launch(
+                totals_kernel, (-(-number // TOTALS_BLOCK),),
+                x.sums, totals, number, BLOCK=TOTALS_BLOCK, num_warps=4,
+            )  # fmt: skip
+        launch(
+            gate_kernel, (p.chunks * HQ,),
             x.sums, totals, da_pairs, dg, *p.packing, T, p.num_tiles, p.num_levels, HQ,
             *dg.stride(), PACKED=p.cu_seqlens is not None, PRECISION=constants["PRECISION"],
             BLOCK=TOTALS_BLOCK, num_warps=4,
         )  # fmt: skip
 
 
+def _kind(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
+    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None, *_: Tensor,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+
+
 @on_its_device
+@compiled_together(_kind)
 def backward(
     do: Tensor,
     q: Tensor,

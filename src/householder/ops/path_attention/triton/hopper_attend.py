@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._gluon import barrier, exp2
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
@@ -298,7 +299,8 @@ def attend(p: Problem, q: Tensor, k: Tensor, f: Tensor, o: Tensor, lse: Tensor) 
     """Attend, from the tree's queries, keys and products, and the chunks' own `o` and `lse`."""
     H, K = p.k.shape[2:]
     V, T = p.v.shape[-1], p.q.shape[1]
-    attend_kernel[(p.num_tiles * p.heads,)](
+    launch(
+        attend_kernel, (p.num_tiles * p.heads,),
         describe_rows(q, 64), describe_rows(k, 128), describe_tokens(p.v, 128),
         describe_rows(f, K), describe_tokens(o, 64), p.sinks, o, lse, *p.packing, T, p.num_tiles,
         H, p.v.stride(2), GROUP=p.heads // H, K=K, V=V, PACKED=p.cu_seqlens is not None,

@@ -22,15 +22,19 @@ from householder.ops._gluon import (
     row_layout,
     store_rows,
 )
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import locate_tile
 from householder.ops.path_attention.triton.hopper_squares import (
     add,
     copy_square,
     copy_squares,
     in_float16,
+    load_part,
     publish,
+    round_squares,
     squares,
     start,
+    turn_into_float16,
 )
 from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem, strides
 
@@ -51,17 +55,6 @@ def own_share(s_do, s_v, b_o, layout: gl.constexpr):
     return gl.sum(s_do.load(layout).to(gl.float32) * b_v, axis=1)
 
 
-@gluon.jit
-def load_part(pointer, n, stride, start, D: gl.constexpr, layout: gl.constexpr):
-    """Load 64 columns of the first `n` of 64 rows from memory; the rest are zero."""
-    o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    o_d = start + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    mask = (o_r < n)[:, None]
-    if D % 64 != 0:
-        mask = mask & (o_d < D)[None, :]
-    return gl.load(pointer + o_r[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
-
-
 @gluon.jit(do_not_specialize=SIZES)
 def chunk_kernel(
     q, k, v, w, beta, o, do, lse, delta, inverse, dq_start, dk_end, dv_part, wdf, wdft, dq, dk, dv,
@@ -69,11 +62,12 @@ def chunk_kernel(
     v_b, v_h, w_b, w_h, beta_b, beta_t, beta_h, o_b, o_h, do_b, do_h, q_t: gl.constexpr,
     k_t: gl.constexpr, v_t: gl.constexpr, w_t: gl.constexpr, o_t: gl.constexpr,
     do_t: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr,
-    NK: gl.constexpr, NV: gl.constexpr,
+    NK: gl.constexpr, NV: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Write the gradients of q, k, v, w and beta of one chunk and head.
 
-    With the letters of `chunk_back.py`. NK and NV squares hold 64 rows of K and of V columns.
+    With the letters of `chunk_back.py`. NK and NV squares hold 64 rows of K and of V columns. WIDE
+    says that W is float32: then the logits are made of float16, as they were in the forward pass.
     """
     warps: gl.constexpr = gl.num_warps()
     bf16: gl.constexpr = gl.bfloat16
@@ -121,9 +115,18 @@ def chunk_kernel(
         copy_squares(s_do, p_do, n, do_t, V, NV)
         copy_squares(s_q, p_q, n, q_t, K, NK)
         copy_squares(s_k, p_k, n, k_t, K, NK)
-        copy_squares(s_w, p_w, n, w_t, K, NK)
+        if not WIDE:
+            copy_squares(s_w, p_w, n, w_t, K, NK)
         copy_square(in_float16(s_inverse), inverse + row * 64, 64, 64, 0, 64)
         async_copy.commit_group()
+        s_qx = s_q
+        s_kx = s_k
+        s_wx = s_w
+        if WIDE:
+            s_qx = in_float16(s_q)
+            s_kx = in_float16(s_k)
+            s_wx = in_float16(s_w)
+            round_squares(s_wx, p_w, n, w_t, K, NK)
         b_o_0 = load_part(p_o, n, o_t, 0, V, load)
         b_o_1 = load_part(p_o, n if NV == 2 else 0, o_t, 64, V, load)
         o_r = gl.arange(0, 64, layout=down)
@@ -138,11 +141,14 @@ def chunk_kernel(
 
         # The attention inside the chunk: P and dA.
         async_copy.wait_group(0)
+        if WIDE:
+            turn_into_float16(s_q, NK)
+            turn_into_float16(s_k, NK)
         publish()
         b_da = start_sum(s_do, s_v, NV, pairs)
-        b_y = start_sum(s_w, s_k, NK, pairs)
-        b_x = start_sum(s_q, s_w, NK, pairs)
-        b_a = start_sum(s_q, s_k, NK, pairs)
+        b_y = start_sum(s_wx, s_kx, NK, pairs)
+        b_x = start_sum(s_qx, s_wx, NK, pairs)
+        b_a = start_sum(s_qx, s_kx, NK, pairs)
         # A row that sees only itself has o = v and no gradient; as a difference of two inner
         # products that would be their rounding.
         b_own = own_share(s_do.index(0), s_v.index(0), b_o_0, load)
@@ -150,6 +156,11 @@ def chunk_kernel(
             b_own += own_share(s_do.index(1), s_v.index(1), b_o_1, load)
         s_t.store(in_float16(s_inverse).load(load).to(bf16))
         b_da, b_y, b_x, b_a = warpgroup_mma_wait(0, [b_da, b_y, b_x, b_a])
+        if WIDE:
+            # Gradients are made of bfloat16.
+            barrier()
+            for i in gl.static_range(NK):
+                s_w.index(i).store(s_wx.index(i).load(load).to(bf16))
         b_y = gl.where(below, b_y, 0.0)
         b_x = gl.where(not_above, b_x * scale, 0.0)
         in_float16(s_y).store((b_y * b_beta[:, None]).to(gl.float16))
@@ -284,12 +295,17 @@ def chunk_kernel(
             barrier()
             s_dz.store((b_dq * scale).to(bf16))
             s_dk.store(b_dk.to(bf16))
-            s_wi.store(b_dw.to(bf16))
-            barrier()
             at = out * K + 64 * i
+            if WIDE:
+                p_dw = dw + at + o_r[:, None] * (H * K) + o_c[None, :]
+                gl.store(p_dw, b_dw, mask=(o_r < n)[:, None] & (o_c < K - 64 * i)[None, :])
+            else:
+                s_wi.store(b_dw.to(bf16))
+            barrier()
             store_rows(dq + at, s_dz, n, H * K, K - 64 * i, K, 64, 64, load)
             store_rows(dk + at, s_dk, n, H * K, K - 64 * i, K, 64, 64, load)
-            store_rows(dw + at, s_wi, n, H * K, K - 64 * i, K, 64, 64, load)
+            if not WIDE:
+                store_rows(dw + at, s_wi, n, H * K, K - 64 * i, K, 64, 64, load)
 
 
 def finish(
@@ -301,8 +317,9 @@ def finish(
     V, T = p.v.shape[-1], p.q.shape[1]
     tensors = (("q", p.q), ("k", p.k), ("v", p.v), ("w", p.w), ("beta", p.beta), ("o", o))
     steps = {name: step for x in (*tensors, ("do", do)) for name, step in strides(*x).items()}
-    chunk_kernel[(p.chunks * H,)](
+    launch(
+        chunk_kernel, (p.chunks * H,),
         p.q, p.k, p.v, p.w, p.beta, o, do, lse, delta, inverse, *rows, *gradients, *p.packing,
         p.scale, T, p.num_tiles, H, **steps, K=K, V=V, PACKED=p.cu_seqlens is not None,
-        NK=-(-K // 64), NV=-(-V // 64), num_warps=4,
+        NK=-(-K // 64), NV=-(-V // 64), WIDE=p.w.dtype != p.k.dtype, num_warps=4,
     )  # fmt: skip

@@ -16,20 +16,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._gluon import barrier, exp2
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
     REGISTERS,
     barriers,
     copy_block,
+    copy_product,
     copy_rows,
     describe_rows,
     describe_tokens,
     highest_bit,
+    leave_level,
     lifted,
     locate_tile,
     multiply,
-    pass_product,
     store_through,
 )
 from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem
@@ -79,8 +81,7 @@ def copy_for_keys(
         if level > 0:
             copy_rows(keys, k_row + 64, s_k.index(1), k_full.index(1))
         if number > 0:
-            mbarrier.wait(f_empty, number & 1)
-            copy_rows(products, (p_f + ((2 * right + 1) << level) - 1) * K, s_f, f_full)
+            copy_product(products, p_f, level, right, s_f, f_full, f_empty, number)
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
         for i_g in range(GROUP):
@@ -130,14 +131,8 @@ def differentiate_rows(
         level = highest_bit(rest)
         right = ((2 * pair) >> level) + 1
         if number > 0:
-            # The last level's keys have been read, and their place serves on the way out.
             p_level = dk_levels + (level * of_level + of_row) * K
-            store_through(s_k, p_level, b_dk, 64, K, K)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(k_empty, count=1)
-            mbarrier.wait(f_full, (number & 1) ^ 1)
-            b_dk = pass_product(b_dk, s_f, by_column)
+            b_dk = leave_level(s_k, p_level, b_dk, k_empty, s_f, f_full, number, by_column)
             barrier()
             mbarrier.arrive(f_empty, count=1)
         mbarrier.wait(k_full, number & 1)
@@ -262,7 +257,8 @@ def differentiate_keys(
     """Write dK→ and dV of all keys, from the tree's queries, keys and products."""
     H, K = p.k.shape[2:]
     V, T = p.v.shape[-1], p.q.shape[1]
-    key_kernel[(p.num_tiles * H,)](
+    launch(
+        key_kernel, (p.num_tiles * H,),
         describe_rows(q, 64), describe_rows(k, 64), describe_tokens(p.v, 64),
         describe_tokens(do, 64), describe_rows(f, K), lse, delta, dk_levels, dk, dv, *p.packing, T,
         p.num_tiles, H, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,

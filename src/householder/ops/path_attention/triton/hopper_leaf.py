@@ -13,11 +13,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from householder.ops._gluon import barrier, row_layout, store_rows
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import locate_tile
 from householder.ops.path_attention.triton.hopper_squares import (
     add,
     copy_square,
     in_float16,
+    load_part,
     publish,
     squares,
     start,
@@ -29,10 +31,11 @@ from householder.ops.path_attention.triton.problem import SIZES, Problem
 def leaf_kernel(
     levels, dlevels, w, f, df, wdf, wdft, cu_seqlens, tile_sequence, first_tile, T, num_tiles, H,
     w_b, w_h, w_t: gl.constexpr, K: gl.constexpr, PACKED: gl.constexpr, NK: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """Write W dF and W dFᵀ of one chunk and head, for chunks whose product has a gradient.
 
-    NK squares hold 64 rows of K columns.
+    NK squares hold 64 rows of K columns; WIDE says that W is float32.
     """
     bf16: gl.constexpr = gl.bfloat16
     pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 64, 16])
@@ -65,7 +68,10 @@ def leaf_kernel(
         for c in gl.static_range(NK):
             copy_square(s.index(c), levels + p_other, 64, K, 64 * c, K)
             copy_square(s.index(NK + c), dlevels + p_other, 64, K, 64 * c, K)
-            copy_square(s.index(W + c), p_w, 64, w_t, 64 * c, K)
+            if WIDE:
+                s.index(W + c).store(load_part(p_w, 64, w_t, 64 * c, K, load).to(bf16))
+            else:
+                copy_square(s.index(W + c), p_w, 64, w_t, 64 * c, K)
             for r in gl.static_range(NK):
                 at = 64 * r * K
                 n = passed - 64 * r
@@ -141,7 +147,9 @@ def finish_leaves(
     """Write W dF and W dFᵀ of all chunks, from the rows of all levels and their gradients."""
     H, K = p.k.shape[2:]
     w_b, w_t, w_h = p.w.stride()[:3]
-    leaf_kernel[(p.chunks * H,)](
+    launch(
+        leaf_kernel, (p.chunks * H,),
         levels, dlevels, p.w, f, df, wdf, wdft, *p.packing, p.q.shape[1], p.num_tiles, H, w_b, w_h,
-        w_t=w_t, K=K, PACKED=p.cu_seqlens is not None, NK=-(-K // 64), num_warps=4,
+        w_t=w_t, K=K, PACKED=p.cu_seqlens is not None, NK=-(-K // 64),
+        WIDE=p.w.dtype != p.k.dtype, num_warps=4,
     )  # fmt: skip

@@ -25,7 +25,10 @@ from householder.ops._gluon import (
 )
 from householder.ops.path_attention.triton.hopper_squares import (
     copy_squares,
+    in_float16,
+    round_squares,
     squares,
+    turn_into_float16,
 )
 from householder.ops.path_attention.triton.problem import LOG2_E, SIZES
 
@@ -113,11 +116,12 @@ def prepare_kernel(
     q_b, q_h, k_b, k_h, v_b, v_h, w_b, w_h, beta_b, beta_t, beta_h,
     q_t: gl.constexpr, k_t: gl.constexpr, v_t: gl.constexpr, w_t: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, DIAGONAL: gl.constexpr,
-    NK: gl.constexpr, NV: gl.constexpr,
+    NK: gl.constexpr, NV: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Write what one chunk and head has to itself, without gates, windows and groups.
 
-    NK and NV squares hold 64 rows of K and of V columns.
+    NK and NV squares hold 64 rows of K and of V columns. WIDE says that reflectors are float32
+    beside half keys and queries: then all of them are multiplied in float16.
     """
     warps: gl.constexpr = gl.num_warps()
     half: gl.constexpr = q_levels.dtype.element_ty
@@ -151,13 +155,17 @@ def prepare_kernel(
         p_k = k + batch * k_b + start * k_t + i_h * k_h
         p_q = q + batch * q_b + start * q_t + i_h * q_h
         p_v = v + batch * v_b + start * v_t + i_h * v_h
-        s_w = squares(NK, half)
+        s_w = squares(NK, gl.float16 if WIDE else half)
         s_k = squares(NK, half)
         s_q = squares(NK, half)
-        copy_squares(s_w, p_w, n, w_t, K, NK)
         copy_squares(s_k, p_k, n, k_t, K, NK)
         copy_squares(s_q, p_q, n, q_t, K, NK)
-        async_copy.commit_group()
+        if WIDE:
+            async_copy.commit_group()
+            round_squares(s_w, p_w, n, w_t, K, NK)
+        else:
+            copy_squares(s_w, p_w, n, w_t, K, NK)
+            async_copy.commit_group()
         o_r = gl.arange(0, 64, layout=down)
         o_c = gl.arange(0, 64, layout=gl.SliceLayout(0, pairs))
         below = o_r[:, None] > o_c[None, :]
@@ -167,16 +175,25 @@ def prepare_kernel(
         b_beta = gl.load(p_beta + o_line * beta_t, mask=o_line < n, other=0.0).to(gl.float32)
 
         async_copy.wait_group(0)
+        s_kx = s_k
+        s_qx = s_q
+        if WIDE:
+            turn_into_float16(s_k, NK)
+            turn_into_float16(s_q, NK)
+            s_kx = in_float16(s_k)
+            s_qx = in_float16(s_q)
         fence_async_shared()
         barrier()
         b_m = product(s_w, s_w, NK, pairs)
-        b_y = product(s_w, s_k, NK, pairs)
-        b_x = product(s_q, s_w, NK, pairs)
-        b_a = product(s_q, s_k, NK, pairs)
+        b_y = product(s_w, s_kx, NK, pairs)
+        b_x = product(s_qx, s_w, NK, pairs)
+        b_a = product(s_qx, s_kx, NK, pairs)
         # In float16, which has three bits more than bfloat16.
-        s_wh = squares(NK, gl.float16)
-        for i in gl.static_range(NK):
-            s_wh.index(i).store(s_w.index(i).load(load).to(gl.float16))
+        s_wh = s_w
+        if not WIDE:
+            s_wh = squares(NK, gl.float16)
+            for i in gl.static_range(NK):
+                s_wh.index(i).store(s_w.index(i).load(load).to(gl.float16))
         b_m, b_y, b_x, b_a = warpgroup_mma_wait(0, [b_m, b_y, b_x, b_a])
         # Nothing reads the copy of W any more, and V may take its place.
         s_v = squares(NV, half)
@@ -222,9 +239,9 @@ def prepare_kernel(
         p_f = f + (i_h * (num_rows // 32) + 2 * i_chunk) * (K * K)
         n_f = gl.where(num_levels > 0, K, 0)
         for i in gl.static_range(NK):
-            b_q = s_q.index(i).load(pairs).to(gl.float32) - multiply(b_x, s_z.index(i), pairs)
+            b_q = s_qx.index(i).load(pairs).to(gl.float32) - multiply(b_x, s_z.index(i), pairs)
             s_q.index(i).store((b_q * scale).to(half))
-            b_k = s_k.index(i).load(pairs).to(gl.float32)
+            b_k = s_kx.index(i).load(pairs).to(gl.float32)
             b_k -= multiply(s_e.permute([1, 0]), s_wh.index(i), pairs)
             s_k.index(i).store(b_k.to(half))
             store_rows(p_qs + 64 * i, s_q.index(i), n_q, K, K - 64 * i, K, 64, 64, load)

@@ -16,19 +16,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from householder.ops._gluon import barrier, exp2
+from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
     REGISTERS,
     barriers,
     copy_block,
+    copy_product,
     copy_rows,
     describe_rows,
     describe_tokens,
     highest_bit,
+    leave_level,
     lifted,
     locate_tile,
     multiply,
-    pass_product,
     store_through,
 )
 from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem
@@ -38,7 +40,7 @@ from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem
 def copy_for_queries(
     queries, keys, values, outputs, products, s_q, s_k, s_v, s_do, s_f, q_full, q_empty, do_full,
     full, empty, f_full, f_empty, i_hq, i_h, HQ, H, num_rows, batch, first, sequence, token,
-    v_column, do_column, pair, odd, K: gl.constexpr, STAGES: gl.constexpr,
+    v_column, do_column, pair, odd, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy what the queries' groups need, in the order in which they need it."""
     BYTES: gl.constexpr = 128 * (s_k.shape[2] + s_v.shape[2]) * 2
@@ -57,8 +59,7 @@ def copy_for_queries(
         level = highest_bit(rest)
         left = (chunk >> level) - 1
         if number > 0:
-            mbarrier.wait(f_empty, (number & 1))
-            copy_rows(products, (p_f + ((2 * left + 1) << level) - 1) * K, s_f, f_full)
+            copy_product(products, p_f, level, left, s_f, f_full, f_empty, number)
         start = (left << level) * 64
         k_row = (level * H + i_h) * num_rows + sequence + start
         for i in range((1 << level) - (1 << level) // 2):
@@ -85,7 +86,7 @@ def copy_for_queries(
 def differentiate_rows(
     s_q, s_k, s_v, s_do, s_f, q_full, q_empty, do_full, full, empty, f_full, f_empty, lse, delta,
     dq_levels, dq, of_row, of_level, pair, odd, WHO: gl.constexpr, K: gl.constexpr,
-    V: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Write dQ← of one chunk of the tile: the first one, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
@@ -104,14 +105,9 @@ def differentiate_rows(
     while rest > 0:
         level = highest_bit(rest) + 1
         if number > 0:
-            # The last level's queries have been read, and their place serves on the way out.
             p_level = dq_levels + (level * of_level + of_row) * K
-            store_through(s_q, p_level, b_dq, 64, K, K)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(q_empty, count=1)
-            mbarrier.wait(f_full, (number & 1) ^ 1)
-            b_dq = pass_product(b_dq, s_f.permute([1, 0]), by_column)
+            product = s_f.permute([1, 0])
+            b_dq = leave_level(s_q, p_level, b_dq, q_empty, product, f_full, number, by_column)
             barrier()
             mbarrier.arrive(f_empty, count=1)
         mbarrier.wait(q_full, number & 1)
@@ -136,12 +132,9 @@ def differentiate_rows(
         if odd > 0:
             # The second chunk sees the first one, which is half of the tile of keys.
             if number > 0:
-                store_through(s_q, dq_levels + of_row * K, b_dq, 64, K, K)
-                fence_async_shared()
-                barrier()
-                mbarrier.arrive(q_empty, count=1)
-                mbarrier.wait(f_full, (number & 1) ^ 1)
-                b_dq = pass_product(b_dq, s_f.permute([1, 0]), by_column)
+                p_level = dq_levels + of_row * K
+                product = s_f.permute([1, 0])
+                b_dq = leave_level(s_q, p_level, b_dq, q_empty, product, f_full, number, by_column)
             mbarrier.wait(q_full, number & 1)
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
@@ -208,7 +201,7 @@ def query_kernel(
                 (
                     s_q.index(0), s_k, s_v, s_do.index(0), s_f, q_full.index(0), q_empty.index(0),
                     do_full.index(0), full, empty, f_full, f_empty, lse, delta, dq_levels, dq,
-                    of_row, of_level, pair, odd, 0, K, V, STAGES,
+                    of_row, of_level, pair, odd, 0, K, STAGES,
                 ),
             ),
             (
@@ -216,7 +209,7 @@ def query_kernel(
                 (
                     s_q.index(1), s_k, s_v, s_do.index(1), s_f, q_full.index(1), q_empty.index(1),
                     do_full.index(1), full, empty, f_full, f_empty, lse, delta, dq_levels, dq,
-                    of_row + 64, of_level, pair, odd, 1, K, V, STAGES,
+                    of_row + 64, of_level, pair, odd, 1, K, STAGES,
                 ),
             ),
             (
@@ -224,7 +217,7 @@ def query_kernel(
                 (
                     queries, keys, values, outputs, products, s_q, s_k, s_v, s_do, s_f, q_full,
                     q_empty, do_full, full, empty, f_full, f_empty, i_hq, i_h, HQ, H, num_rows,
-                    batch, first, tile * 128, token, i_h * v_h, i_hq * do_h, pair, odd, K, STAGES,
+                    batch, first, tile * 128, token, i_h * v_h, i_hq * do_h, pair, odd, STAGES,
                 ),
             ),
         ],
@@ -240,7 +233,8 @@ def differentiate_queries(
     """Write dQ← of all queries, from the tree's queries, keys and products."""
     H, K = p.k.shape[2:]
     V, T = p.v.shape[-1], p.q.shape[1]
-    query_kernel[(p.num_tiles * p.heads,)](
+    launch(
+        query_kernel, (p.num_tiles * p.heads,),
         describe_rows(q, 64), describe_rows(k, 128), describe_tokens(p.v, 128),
         describe_tokens(do, 64), describe_rows(f, K), lse, delta, dq_levels, dq, *p.packing, T,
         p.num_tiles, H, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,

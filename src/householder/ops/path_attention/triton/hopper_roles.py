@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -107,6 +108,32 @@ def store_through(tile, pointer, b_x, n, stride, D: gl.constexpr):
     barrier()
     p_x = pointer + o_r[:, None] * stride + o_d[None, :]
     gl.store(p_x, tile.load(layout), mask=(o_r < n)[:, None])
+
+
+@gluon.jit
+def copy_product(products, first, level, block, tile, full, empty, number):
+    """Start to copy the product of a block, of those from row `first` on, once its place is free.
+
+    It is the `number`-th that is copied there.
+    """
+    K: gl.constexpr = tile.shape[0]
+    mbarrier.wait(empty, number & 1)
+    copy_rows(products, (first + ((2 * block + 1) << level) - 1) * K, tile, full)
+
+
+@gluon.jit
+def leave_level(tile, pointer, b_x, empty, product, full, number, layout: gl.constexpr):
+    """Write gradients of a level's rows, and return what they are behind the product they pass.
+
+    The rows themselves have been read: their tile serves on the way out, and is free then.
+    """
+    K: gl.constexpr = tile.shape[1]
+    store_through(tile, pointer, b_x, 64, K, K)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(empty, count=1)
+    mbarrier.wait(full, (number & 1) ^ 1)
+    return pass_product(b_x, product, layout)
 
 
 @gluon.jit

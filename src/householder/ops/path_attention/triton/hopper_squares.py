@@ -18,13 +18,22 @@ def squares(NUMBER: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def in_float16(square):
-    """Take a square for one of float16."""
+def in_float16(tile):
+    """Take a square, or several, for float16."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
     if REINTERPRET:
-        return square.reinterpret(gl.float16, [64, 64], layout)
+        return tile.reinterpret(gl.float16, tile.shape, layout)
     else:
-        return square._reinterpret(gl.float16, [64, 64], layout)
+        return tile._reinterpret(gl.float16, tile.shape, layout)
+
+
+@gluon.jit
+def turn_into_float16(tiles, NUMBER: gl.constexpr):
+    """Make squares of float16 in the places of others; each thread reads what it writes."""
+    layout: gl.constexpr = row_layout(64, 8, gl.num_warps())
+    for i in gl.static_range(NUMBER):
+        b_x = tiles.index(i).load(layout)
+        in_float16(tiles.index(i)).store(b_x.to(gl.float16))
 
 
 @gluon.jit
@@ -40,6 +49,25 @@ def copy_squares(to, pointer, n, stride, D: gl.constexpr, NUMBER: gl.constexpr):
     """Start to copy the first `n` of 64 rows into squares; the rest gets zero."""
     for i in gl.static_range(NUMBER):
         copy_square(to.index(i), pointer, n, stride, 64 * i, D)
+
+
+@gluon.jit
+def load_part(pointer, n, stride, start, D: gl.constexpr, layout: gl.constexpr):
+    """Load 64 columns of the first `n` of 64 rows from memory; the rest are zero."""
+    o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    o_d = start + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    mask = (o_r < n)[:, None]
+    if D % 64 != 0:
+        mask = mask & (o_d < D)[None, :]
+    return gl.load(pointer + o_r[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
+def round_squares(to, pointer, n, stride, D: gl.constexpr, NUMBER: gl.constexpr):
+    """Do what `copy_squares` does by way of registers, rounding on the way."""
+    layout: gl.constexpr = row_layout(64, 8, gl.num_warps())
+    for i in gl.static_range(NUMBER):
+        to.index(i).store(load_part(pointer, n, stride, 64 * i, D, layout).to(to.dtype))
 
 
 @gluon.jit

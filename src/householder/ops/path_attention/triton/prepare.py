@@ -26,8 +26,8 @@ from householder.ops._triton import (
     load_tile,
     store_tile,
 )
+from householder.ops.path_attention.triton.gates import decay_inside, load_gates
 from householder.ops.path_attention.triton.problem import (
-    LEAST_GATE,
     LOG2_E,
     SIZES,
     block_slot,
@@ -35,40 +35,6 @@ from householder.ops.path_attention.triton.problem import (
     locate_tile,
     lowest_bit,
 )
-
-
-@triton.jit
-def load_gates(g, stride, n):
-    """Load the log gates of a chunk's n tokens, zero behind them."""
-    o_c = tl.arange(0, 64)
-    b_g = tl.load(g + o_c * stride, mask=o_c < n, other=0.0).to(tl.float32)
-    return tl.maximum(b_g, LEAST_GATE)
-
-
-@triton.jit
-def decay_inside(b_g):
-    """Return Σ g over j < s ≤ i in row i and column j of `[64, 64]`, and zero where j ≥ i.
-
-    These are differences of running sums, of which none cancels: gates are split at multiples of
-    2⁻⁶, whose sums have no rounding, and what is left is below 1 in all. Gates below −4096, for
-    which there are not bits enough, are counted instead, and hide everything.
-    """
-    o_c = tl.arange(0, 64)
-    hides = b_g < -4096.0
-    shown = tl.where(hides, 0.0, b_g)
-    high = tl.floor(shown * 64.0) / 64.0
-    low = shown - high
-    number = tl.where(hides, 1.0, 0.0)
-    up_to = o_c[:, None] >= o_c[None, :]
-    so_far = o_c[:, None] <= o_c[None, :]
-    b_a = tl.sum(tl.where(up_to, high[None, :], 0.0), 1)[:, None]
-    b_a -= tl.sum(tl.where(so_far, high[:, None], 0.0), 0)[None, :]
-    b_low = tl.sum(tl.where(up_to, low[None, :], 0.0), 1)[:, None]
-    b_low -= tl.sum(tl.where(so_far, low[:, None], 0.0), 0)[None, :]
-    hidden = tl.sum(tl.where(up_to, number[None, :], 0.0), 1)[:, None]
-    hidden -= tl.sum(tl.where(so_far, number[:, None], 0.0), 0)[None, :]
-    b_a = tl.where(hidden > 0.0, LEAST_GATE, b_a + b_low)
-    return tl.where(o_c[:, None] > o_c[None, :], b_a, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,13 +45,14 @@ def prepare_kernel(
     q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, w_t: tl.constexpr,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, WINDOWED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    PRODUCTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Write what one chunk and key head has to itself, for the `GROUP` query heads as well.
 
     That is F and (I + M)⁻¹, the sum of its gates, Q←, K→ and the sums of gates that go with them;
     with DIAGONAL also o and log₂ Σ 2^logit of its rows, over its own keys. K and V are
     worked through in tiles of BK and BV, so that whatever they are the same few tiles are held.
+    PRODUCTS is the precision of what makes F.
     """
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = tl.program_id(0) // H
@@ -117,11 +84,11 @@ def prepare_kernel(
     for i_k in range(0, K, BK):
         b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_k, K, BK), PRECISION)
         b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i_k, K, BK), PRECISION)
-        m = dot_add(b_w, tl.trans(b_w), m, PRECISION)
+        m = dot_add(b_w, tl.trans(b_w), m, PRODUCTS)
         b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
     m = tl.where(below, m * b_beta[:, None], 0.0)
     b_y = cast_operand(tl.where(below, b_y * b_beta[:, None], 0.0), PRECISION)
-    b_inverse = cast_operand(inverse_unit_lower(m, 64, PRECISION), PRECISION)
+    b_inverse = cast_operand(inverse_unit_lower(m, 64, PRODUCTS), PRECISION)
     if inverse is not None:
         p_inverse = inverse + (i_h * (num_rows // 64) + i_chunk) * 4096
         store_tile(p_inverse, o_c * 64, everywhere, 0, b_inverse, 64, 64)
@@ -154,7 +121,7 @@ def prepare_kernel(
             for i_k in range(0, K, BK):
                 b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_k, K, BK), PRECISION)
                 b_z = cast_operand(b_w.to(tl.float32) * b_beta[:, None], PRECISION)
-                b_z = cast_operand(dot(b_inverse, b_z, PRECISION), PRECISION)
+                b_z = cast_operand(dot(b_inverse, b_z, PRODUCTS), PRECISION)
                 if queries_rise:
                     b_q = load_tile(p_q, o_c * q_t, m_c, i_k, K, BK).to(tl.float32)
                     b_q = (b_q - dot(b_x, b_z, PRECISION)) * scale
@@ -168,7 +135,7 @@ def prepare_kernel(
                         b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_r, K, BK), PRECISION)
                         o_r = i_r + tl.arange(0, BK)
                         eye = tl.where(o_r[:, None] == i_k + tl.arange(0, BK)[None, :], 1.0, 0.0)
-                        b_f = eye - dot(tl.trans(b_w), b_z, PRECISION)
+                        b_f = eye - dot(tl.trans(b_w), b_z, PRODUCTS)
                         store_tile(p_f, o_r * K, o_r < K, i_k, b_f, K, BK)
         if GATED:
             b_g = load_gates(g + batch * g_b + start * g_t + i_hq * g_h, g_t, n)

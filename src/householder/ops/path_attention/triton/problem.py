@@ -13,6 +13,7 @@ level l at (2b + 1) 2^l − 1.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,36 @@ def locate_tile(i_tile, T, cu_seqlens, tile_sequence, first_tile, PACKED: tl.con
         per_row = tl.cdiv(T, 128)
         row = i_tile // per_row
         return row, 0, T, row * per_row
+
+
+@triton.jit
+def locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED: tl.constexpr):
+    """Return, of a chunk, the batch row, its first token there and its number in the sequence.
+
+    And the number of tokens from there on, zero or less behind the sequence's end.
+    """
+    batch, first, length, tile = locate_tile(
+        i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
+    )
+    chunk = i_chunk - 2 * tile
+    start = tl.cast(first, tl.int64) + chunk * 64
+    return tl.cast(batch, tl.int64), start, chunk, length - chunk * 64
+
+
+@triton.jit
+def locate_block(i_block, T, cu_seqlens, tile_sequence, first_tile, level, PACKED: tl.constexpr):
+    """Return the first chunk of a block of `level` ≥ 1, its sequence's tokens and first tile.
+
+    Of a packed batch there is one program per tile, and no block for tiles that begin none.
+    """
+    if PACKED:
+        _, _, length, tile = locate_tile(i_block, T, cu_seqlens, tile_sequence, first_tile, PACKED)
+        chunk = 2 * (i_block - tile)
+        length = tl.where((chunk & ((1 << level) - 1)) == 0, length, 0)
+        return chunk, length, tile
+    else:
+        per_row = tl.cdiv(T, 64 << level)
+        return (i_block % per_row) << level, T, (i_block // per_row) * tl.cdiv(T, 128)
 
 
 @triton.jit
@@ -127,6 +158,11 @@ class Problem(NamedTuple):
         return torch.float32 if self.precision == "tf32x3" else torch.float16
 
     @property
+    def product_precision(self) -> str:
+        """The precision of what products of reflections are made of: hundreds of them add up."""
+        return "fp32" if self.precision == "tf32x3" else "fp16"
+
+    @property
     def heads(self) -> int:
         """Query heads, HQ."""
         return self.q.shape[2]
@@ -173,9 +209,10 @@ class Problem(NamedTuple):
     def suits_squares(self) -> bool:
         """Whether the forms for Hopper that copy all of a chunk into shared memory take the inputs.
 
-        They multiply reflectors and keys as they are, and so want them in one dtype.
+        They multiply reflectors and keys as they are, or both in float16 if reflectors are float32.
         """
-        return self.suits_hopper and self.heads == self.k.shape[2] and self.w.dtype == self.k.dtype
+        one_dtype_or_wide = self.w.dtype in (self.k.dtype, torch.float32)
+        return self.suits_hopper and self.heads == self.k.shape[2] and one_dtype_or_wide
 
     @property
     def fuses_chunks(self) -> bool:
@@ -249,3 +286,19 @@ def make_problem(
         num_levels=num_levels(T),
         precision="fp16" if precision == "tf32" else precision,
     )
+
+
+def kind_of_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+) -> Hashable:
+    """Return what the programs of a call depend on, whatever its batch and, in a deep tree, T."""
+    tensors = tuple((x.dtype, x.stride(1), x.shape[2:]) for x in (q, k, v, w))
+    absent = tuple(x is None for x in (g, sinks, window, cu_seqlens))
+    return q.device, tensors, absent, min(num_levels(q.shape[1]), 4)

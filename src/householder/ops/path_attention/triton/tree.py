@@ -18,14 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
+from householder.ops._triton import cast_operand, dot, dot_add, launch, load_tile, store_tile
 from householder.ops.path_attention.triton import config
+from householder.ops.path_attention.triton.gates import climb_gates_kernel, join_gates_kernel
 from householder.ops.path_attention.triton.prepare import prepare_kernel
 from householder.ops.path_attention.triton.problem import (
     SIZES,
     Problem,
     block_slot,
     has_right,
+    locate_block,
     locate_tile,
     lowest_bit,
     strides,
@@ -52,22 +54,6 @@ def multiply_rows(
             acc = dot_add(b_x, cast_operand(b_f, PRECISION), acc, PRECISION)
         store_tile(p_to, o_c * K, o_c >= 0, i, acc, K, BLOCK)
     tl.debug_barrier()
-
-
-@triton.jit
-def locate_block(i_block, T, cu_seqlens, tile_sequence, first_tile, level, PACKED: tl.constexpr):
-    """Return the first chunk of a block of `level` ≥ 1, its sequence's tokens and first tile.
-
-    Of a packed batch there is one program per tile, and no block for tiles that begin none.
-    """
-    if PACKED:
-        _, _, length, tile = locate_tile(i_block, T, cu_seqlens, tile_sequence, first_tile, PACKED)
-        chunk = 2 * (i_block - tile)
-        length = tl.where((chunk & ((1 << level) - 1)) == 0, length, 0)
-        return chunk, length, tile
-    else:
-        per_row = tl.cdiv(T, 64 << level)
-        return (i_block % per_row) << level, T, (i_block // per_row) * tl.cdiv(T, 128)
 
 
 @triton.jit
@@ -144,27 +130,10 @@ def join_wide_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def join_gates_kernel(
-    gate_sums, cu_seqlens, tile_sequence, first_tile, T, HQ, rows, level, PACKED: tl.constexpr
-):
-    """Add the gates of the halves of one full block of `level` ≥ 1 and one query head."""
-    i = (tl.program_id(0) % HQ).to(tl.int64)
-    chunk, length, tile = locate_block(
-        tl.program_id(0) // HQ, T, cu_seqlens, tile_sequence, first_tile, level, PACKED
-    )
-    if (chunk + (1 << level)) * 64 < length:
-        block = chunk >> level
-        p_sums = gate_sums + i * (tl.cast(rows, tl.int64) // 32)
-        left = tl.load(p_sums + block_slot(2 * tile, level - 1, 2 * block))
-        right = tl.load(p_sums + block_slot(2 * tile, level - 1, 2 * block + 1))
-        tl.store(p_sums + block_slot(2 * tile, level, block), left + right)
-
-
-@triton.jit(do_not_specialize=SIZES)
 def climb_kernel(
     q_levels, k_levels, f, cu_seqlens, tile_sequence, first_tile, T, H, rows, programs,
-    GROUP: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """Take one chunk's keys of one head, or its queries, up the tree from their first level.
 
@@ -240,45 +209,6 @@ def climb_kernel(
                 level = above
 
 
-@triton.jit(do_not_specialize=SIZES)
-def climb_gates_kernel(
-    decay, gate_sums, cu_seqlens, tile_sequence, first_tile, T, HQ, rows, PACKED: tl.constexpr
-):
-    """Take the sums of gates of one chunk and query head up the tree."""
-    i_chunk = tl.program_id(0) // HQ
-    i = (tl.program_id(0) % HQ).to(tl.int64)
-    _, _, length, tile = locate_tile(i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED)
-    chunk = i_chunk - 2 * tile
-    if (chunk // 2) * 128 >= length:
-        return
-    num_rows = tl.cast(rows, tl.int64)
-    of_level = HQ * num_rows
-    p_decay = decay + i * num_rows + i_chunk.to(tl.int64) * 64 + tl.arange(0, 64)
-    p_sums = gate_sums + i * (num_rows // 32)
-    if chunk > 0:
-        level = lowest_bit(chunk)
-        b_decay = tl.load(p_decay + level * of_level)
-        rest = chunk & (chunk - 1)
-        while rest > 0:
-            b_decay += tl.load(p_sums + block_slot(2 * tile, level, (chunk >> level) - 1))
-            level = lowest_bit(rest)
-            rest = rest & (rest - 1)
-            tl.store(p_decay + level * of_level, b_decay)
-    rest = -1 - chunk
-    level = lowest_bit(rest)
-    num_chunks = tl.cdiv(length, 64)
-    if has_right(chunk, level, num_chunks):
-        b_decay = tl.load(p_decay + level * of_level)
-        rest = rest & (rest - 1)
-        above = lowest_bit(rest)
-        while has_right(chunk, above, num_chunks):
-            b_decay += tl.load(p_sums + block_slot(2 * tile, level, (chunk >> level) + 1))
-            tl.store(p_decay + above * of_level, b_decay)
-            level = above
-            rest = rest & (rest - 1)
-            above = lowest_bit(rest)
-
-
 class Tree(NamedTuple):
     """Queries, keys and products of all levels, over the tiles' rows (see `problem.py`).
 
@@ -343,29 +273,32 @@ def prepare(p: Problem, tree: Tree, o: Tensor | None, lse: Tensor | None) -> Non
     if p.suits_squares:
         from householder.ops.path_attention.triton import hopper_prepare
 
-        launch = config.hopper_prepare_launch(K, V)
-        hopper_prepare.prepare_kernel[(p.chunks * H,)](
+        parameters = config.hopper_prepare_launch(K, V)
+        launch(
+            hopper_prepare.prepare_kernel, (p.chunks * H,),
             p.q, p.k, p.v, p.w, p.beta, tree.q, tree.k, tree.f, tree.inverse, o, lse, *p.packing,
             p.scale, T, H, p.rows, L, **steps, K=K, V=V, PACKED=p.cu_seqlens is not None,
-            DIAGONAL=o is not None, NK=-(-K // 64), NV=-(-V // 64), **launch.options,
+            DIAGONAL=o is not None, NK=-(-K // 64), NV=-(-V // 64),
+            WIDE=p.w.dtype != p.k.dtype, **parameters.options,
         )  # fmt: skip
         return
-    block, launch = config.prepare_launch(p.precision)
+    block, parameters = config.prepare_launch(p.precision)
     steps |= {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
-    prepare_kernel[(p.chunks * H,)](
+    launch(
+        prepare_kernel, (p.chunks * H,),
         p.q, p.k, p.v, p.w, p.beta, p.g, tree.q, tree.k, tree.f, tree.inverse, tree.decay,
         tree.gate_sums, o, lse, *p.packing, p.scale, p.window, T, H, p.rows, L, **steps,
         **(p.constants | {"BK": min(p.constants["BK"], block)}), V=V,
         BV=min(config.key_block(V, p.precision), block), WINDOWED=p.window is not None,
-        DIAGONAL=o is not None, **launch.options,
+        DIAGONAL=o is not None, PRODUCTS=p.product_precision, **parameters.options,
     )  # fmt: skip
 
 
 def join(p: Problem, tree: Tree) -> None:
     """Multiply the products of blocks level by level, and add their gates."""
     B, T, H, K = p.k.shape
-    block, launch = config.join_launch(K, p.precision)
-    constants = {name: p.constants[name] for name in ("K", "PACKED", "PRECISION")}
+    block, parameters = config.join_launch(K, p.precision)
+    constants = {"K": K, "PACKED": p.cu_seqlens is not None, "PRECISION": p.product_precision}
     steps = 2 if block >= K else 1
 
     def blocks(level: int) -> int:
@@ -375,16 +308,20 @@ def join(p: Problem, tree: Tree) -> None:
     for level in range(1, p.num_levels - 1, steps):
         where = *p.packing, T, H, p.rows, level
         if block >= K:
-            join_kernel[(blocks(level + 1) * H,)](
-                tree.f, *where, p.num_levels, **constants, BK=p.constants["BK"], **launch.options
+            launch(
+                join_kernel, (blocks(level + 1) * H,),
+                tree.f, *where, p.num_levels, **constants, BK=p.constants["BK"],
+                **parameters.options,
             )  # fmt: skip
         else:
-            join_wide_kernel[(blocks(level) * H * -(-K // block),)](
-                tree.f, *where, **constants, BN=block, **launch.options
-            )
+            launch(
+                join_wide_kernel, (blocks(level) * H * -(-K // block),),
+                tree.f, *where, **constants, BN=block, **parameters.options,
+            )  # fmt: skip
     if p.g is not None:
         for level in range(1, p.num_levels - 1):
-            join_gates_kernel[(blocks(level) * p.heads,)](
+            launch(
+                join_gates_kernel, (blocks(level) * p.heads,),
                 tree.gate_sums, *p.packing, T, p.heads, p.rows, level,
                 PACKED=p.cu_seqlens is not None, num_warps=1,
             )  # fmt: skip
@@ -396,14 +333,17 @@ def climb(p: Problem, tree: Tree, with_queries: bool) -> None:
     HQ = p.heads
     if p.num_levels < 2:
         return
-    launch = config.climb_launch(K, p.precision)
+    parameters = config.climb_launch(K, p.precision)
     programs = HQ + H if with_queries else H
-    climb_kernel[(p.chunks * programs,)](
-        tree.q, tree.k, tree.f, *p.packing, T, H, p.rows, programs, **p.constants,
-        **launch.options,
+    constants = {name: x for name, x in p.constants.items() if name != "GATED"}
+    launch(
+        climb_kernel, (p.chunks * programs,),
+        tree.q, tree.k, tree.f, *p.packing, T, H, p.rows, programs, **constants,
+        **parameters.options,
     )  # fmt: skip
     if p.g is not None:
-        climb_gates_kernel[(p.chunks * HQ,)](
+        launch(
+            climb_gates_kernel, (p.chunks * HQ,),
             tree.decay, tree.gate_sums, *p.packing, T, HQ, p.rows,
             PACKED=p.cu_seqlens is not None, num_warps=1,
         )  # fmt: skip

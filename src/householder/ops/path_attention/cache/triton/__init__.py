@@ -1,38 +1,43 @@
 """New tokens on a GPU, one or a few: Triton kernels over the tensors of a `Store`.
 
-Four kernels. `enter` puts the tokens behind the recent ones and brings their queries to the end of
-the newest block; `paths` brings these to the end of every other block; `attend` lets queries meet
-recent keys, and those of blocks in spans side by side; `finish` joins the parts of the softmax and
-counts the tokens. How many tokens there are is read from the device, so that a captured graph can
-be replayed as the cache grows; and a span has the same tokens whatever the batch, so that a row's
-output does not depend on the others.
+Two kernels. In the first, some programs put the tokens behind the recent ones and bring their
+queries to the end of every block; the others wait for these, and let queries meet recent keys, and
+those of blocks in spans side by side. The second joins the parts of the softmax and counts the
+tokens. How many tokens there are is read from the device, so that a captured graph can be replayed
+as the cache grows; and a span has the same tokens whatever the batch, so that a row's output does
+not depend on the others.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from householder.ops._triton import dot_precision, on_its_device, power_of_two
-from householder.ops.path_attention.cache.triton.attend import (
-    attend_kernel,
-    finish_kernel,
-    paths_kernel,
-)
-from householder.ops.path_attention.cache.triton.enter import enter_kernel, enter_one_kernel
+from householder.ops.path_attention.cache.store import Held
+from householder.ops.path_attention.cache.triton.step import finish_kernel, step_kernel
 
-# Whether a kernel starts while the one before it ends, where a GPU can do so.
-OVERLAP = True
+# Whether the second kernel starts while the first one ends, and whether programs that wait for
+# others read ahead: both from Hopper on.
+OVERLAP = EARLY = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
-# Tiles and warps, measured on an H200: recent tokens of `enter` at a time; columns of a path;
-# recent tokens, and others, of `attend`, and its registers where more programs come than fit.
-ENTER_BC, ENTER_WARPS = 64, 8
+# Row and key heads whose tokens enter before the first ones attend.
+AHEAD = 64
+# Tiles and warps, measured on an H200: recent tokens that one token meets at a time, and that
+# several do; columns of a path; recent tokens, and others, that are attended to at a time; and the
+# registers of a program where more come than fit, of those for one token and for several.
+ONE_BC, FEW_BC = 64, 32
 PATH_COLUMNS = 64
 RECENT_TILE = 32
-TILE, STAGES, ATTEND_WARPS, ATTEND_REGS = 32, 3, 4, 128
+TILE, STAGES, WARPS = 32, 3, 4
+REGISTERS, FEW_REGISTERS = 128, 168
+FINISH_WARPS = 1
+FUSED = False
+ENTER_WARPS = 4
 # Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
 # programs that can wait at a time.
 FETCHED = 25 << 20
@@ -49,14 +54,19 @@ def span(num_queries: int) -> int:
     return 256 if num_queries <= 4 else 512
 
 
+def is_from_hopper_on(device: torch.device) -> bool:
+    """Return whether a device has what `OVERLAP` and `EARLY` need."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def with_vectors(x: Tensor) -> Tensor:
     """Return `x`, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def precision(x: Tensor) -> str:
-    """Return the precision of products with the cache's keys or values."""
-    # Nothing here is far beyond their own range, so that float16 takes both operands.
+def value_precision(x: Tensor) -> str:
+    """Return the precision of products with the cache's values."""
+    # Weights are at most 1, so that float16 takes both operands.
     return "fp16" if x.dtype == torch.float16 else dot_precision(x)
 
 
@@ -71,7 +81,7 @@ def decode(
     scale: float,
     sinks: Tensor | None,
     window: int | None,
-    store: dict[str, Tensor],
+    held: Held,
     counts: Tensor,
     new: Tensor | None,
     num_tokens: int,
@@ -88,7 +98,7 @@ def decode(
         scale: factor on the inner products.
         sinks: `[HQ]` or None.
         window: how many tokens a query sees, or None.
-        store: the store's tensors by name, contiguous, with room for N more tokens.
+        held: the store's tensors, contiguous, with room for N more tokens.
         counts: int32 `[2, B]`: tokens in blocks and tokens after them; the second is counted up.
         new: int32 `[B]`: how many of the N tokens a row gets; all if None.
         num_tokens: no row has more tokens in blocks.
@@ -100,28 +110,33 @@ def decode(
     B, N, HQ, K = q.shape
     H, V = k.shape[2], v.shape[3]
     G = HQ // H
-    keys, values, paths = store["keys"], store["values"], store["paths"]
-    room, recent_room, triangle_room = keys.shape[2], store["w"].shape[2], store["ty"].shape[2]
-    gated = g is not None
+    keys, values, ty = held.keys, held.values, held.ty
+    room, recent_room, triangle_room = keys.shape[2], held.w.shape[2], ty.shape[2]
+    gated, windowed, half = g is not None, window is not None, keys.element_size() == 2
     BK, BV = power_of_two(K), power_of_two(V)
-    size = keys.element_size()
-    # From Hopper on a kernel can start while the one before it ends, and wait inside for it.
-    overlap = OVERLAP and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    early = {"launch_pdl": True} if overlap else {}
+    hopper = is_from_hopper_on(q.device)
+    overlap = OVERLAP and hopper
 
     SPAN = span(N * G)
     levels = (SPAN // BLOCK).bit_length() - 1
     num_parts = 1 + num_tokens // SPAN + levels
-    # Blocks that any row may have, but the newest.
-    num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
-    num_queries = 2 + num_paths
     # More queries at a time would not fit the registers.
     wide = max(BK, BV) > 128
     BG = power_of_two(N * G, most=16 if wide else 64)
+    chunks = -(-N * G // BG)
     # Whether programs wait for others to end: then more of them have to fit a multiprocessor.
-    many = B * H * num_parts > FILLED
-    chunks, chunks_of_16 = -(-N * G // BG), -(-N * G // 16)
+    many = B * H * chunks * num_parts > FILLED
     fetched = FETCHED // (2 * B * H * chunks * num_parts)
+
+    single = N == 1 and MAX_SUMMED >= G
+    columns = PATH_COLUMNS // 2 if wide else PATH_COLUMNS
+    columns, recents = min(columns, BK), ONE_BC if single else FEW_BC
+    slices = BK // columns
+    num_entering = 2 + (slices if single else -(-N * G // 16))
+    # The queries as they come, for the newest block, for others that any row may have; and what
+    # each slice's program needs of its own.
+    num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
+    num_queries = 2 + num_paths + (slices - 1 if single else 0)
 
     memory = partial(q.new_empty, dtype=torch.float32)
     queries = memory(B, H, num_queries, N * G, K)
@@ -132,41 +147,55 @@ def decode(
     tops = memory(2, B, H, N * G, num_parts)
     o = v.new_empty(B, N, HQ, V)
 
-    single = N == 1 and MAX_SUMMED >= G
-    enter, programs = (enter_one_kernel, 3) if single else (enter_kernel, chunks_of_16 + 2)
-    enter[(B * H, programs)](
-        q, k, v, w, beta, g, counts, new,
-        keys, values, store["w"], store["beta"], store.get("g"), store["tw"], store["ty"],
-        queries, along, wk, decays, shifts,
+    arguments = (
+        q, k, v, w, beta, g, counts, new, held.ready,
+        keys, values, held.w, held.beta, held.g, held.tw, ty,
+        held.paths, held.path_scales, held.block_decay, held.path_decays,
+        queries, along, wk, decays, shifts, parts, tops,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room,
-        G=G, K=K, V=V, BK=BK, BV=BV, BC=ENTER_BC // 2 if wide else ENTER_BC,
-        BR=power_of_two(triangle_room), GATED=gated, OVERLAP=overlap,
-        **({} if single else {"SINGLE": N == 1}), num_warps=ENTER_WARPS, num_stages=1,
+        scale * LOG2_E, 0 if window is None else window, fetched,
     )  # fmt: skip
-    if num_paths:
-        columns = PATH_COLUMNS // 2 if wide else PATH_COLUMNS
-        paths_kernel[(B * H * chunks_of_16, num_paths * -(-K // columns))](
-            paths, counts, new, queries, B, H, N, num_queries,
-            G=G, K=K, BK=BK, KC=columns, BLOCK=BLOCK, FEW=N * G <= MAX_SUMMED,
-            PRECISION=precision(paths), OVERLAP=overlap, num_warps=4, **early,
+    options: dict[str, Any] = {
+        "B": B, "H": H, "N": N, "num_queries": num_queries, "num_parts": num_parts, "room": room,
+        "recent_room": recent_room, "triangle_room": triangle_room,
+        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BG": BG, "KC": columns, "SPAN": SPAN,
+        "BC": recents // 2 if wide else recents, "BR": power_of_two(triangle_room),
+        "RECENT": RECENT_TILE // 2 if wide else RECENT_TILE, "LEVELS": levels, "TILE": TILE,
+        "BLOCK": BLOCK, "SINGLE": single, "GATED": gated, "WINDOWED": windowed, "HALF": half,
+        "VALUE_PRECISION": value_precision(values), "EARLY": EARLY and hopper, "OVERLAP": overlap,
+        "STAGES": STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
+        "num_stages": 1,
+    }  # fmt: skip
+    warps = 2 * WARPS if wide else WARPS
+    early = {"launch_pdl": True} if overlap else {}
+    registers = REGISTERS if many and BG == 16 and half else None
+    if single or FUSED:
+        ahead = min(AHEAD, B * H)
+        turns = -(-B * H // ahead)
+        programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
+        step_kernel[(programs,)](
+            *arguments, ahead, **options, ENTERS=True, ATTENDS=True, num_warps=warps,
+            maxnreg=registers if single or not registers else FEW_REGISTERS,
         )  # fmt: skip
-    attend_kernel[(num_parts, B * H * chunks)](
-        keys, values, store.get("block_decay"), store["ty"], store.get("path_decays"),
-        counts, new, queries, along, wk, decays, shifts, parts, tops,
-        0 if window is None else window, fetched, B, H, N, num_queries, num_parts, room,
-        triangle_room,
-        G=G, K=K, V=V, BK=BK, BV=BV, BG=BG, BC=RECENT_TILE // 2 if wide else RECENT_TILE,
-        SPAN=SPAN, LEVELS=levels, TILE=TILE, BLOCK=BLOCK, GATED=gated,
-        WINDOWED=window is not None, PRECISION=precision(keys), VALUE_PRECISION=precision(values),
-        OVERLAP=overlap, STAGES=STAGES if TILE * (BK + BV) * size <= 1 << 15 else 2,
-        num_warps=2 * ATTEND_WARPS if wide else ATTEND_WARPS, num_stages=1,
-        maxnreg=ATTEND_REGS if many and BG == 16 and size == 2 else None, **early,
-    )  # fmt: skip
+    else:
+        step_kernel[(B * H * num_entering,)](
+            *arguments,
+            B * H,
+            **options,
+            ENTERS=True,
+            ATTENDS=False,
+            num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+        )
+        step_kernel[(B * H * chunks * num_parts,)](
+            *arguments, B * H, **options, ENTERS=False, ATTENDS=True, num_warps=warps,
+            maxnreg=registers, **early,
+        )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
-        parts, tops, sinks, counts, new, o, B, H, N, num_parts,
+        parts, tops, sinks, counts, new, held.ready, o, B, H, N, num_parts,
         G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
-        WITH_SINKS=sinks is not None, OVERLAP=overlap, num_warps=4, **early,
+        WITH_SINKS=sinks is not None, OVERLAP=overlap,
+        num_warps=4 if N * G <= 4 else FINISH_WARPS,
+        **early,
     )  # fmt: skip
     return o

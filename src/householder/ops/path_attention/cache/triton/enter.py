@@ -1,19 +1,12 @@
-"""The first kernel of a decoded step: new tokens meet the recent ones' compact WY form."""
+"""Programs in front of a decoded step: new tokens meet the recent ones' compact WY form."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from householder.ops._triton import beside_diagonal, dot
-from householder.ops.path_attention.cache.triton.fetch import fetch_to_l2
-
-# Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
-NOT_SPECIAL = [
-    *("B", "H", "N", "num_queries", "room", "recent_room"),
-    *("s_bb", "s_bt", "s_bh", "s_gb", "s_gt", "s_gh"),
-]
+from householder.ops._triton import beside_diagonal
+from householder.ops.path_attention.cache.triton.products import dot_path, dot_whole
 
 
 @triton.jit
@@ -33,22 +26,18 @@ def load_new(pointer, s_t, o_n, n, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def triangle_of_new(w, beta, o_n, N, SINGLE: tl.constexpr):
+def triangle_of_new(w, beta, o_n, N, HALF: tl.constexpr):
     """Return T of the new tokens alone, `(I + tril(β W Wᵀ, −1))⁻¹ diag(β)`, rows from zero on."""
+    # Joined from pairs, as in `inverse_unit_lower`: no power of the triangle is formed.
+    gram = dot_whole(w, tl.trans(w), HALF) * beta[:, None]
+    gram = tl.where(o_n[:, None] > o_n[None, :], gram, 0.0)
     same = o_n[:, None] == o_n[None, :]
-    if SINGLE:
-        ut = tl.where(same, beta[:, None], 0.0)
-    else:
-        # Joined from pairs, as in `inverse_unit_lower`: no power of the triangle is formed.
-        gram = dot(w, tl.trans(w), "tf32x3") * beta[:, None]
-        gram = tl.where(o_n[:, None] > o_n[None, :], gram, 0.0)
-        inverse = tl.where(same, 1.0, 0.0) - tl.where(beside_diagonal(o_n, 1), gram, 0.0)
-        levels = tl.where(N > 8, 3, tl.where(N > 4, 2, tl.where(N > 2, 1, 0)))
-        for level in range(1, 1 + levels):
-            beside = tl.where(beside_diagonal(o_n, 1 << level), -gram, 0.0)
-            inverse += dot(dot(inverse, beside, "tf32x3"), inverse, "tf32x3")
-        ut = inverse * beta[None, :]
-    return ut
+    inverse = tl.where(same, 1.0, 0.0) - tl.where(beside_diagonal(o_n, 1), gram, 0.0)
+    levels = tl.where(N > 8, 3, tl.where(N > 4, 2, tl.where(N > 2, 1, 0)))
+    for level in range(1, 1 + levels):
+        beside = tl.where(beside_diagonal(o_n, 1 << level), -gram, 0.0)
+        inverse += dot_whole(dot_whole(inverse, beside, HALF), inverse, HALF)
+    return inverse * beta[None, :]
 
 
 @triton.jit
@@ -86,236 +75,223 @@ def sum_gates(
         tl.store(p_g_row + r + o_n, g, mask=m_n)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIAL)
-def enter_one_kernel(
-    p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
-    p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty,
-    p_queries, p_along, p_wk, p_decays, p_shifts,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_wb, s_wt, s_wh,
-    s_bb, s_bt, s_bh, s_gb, s_gt, s_gh,
-    scale, B, H, N, num_queries, room, recent_room, triangle_room,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    GATED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Do what `enter_kernel` does for one token and few query heads a key head.
+@triton.jit
+def load_path(p_path, o_k, o_c, K: tl.constexpr):
+    """Load columns of a block's path as they are held."""
+    mask = (o_k < K)[:, None] & (o_c < K)[None, :]
+    return tl.load(p_path + o_k[:, None] * K + o_c[None, :], mask=mask, other=0)
 
-    Program (row and key head, i): the queries, the row of T W, or the token, its row of T Y and
-    sums of gates. Vectors take sums where tiles would take the tensor cores' sixteen rows.
+
+@triton.jit
+def load_scale(p_scales, row, o_c, K: tl.constexpr):
+    """Load what columns of a path are multiplied by, 1 where they are held in float32."""
+    if p_scales is None:
+        return tl.full((o_c.shape[0],), 1.0, tl.float32)
+    else:
+        return tl.load(p_scales + row * K + o_c, mask=o_c < K, other=0.0)
+
+
+@triton.jit
+def query_of_one(
+    q, w, beta, p_ws, p_tw, p_along, r, o_k, is_first, K: tl.constexpr, BC: tl.constexpr
+):
+    """Bring a query from behind the new token to the end of the newest block.
+
+    The first program that does so stores what it has along the reflectors in between.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
-    i_part, head = tl.program_id(1), tl.program_id(0).to(tl.int64)
-    i_b, i_h = head // H, head % H
-    p_ws += head * recent_room * K
-    p_tw += head * triangle_room * K
-    p_ty += head * triangle_room * triangle_room
-    if OVERLAP:
-        # Before the counts have come.
-        fetch_to_l2(p_ws, BC * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), BC * BK * 4)
-        fetch_to_l2(p_tw, BC * K * 4, BC * BK * 4)
-    n = N
-    if p_new is not None:
-        n = tl.load(p_new + i_b)
-    o_c, o_k = tl.arange(0, BC), tl.arange(0, BK)
+    o_c = tl.arange(0, BC)
+    # The new token's reflector first; then the recent ones, x − (x Wᵀ) (T W).
+    along_new = beta * tl.sum(q * w, 0)
+    if is_first:
+        tl.store(p_along + r, along_new)
+    x = q - along_new * w
+    turned = x
+    for start in range(0, r, BC):
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        along = tl.sum(ws * x[None, :], 1)
+        if is_first:
+            tl.store(p_along + start + o_c, along, mask=start + o_c < r)
+        turned -= tl.sum(tw * along[:, None], 0)
+    return turned
+
+
+@triton.jit
+def queries_of_one(
+    p_q, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+    i_slice, scale, head, heads, num_queries, r, num_paths, triangle_room,
+    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Bring one token's few queries to the end of the newest block, and from there to all others.
+
+    The latter in slices of columns, for which each program brings the queries to the newest block
+    itself: that takes less time than to wait for another. Sums take vectors where products would
+    take the tensor cores' sixteen rows.
+    """
+    o_k = tl.arange(0, BK)
     m_k = o_k < K
-    w = tl.load(p_w + i_b * s_wb + i_h * s_wh + o_k, mask=m_k, other=0.0).to(tl.float32)
-    beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
-    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
-    # Replays of a graph that nobody counted must not write outside.
-    r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
-    if n == 0:
-        return
-    exact = p_ty.dtype.element_ty
-    if i_part == 0:
-        for i_g in range(G):
-            p_q_row = p_q + i_b * s_qb + (i_h * G + i_g) * s_qh
-            q = tl.load(p_q_row + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
-            p_query = p_queries + (head * num_queries * G + i_g) * K + o_k
-            tl.store(p_query, q, mask=m_k)
-            # The new token's reflector first; then the recent ones, x − (x Wᵀ) (T W).
-            p_along_row = p_along + (head * G + i_g) * triangle_room
-            along_new = beta * tl.sum(q * w, 0)
-            tl.store(p_along_row + r, along_new)
-            x = q - along_new * w
-            turned = x
-            for start in range(0, r, BC):
-                ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-                tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-                along = tl.sum(ws * x[None, :], 1)
-                tl.store(p_along_row + start + o_c, along, mask=start + o_c < r)
-                turned -= tl.sum(tw * along[:, None], 0)
-            tl.store(p_query + G * K, turned, mask=m_k)
-    elif i_part == 1:
-        row = w
-        for start in range(0, r, BC):
+    p_queries += head * num_queries * G * K
+    p_along += head * G * triangle_room
+    # Every program has a place of its own for them; that of the first one is what others read.
+    p_turned = p_queries + tl.where(i_slice == 0, 1, num_queries - i_slice) * G * K
+    for i_g in range(G):
+        q = tl.load(p_q + i_g * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
+        if i_slice == 0:
+            tl.store(p_queries + i_g * K + o_k, q, mask=m_k)
+        p_row = p_along + i_g * triangle_room
+        turned = query_of_one(q, w, beta, p_ws, p_tw, p_row, r, o_k, i_slice == 0, K, BC)
+        tl.store(p_turned + i_g * K + o_k, turned, mask=m_k)
+    tl.debug_barrier()
+    o_c = i_slice * (BK // SLICES) + tl.arange(0, BK // SLICES)
+    for i_path in tl.range(0, num_paths, num_stages=STAGES):
+        row = head + i_path * heads
+        path = load_path(p_paths + row * K * K, o_k, o_c, K).to(tl.float32)
+        path_scale = load_scale(p_scales, row, o_c, K)
+        for i_q in tl.static_range(G):
+            x = tl.load(p_turned + i_q * K + o_k, mask=m_k, other=0.0)
+            x = tl.sum(path * x[:, None], 0) * path_scale
+            tl.store(p_queries + ((2 + i_path) * G + i_q) * K + o_c, x, mask=o_c < K)
+
+
+@triton.jit
+def row_of_tw(w, beta, p_ws, p_tw, r, o_k, K: tl.constexpr, BC: tl.constexpr):
+    """Append one token's row to T W."""
+    o_c = tl.arange(0, BC)
+    row = w
+    for start in range(0, r, BC):
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        row -= tl.sum(tw * tl.sum(ws * w[None, :], 1)[:, None], 0)
+    tl.store(p_tw + r * K + o_k, row * beta, mask=o_k < K)
+
+
+@triton.jit
+def row_of_ty(
+    w, beta, p_ws, p_keys, p_ty, p_wk, r, o_k, triangle_room, K: tl.constexpr, BC: tl.constexpr
+):
+    """Append one token's row to T Y; store that of Y, its reflector times recent keys."""
+    o_c = tl.arange(0, BC)
+    p_row = p_ty + r * triangle_room
+    for column in range(0, r, BC):
+        o_j = column + o_c
+        before = load_rows(p_keys, column, o_c, r - column, o_k, K)
+        y = tl.sum(before * w[None, :], 1)
+        tl.store(p_wk + o_j, y, mask=o_j < r)
+        for start in range(column, r, BC):
             ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-            tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-            row -= tl.sum(tw * tl.sum(ws * w[None, :], 1)[:, None], 0)
-        tl.store(p_tw + r * K + o_k, (row * beta).to(exact), mask=m_k)
-    else:
-        tokens = head * room + old
-        p_wk_row, p_ty_row = p_wk + head * 16 * triangle_room, p_ty + r * triangle_room
-        for column in range(0, r, BC):
-            o_j = column + o_c
-            before = load_rows(p_keys + tokens * K, column, o_c, r - column, o_k, K)
-            y = tl.sum(before * w[None, :], 1)
-            tl.store(p_wk_row + o_j, y, mask=o_j < r)
-            for start in range(column, r, BC):
-                ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-                ty = tl.load(
-                    p_ty + (start + o_c)[:, None] * triangle_room + o_j[None, :],
-                    mask=(start + o_c < r)[:, None] & (o_j < r)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
-            tl.store(p_ty_row + o_j, (y * beta).to(exact), mask=o_j < r)
-        tl.store(p_ty_row + r, tl.zeros((), exact))
-        o_v = tl.arange(0, BV)
-        k = tl.load(p_k + i_b * s_kb + i_h * s_kh + o_k, mask=m_k, other=0.0)
-        v = tl.load(p_v + i_b * s_vb + i_h * s_vh + o_v, mask=o_v < V, other=0.0)
-        tl.store(p_keys + (tokens + r) * K + o_k, as_held(k, p_keys.dtype.element_ty), mask=m_k)
-        tl.store(p_values + (tokens + r) * V + o_v, v, mask=o_v < V)
-        tl.store(p_ws + r * K + o_k, w, mask=m_k)
-        tl.store(p_betas + head * recent_room + r, beta)
-        if GATED:
-            p_g_new = p_g + i_b * s_gb + i_h * G * s_gh
-            sum_gates(
-                p_g_new, p_gs, p_decays, p_shifts, s_gt, s_gh, head, n, r, N,
-                recent_room, triangle_room, G, BR,
-            )  # fmt: skip
+            ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
+            y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
+        tl.store(p_row + o_j, y * beta, mask=o_j < r)
+    tl.store(p_row + r, 0.0)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIAL)
-def enter_kernel(
-    p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
-    p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty,
-    p_queries, p_along, p_wk, p_decays, p_shifts,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_wb, s_wt, s_wh,
-    s_bb, s_bt, s_bh, s_gb, s_gt, s_gh,
-    scale, B, H, N, num_queries, room, recent_room, triangle_room,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    SINGLE: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+@triton.jit
+def load_ty(p_ty, o_l, o_j, r, triangle_room):
+    """Load a tile of T Y in float32, zero from row and column `r` on."""
+    mask = (o_l < r)[:, None] & (o_j < r)[None, :]
+    ty = tl.load(p_ty + o_l[:, None] * triangle_room + o_j[None, :], mask=mask, other=0.0)
+    return ty.to(tl.float32)
+
+
+@triton.jit
+def queries_of_few(
+    p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+    i_chunk, scale, head, heads, n, N, num_queries, r, num_paths, triangle_room,
+    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, KC: tl.constexpr,
+    HALF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (row and key head, i): bring the i-th 16 queries to the end of the newest block.
+    """Bring 16 queries to the end of the newest block, and from there to all others."""
+    o_n, o_c, o_k = tl.arange(0, 16), tl.arange(0, BC), tl.arange(0, BK)
+    o_g = i_chunk * 16 + o_n
+    i_n = o_g // G  # a query's token
+    m_n, m_g = o_n < n, i_n < n
+    m_gk = m_g[:, None] & (o_k < K)[None, :]
+    p_along += (head * N * G + o_g)[:, None] * triangle_room
+    p_queries += head * num_queries * N * G * K + o_g[:, None] * K
+    p_row = p_q + i_n * s_qt + o_g % G * s_qh
+    q = tl.load(p_row[:, None] + o_k[None, :], mask=m_gk, other=0.0).to(tl.float32) * scale
+    tl.store(p_queries + o_k[None, :], q, mask=m_gk)
+    # A query's own reflector first, and those of the new tokens before it.
+    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    along_new = tl.where(o_n[None, :] <= i_n[:, None], dot_whole(q, tl.trans(w), HALF), 0.0)
+    along_new = dot_whole(along_new, ut, HALF)
+    tl.store(p_along + r + o_n[None, :], along_new, mask=m_g[:, None] & m_n[None, :])
+    x = q - dot_whole(along_new, w, HALF)
+    # Then the recent ones: x − (x Wᵀ) (T W).
+    turned = x
+    for start in range(0, r, BC):
+        along = dot_whole(x, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
+        m_gc = m_g[:, None] & (start + o_c < r)[None, :]
+        tl.store(p_along + start + o_c[None, :], along, mask=m_gc)
+        turned -= dot_whole(along, load_rows(p_tw, start, o_c, r - start, o_k, K), HALF)
+    tl.store(p_queries + N * G * K + o_k[None, :], turned, mask=m_gk)
+    SLICES: tl.constexpr = BK // KC
+    for i in tl.range(0, num_paths * SLICES, num_stages=STAGES):
+        i_path, o_s = i // SLICES, i % SLICES * KC + tl.arange(0, KC)
+        row = head + i_path * heads
+        path = load_path(p_paths + row * K * K, o_k, o_s, K)
+        behind = dot_path(turned, path, HALF) * load_scale(p_scales, row, o_s, K)[None, :]
+        p_behind = p_queries + (2 + i_path) * N * G * K
+        tl.store(p_behind + o_s[None, :], behind, mask=m_g[:, None] & (o_s < K)[None, :])
 
-    The last program but one appends rows to T W instead, and the last one the tokens, rows of T Y,
-    and sums of gates. No program reads what another writes.
-    """
-    if OVERLAP:
-        gdc_launch_dependents()
-    i_bh, i_part = tl.program_id(0), tl.program_id(1)
-    head = i_bh.to(tl.int64)
-    i_b, i_h = head // H, head % H
-    p_ws += head * recent_room * K
-    p_tw += head * triangle_room * K
-    p_ty += head * triangle_room * triangle_room
-    if OVERLAP:
-        # Before the counts have come.
-        fetch_to_l2(p_ws, BC * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), BC * BK * 4)
-        fetch_to_l2(p_tw, BC * K * 4, BC * BK * 4)
-    n = N
-    if p_new is not None:
-        n = tl.load(p_new + i_b)
-    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
-    # Replays of a graph that nobody counted must not write outside.
-    r = tl.minimum(r, tl.minimum(triangle_room, room - old) - N)
-    if n == 0:
-        return
-    o_c, o_k, o_n = tl.arange(0, BC), tl.arange(0, BK), tl.arange(0, 16)
-    m_n, m_k = o_n < n, o_k < K
+
+@triton.jit
+def rows_of_tw(
+    w, beta, p_ws, p_tw, r, n, N, o_k, K: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr
+):
+    """Append the new tokens' rows to T W: T₂₂ (W₂ − (W₂ W₁ᵀ) (T W)₁)."""
+    o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
+    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    x = w
+    for start in range(0, r, BC):
+        along = dot_whole(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
+        x -= dot_whole(along, load_rows(p_tw, start, o_c, r - start, o_k, K), HALF)
+    p_row = p_tw + (r + o_n)[:, None] * K + o_k[None, :]
+    tl.store(p_row, dot_whole(ut, x, HALF), mask=(o_n < n)[:, None] & (o_k < K)[None, :])
+
+
+@triton.jit
+def rows_of_ty(
+    k, w, beta, p_ws, p_keys, p_ty, p_wk, r, n, N, o_k, triangle_room,
+    K: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Append rows to T Y likewise, T₂₂ (Y₂₁ − (W₂ W₁ᵀ) (T Y)₁₁); Y₂ is W₂ times earlier keys."""
+    o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
+    m_n = o_n < n
+    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    p_rows = p_ty + (r + o_n)[:, None] * triangle_room
+    p_wk += o_n[:, None] * triangle_room
+    for column in range(0, r, BC):
+        o_j = column + o_c
+        m_nj = m_n[:, None] & (o_j < r)[None, :]
+        before = load_rows(p_keys, column, o_c, r - column, o_k, K)
+        y = dot_whole(w, tl.trans(before), HALF)
+        tl.store(p_wk + o_j[None, :], y, mask=m_nj)
+        for start in range(column, r, BC):
+            along = dot_whole(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
+            y -= dot_whole(along, load_ty(p_ty, start + o_c, o_j, r, triangle_room), HALF)
+        tl.store(p_rows + o_j[None, :], dot_whole(ut, y, HALF), mask=m_nj)
+    y = dot_whole(w, tl.trans(k.to(tl.float32)), HALF)
+    y = tl.where(o_n[:, None] > o_n[None, :], y, 0.0)
+    tl.store(p_wk + r + o_n[None, :], y, mask=m_n[:, None] & m_n[None, :])
     m_nn = m_n[:, None] & (o_n[None, :] <= o_n[:, None])
-    exact = p_ty.dtype.element_ty
-    w = load_new(p_w + i_b * s_wb + i_h * s_wh, s_wt, o_n, n, o_k, K)
-    p_beta += i_b * s_bb + i_h * s_bh
-    beta = tl.load(p_beta + o_n * s_bt, mask=m_n, other=0.0).to(tl.float32)
-    num_chunks = tl.num_programs(1) - 2
-    ut = triangle_of_new(w, beta, o_n, N, SINGLE)
+    tl.store(p_rows + r + o_n[None, :], dot_whole(ut, y, HALF), mask=m_nn)
 
-    if i_part <= num_chunks:
-        o_g = i_part * 16 + tl.arange(0, 16)
-        i_n = o_g // G  # a query's token
-        m_g = i_n < n
-        m_gk = m_g[:, None] & m_k[None, :]
-        p_along_row = p_along + (head * N * G + o_g)[:, None] * triangle_room
-        p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K + o_k[None, :]
-        if i_part < num_chunks:
-            p_row = p_q + i_b * s_qb + i_n * s_qt + (i_h * G + o_g % G) * s_qh
-            q = tl.load(p_row[:, None] + o_k[None, :], mask=m_gk, other=0.0).to(tl.float32) * scale
-            tl.store(p_query, q, mask=m_gk)
-            # A query's own reflector first, and those of the new tokens before it.
-            if SINGLE:
-                along = tl.sum(q * tl.sum(w, 0)[None, :], 1) * tl.sum(beta, 0)
-                x = q - along[:, None] * tl.sum(w, 0)[None, :]
-                along = tl.where((o_n == 0)[None, :], along[:, None], 0.0)
-            else:
-                seen = o_n[None, :] <= i_n[:, None]
-                along = tl.where(seen, dot(q, tl.trans(w), "tf32x3"), 0.0)
-                along = dot(along, ut, "tf32x3")
-                x = q - dot(along, w, "tf32x3")
-            tl.store(p_along_row + r + o_n[None, :], along, mask=m_g[:, None] & m_n[None, :])
-        else:
-            x = w
-        # Then the recent ones: x − (x Wᵀ) (T W).
-        turned = x
-        for start in range(0, r, BC):
-            along = dot(x, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), "tf32x3")
-            if i_part < num_chunks:
-                m_gc = m_g[:, None] & (start + o_c < r)[None, :]
-                tl.store(p_along_row + start + o_c[None, :], along, mask=m_gc)
-            turned -= dot(along, load_rows(p_tw, start, o_c, r - start, o_k, K), "tf32x3")
-        if i_part < num_chunks:
-            tl.store(p_query + N * G * K, turned, mask=m_gk)
-        else:
-            # Rows of T W are T₂₂ times what has been made of W₂.
-            if SINGLE:
-                rows = turned * beta[:, None]
-            else:
-                rows = dot(ut, turned, "tf32x3")
-            p_row = p_tw + (r + o_n)[:, None] * K + o_k[None, :]
-            tl.store(p_row, rows.to(exact), mask=m_n[:, None] & m_k[None, :])
-    else:
-        # Rows of T Y likewise, T₂₂ (Y₂₁ − (W₂ W₁ᵀ) (T Y)₁₁); Y₂ is W₂ times the keys before it.
-        tokens = head * room + old
-        p_k += i_b * s_kb + i_h * s_kh
-        m_nk = m_n[:, None] & m_k[None, :]
-        k = tl.load(p_k + o_n[:, None] * s_kt + o_k[None, :], mask=m_nk, other=0.0)
-        k = as_held(k, p_keys.dtype.element_ty)
-        p_ty_row = p_ty + (r + o_n)[:, None] * triangle_room
-        p_wk_row = p_wk + (head * 16 + o_n)[:, None] * triangle_room
-        for column in range(0, r, BC):
-            o_j = column + o_c
-            m_nj = m_n[:, None] & (o_j < r)[None, :]
-            before = load_rows(p_keys + tokens * K, column, o_c, r - column, o_k, K)
-            y = dot(w, tl.trans(before), "tf32x3")
-            tl.store(p_wk_row + o_j[None, :], y, mask=m_nj)
-            for start in range(column, r, BC):
-                along = dot(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), "tf32x3")
-                ty = tl.load(
-                    p_ty + (start + o_c)[:, None] * triangle_room + o_j[None, :],
-                    mask=(start + o_c < r)[:, None] & (o_j < r)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                y -= dot(along, ty, "tf32x3")
-            y = dot(ut, y, "tf32x3")
-            tl.store(p_ty_row + o_j[None, :], y.to(exact), mask=m_nj)
-        y = dot(w, tl.trans(k.to(tl.float32)), "tf32x3")
-        y = tl.where(o_n[:, None] > o_n[None, :], y, 0.0)
-        tl.store(p_wk_row + r + o_n[None, :], y, mask=m_n[:, None] & m_n[None, :])
-        y = dot(ut, y, "tf32x3")
-        tl.store(p_ty_row + r + o_n[None, :], y.to(exact), mask=m_nn)
 
-        o_v = tl.arange(0, BV)
-        m_nv = m_n[:, None] & (o_v < V)[None, :]
-        p_v += i_b * s_vb + i_h * s_vh
-        v = tl.load(p_v + o_n[:, None] * s_vt + o_v[None, :], mask=m_nv, other=0.0)
-        new = (tokens + r + o_n)[:, None]
-        tl.store(p_keys + new * K + o_k[None, :], k, mask=m_nk)
-        tl.store(p_values + new * V + o_v[None, :], v, mask=m_nv)
-        tl.store(p_ws + (r + o_n)[:, None] * K + o_k[None, :], w, mask=m_nk)
-        tl.store(p_betas + head * recent_room + r + o_n, beta, mask=m_n)
-        if GATED:
-            p_g_new = p_g + i_b * s_gb + i_h * G * s_gh
-            sum_gates(
-                p_g_new, p_gs, p_decays, p_shifts, s_gt, s_gh, head, n, r, N,
-                recent_room, triangle_room, G, BR,
-            )  # fmt: skip
+@triton.jit
+def put_tokens(
+    k, w, beta, p_v, s_vt, p_keys, p_values, p_ws, p_betas, r, n,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Store new tokens `[16, …]` behind the recent ones."""
+    o_n, o_k, o_v = tl.arange(0, 16), tl.arange(0, BK), tl.arange(0, BV)
+    m_n = o_n < n
+    m_nk = m_n[:, None] & (o_k < K)[None, :]
+    m_nv = m_n[:, None] & (o_v < V)[None, :]
+    v = tl.load(p_v + o_n[:, None] * s_vt + o_v[None, :], mask=m_nv, other=0.0)
+    new = (r + o_n)[:, None]
+    tl.store(p_keys + new * K + o_k[None, :], k, mask=m_nk)
+    tl.store(p_values + new * V + o_v[None, :], v, mask=m_nv)
+    tl.store(p_ws + new * K + o_k[None, :], w, mask=m_nk)
+    tl.store(p_betas + r + o_n, beta, mask=m_n)

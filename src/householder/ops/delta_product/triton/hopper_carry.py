@@ -1,6 +1,6 @@
 """The carry of segments for Hopper's tensor cores (compute capability 9.0), in Gluon.
 
-The same algorithm as in `segments.py`. All that a chunk needs is copied while the ones before are
+The same algorithm as in `carry.py`. All that a chunk needs is copied while the ones before are
 computed, into a ring of places in shared memory, and so a chunk needs but one barrier.
 """
 
@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from householder.ops._gluon import async_load, barrier, copy_tile, product_layout, row_layout
+from householder.ops._gluon import barrier, copy_tile, product_layout, row_layout
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
@@ -26,7 +26,13 @@ from householder.ops.delta_product.triton.chunks import (
     TO_END,
     TOKEN_FROM_START,
 )
-from householder.ops.delta_product.triton.hopper_tiles import add, buffers, pick, tile_rows
+from householder.ops.delta_product.triton.hopper_tiles import (
+    add,
+    buffers,
+    copy_triangle_and_table,
+    pick,
+    tile_rows,
+)
 
 
 @gluon.jit
@@ -89,24 +95,16 @@ def copy_tokens(
     """Start to copy keys, values, T and coefficients of chunk `i`, nothing past the end."""
     warps: gl.constexpr = gl.num_warps()
     load_k: gl.constexpr = row_layout(BK, 8, warps)
-    load_r: gl.constexpr = row_layout(R, 8, warps)
     load_v: gl.constexpr = row_layout(BV, 8, warps)
-    width: gl.constexpr = 6 * R if GATED else R
-    size_g: gl.constexpr = 8 * R if GATED else R
     n = gl.minimum(length - i * C, C) * N
     start = i.to(gl.int64) * C
     i_ch = (chunk + i) * HV + i_h
     k_rows, o_krows = tile_rows(R, N, k_t, k_n, load_k)
     copy_tile(s_k.index(stage), p_k + start * k_t, k_rows, o_krows, n, 0, K, BK, load_k)
-    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
-    left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
     v_rows, o_vrows = tile_rows(R, N, v_t, v_n, load_v)
     n_v = gl.where(i_v < V, n, 0)  # beside V are the map's columns
     copy_tile(s_v.index(stage), p_v + start * v_t, v_rows, o_vrows, n_v, i_v, V, BV, load_v)
-    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
-    left = gl.where(n > 0, width, 0)
-    async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
+    copy_triangle_and_table(stage, i_ch, n > 0, ut, table, s_t, s_g, s_g, N, C, R, R, GATED, False)
     async_copy.commit_group()
 
 
@@ -236,10 +234,7 @@ def copy_back(
     """Start to copy dO, queries, keys, T and coefficients of chunk `i`, if there is one."""
     warps: gl.constexpr = gl.num_warps()
     load_k: gl.constexpr = row_layout(BK, 8, warps)
-    load_r: gl.constexpr = row_layout(R, 8, warps)
     load_v: gl.constexpr = row_layout(BV, 8, warps)
-    width: gl.constexpr = 6 * R if GATED else R
-    size_g: gl.constexpr = 8 * R if GATED else R
     n = gl.where(i >= 0, gl.minimum(length - i * C, C), 0)
     start = i.to(gl.int64) * C
     i_ch = (chunk + i) * HV + i_h
@@ -249,17 +244,7 @@ def copy_back(
     copy_tile(s_q.index(stage), p_q + start * q_t, q_rows, o_qrows, n, 0, K, BK, load_k)
     d_rows, o_drows = tile_rows(BC, 1, do_t, 0, load_v)
     copy_tile(s_do.index(stage), p_do + start * do_t, d_rows, o_drows, n, i_v, V, BV, load_v)
-    t_rows, o_trows = tile_rows(R, 1, R, 0, load_r)
-    left = gl.where(n > 0, R, 0)
-    copy_tile(s_t.index(stage), ut + i_ch * (R * R), t_rows, o_trows, left, 0, R, R, load_r)
-    o_g = gl.arange(0, size_g, layout=gl.BlockedLayout([4], [32], [warps], [0]))
-    left = gl.where(n > 0, width, 0)
-    async_load(s_g.index(stage), table + i_ch * width + o_g, mask=o_g < left)
-    if GATED:
-        # A query's gates are those of its token's first row; past the chunk's end there is none.
-        o_l = gl.arange(0, 2 * BC, layout=gl.BlockedLayout([1], [32], [warps], [0]))
-        o_log = (LOG_HIGH + o_l // BC) * R + gl.minimum(o_l % BC, C - 1) * N
-        async_load(s_l.index(stage), table + i_ch * width + o_log, mask=o_l < left)
+    copy_triangle_and_table(stage, i_ch, n > 0, ut, table, s_t, s_g, s_l, N, C, R, BC, GATED, GATED)
     async_copy.commit_group()
 
 

@@ -1,0 +1,51 @@
+"""What programs of a decoded step tell one another, and early reads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def arrive(p_count):
+    """Count this program as done with what others wait for; all it has stored is seen by them."""
+    # Every thread's stores come before the one thread that counts.
+    tl.debug_barrier()
+    tl.atomic_add(p_count, 1, sem="release")
+
+
+@triton.jit
+def wait_for(p_count, target, EARLY: tl.constexpr):
+    """Wait until so many programs have arrived, whose numbers must all be lower than this one's.
+
+    A GPU starts programs in the order of their numbers: those waited for run already. With EARLY
+    each thread asks for itself, in one instruction to the compiler: a loop around it can still be
+    pipelined, and what it reads first is on its way before.
+    """
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 arrived; ASK: ld.acquire.gpu.global.u32 arrived, [$1]; "
+            "setp.lt.u32 p, arrived, $2; @p bra ASK; mov.u32 $0, arrived; }",
+            "=r,l,r", [p_count.to(tl.int64), target], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        while tl.atomic_add(p_count, 0, sem="acquire") < target:
+            pass
+        tl.debug_barrier()
+
+
+@triton.jit
+def fetch_to_l2(pointer, size, MOST: tl.constexpr):
+    """Ask for `size` bytes at `pointer`, MOST at most, to be brought to the L2 cache.
+
+    In pieces of 512, each thread its own; a pointer that is not a multiple of 16 is rounded down,
+    and what is left over at the end is left out.
+    """
+    offset = tl.arange(0, MOST // 512) * 512
+    address = (pointer.to(tl.int64) + offset) & -16
+    wanted = (offset + 512 <= size).to(tl.int32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], 512; mov.b32 $0, 0; }",
+        "=r,l,r", [address, wanted], tl.int32, False, 1,
+    )  # fmt: skip
