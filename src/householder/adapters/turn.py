@@ -41,6 +41,10 @@ def turn_by_products(k: Tensor, x: Tensor) -> Tensor:
     The products with x are of the precision that PyTorch multiplies the layer's weight with.
     """
     with torch.autocast(x.device.type, enabled=False):
+        # Of rows that are no multiples of 16 bytes the tensor cores make nothing; a reflector of
+        # zeros is the identity.
+        if x.dtype in HALF and len(k) % 8:
+            k = F.pad(k, (0, 0, 0, -len(k) % 8))
         wide = k.to(torch.float32 if k.dtype in HALF else torch.float64)
         gram = wide @ wide.mT
         squares = gram.diagonal()
