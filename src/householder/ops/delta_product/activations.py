@@ -295,8 +295,9 @@ class Activate(torch.autograd.Function):
             dx if asked else None for dx, asked in zip(grads, ctx.asked_for, strict=False)
         )
         dg = given[3]
-        results = apply(ActivateBackward, *given, *ctx.saved_tensors, ctx.beta_scale)
-        *_, dt_bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # Once: activation checkpointing hands each out a single time.
+        results = apply(ActivateBackward, *given, *saved, ctx.beta_scale)
+        *_, dt_bias = saved
         sources = (*given, dg, None if dt_bias is None else dg)
         grads = tuple(
             None if source is None else x for source, x in zip(sources, results, strict=True)
