@@ -120,8 +120,9 @@ class Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        history = ctx.saved_tensors[2]
-        dx, dweight, dhistory = apply(ConvolveBackward, dy, *ctx.saved_tensors, ctx.silu)
+        saved = ctx.saved_tensors  # Once: activation checkpointing hands each out a single time.
+        dx, dweight, dhistory = apply(ConvolveBackward, dy, *saved, ctx.silu)
+        history = saved[2]
         return dx, dweight, None if history is None else dhistory, None, None
 
     @staticmethod
