@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import gc
 import inspect
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 import householder
+import recording
 
 RESULTS = Path(__file__).parent / "results"
 FILE = "in-transformers.csv"
@@ -186,8 +186,6 @@ def main() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / FILE
     continued = decode(model, tokens)
     dtype = model.dtype
     with torch.no_grad():
@@ -220,17 +218,8 @@ def main() -> None:
             }
             print(*(f"{row.get(c, '')}" for c in COLUMNS[1:9]), sep="  ", flush=True)
             if last:
-                append(path, row)
+                recording.append(options.results / FILE, COLUMNS, [row])
             gc.collect()
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":
