@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gc
 import inspect
 import platform
@@ -21,16 +20,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import householder
-import recording
+from recording import add_arguments, append, environment
 
-RESULTS = Path(__file__).parent / "results"
 FILE = "in-transformers.csv"
 COLUMNS = (
     "date", "case", "variant", "prefill_ms", "train_ms", "token_ms", "logits_difference",
@@ -179,13 +176,14 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), help="of the model; as the device is")
     parser.add_argument("--variants", help="separated by commas")
     parser.add_argument("--rounds", type=int, default=1, help="turns of every variant")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default="")
+    add_arguments(parser)
     options = parser.parse_args()
     model, tokens = make_model(options.size or options.device, options.device)
     import transformers
 
     transformers.logging.set_verbosity_error()
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / FILE
     continued = decode(model, tokens)
     dtype = model.dtype
     with torch.no_grad():
@@ -204,7 +202,7 @@ def main() -> None:
                 times[variant].setdefault(name, []).extend(values)
             medians = {name: f"{median(values):.4g}" for name, values in times[variant].items()}
             row = {
-                "date": datetime.date.today().isoformat(),
+                **environment(options.commit, transformers=transformers.__version__),
                 "case": f"qwen3-next-{options.device}-{'x'.join(map(str, tokens.shape))}",
                 "variant": variant,
                 **medians,
@@ -212,13 +210,10 @@ def main() -> None:
                 "note": "; ".join([said] * (variant == "fla" and said != "") + refusals),
                 "device": torch.cuda.get_device_name() if tokens.is_cuda else platform.machine(),
                 "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "commit": options.commit,
             }
             print(*(f"{row.get(c, '')}" for c in COLUMNS[1:9]), sep="  ", flush=True)
             if last:
-                recording.append(options.results / FILE, COLUMNS, [row])
+                append(path, COLUMNS, [row])
             gc.collect()
 
 

@@ -8,8 +8,9 @@
 `torch.nn.utils.parametrizations.orthogonal` with its Householder map. `vit`: a training step
 (forward, backward, AdamW) of timm's ViT-B/16 without trained weights, 64 images of 224² under
 bfloat16 autocast, with adapters on queries, keys, values and outputs of every attention; the peers
-are peft's LoRA and HRA. Times are medians, of whole calls, the host's share included; peak memory
-is what a step takes beyond model, gradients and optimizer.
+are peft's LoRA and HRA. Times are medians: `forward_ms` and `step_ms` of whole calls, the host's
+share included, `device_…` of the same replayed from a CUDA graph (a step without its optimizer).
+Peak memory is what a step takes beyond model, gradients and optimizer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from recording import add_arguments, append, environment, peak_memory
 
 REPEATS = 30  # of a call, or as many as take a second
 COLUMNS = (
-    "date", "case", "variant", "forward_ms", "step_ms", "peak_mib", "trained", "error",
+    "date", "case", "variant", "forward_ms", "step_ms", "device_forward_ms", "device_step_ms",
+    "peak_mib", "trained", "error",
     "device", "torch", "commit",
 )  # fmt: skip
 Row = dict[str, object]
@@ -61,6 +63,22 @@ def median_ms(call: Callable[[], object]) -> float:
     return round(statistics.median(times), 4)
 
 
+def captured_ms(call: Callable[[], object]) -> float | None:
+    """Return the median time of a call replayed from a CUDA graph; None if that cannot be."""
+    side = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as reason:  # some wait for the host on their way
+        print(f"cannot be captured: {str(reason).splitlines()[0][:80]}")
+        return None
+    return median_ms(graph.replay)
+
+
 def weights() -> Iterator[Row]:
     """Measure reading an orthogonal weight, and a gradient through it."""
     theirs = functools.partial(torch_parametrizations.orthogonal, orthogonal_map="householder")
@@ -86,9 +104,12 @@ def measure_weight(layer: nn.Module, dW: torch.Tensor) -> Row:
     with torch.no_grad():
         error = orthogonality_error(layer.weight) / 2**-23 / dW.shape[0] ** 0.5
         forward_ms = median_ms(lambda: layer.weight)
+        device_forward_ms = captured_ms(lambda: layer.weight)
     return {
         "forward_ms": forward_ms,
         "step_ms": median_ms(step),
+        "device_forward_ms": device_forward_ms,
+        "device_step_ms": captured_ms(step),
         "peak_mib": round(peak_memory(step)),
         "trained": sum(p.numel() for p in parameters),
         "error": f"{error:.2f}",
@@ -117,7 +138,8 @@ def measure_method(model: nn.Module) -> Row:
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def forward() -> torch.Tensor:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        # Without autocast's cache of weights, which a captured step would fill from outside.
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
             return model(images)
 
     def step() -> None:
@@ -125,11 +147,17 @@ def measure_method(model: nn.Module) -> Row:
         optimizer.step()
         optimizer.zero_grad()
 
+    def gradients() -> object:
+        return torch.autograd.grad(F.cross_entropy(forward().float(), labels), trained)
+
     with torch.no_grad():
         forward_ms = median_ms(forward)
+        device_forward_ms = captured_ms(forward)
     return {
         "forward_ms": forward_ms,
         "step_ms": median_ms(step),
+        "device_forward_ms": device_forward_ms,
+        "device_step_ms": captured_ms(gradients),
         "peak_mib": round(peak_memory(step)),
         "trained": sum(p.numel() for p in trained),
     }
@@ -160,7 +188,7 @@ def main() -> None:
     for group in arguments.groups:
         for row in groups[group]():
             append(arguments.results / "layers-gpu.csv", COLUMNS, [row | where])
-            print("  ".join(f"{row.get(name, '')!s:>12}" for name in COLUMNS[1:8]), flush=True)
+            print("  ".join(f"{row.get(name, '')!s:>12}" for name in COLUMNS[1:10]), flush=True)
 
 
 if __name__ == "__main__":

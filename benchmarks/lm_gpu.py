@@ -9,8 +9,8 @@ Width 1024, 24 layers, 8 heads of 128, SwiGLU of 2816, 32,000 tokens, untied hea
 4,096 tokens, fused AdamW, cross entropy without all logits on both sides. `autocast` keeps weights
 in float32 and multiplies in bfloat16; `bfloat16` keeps everything in bfloat16. Compiled variants,
 of both, are compiled block by block; `householder-keeping-compiled` makes nothing anew in its
-backward pass. Tokens per second are those of eight steps after four. A process per mixer; all but
-one wait.
+backward pass, and `fla-tf32` may multiply float32 matrices in TF32. Tokens per second are those of
+eight steps after four. A process per mixer; all but one wait.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ COLUMNS = (
 )  # fmt: skip
 MIXERS = ("gated_delta_net", "gated_delta_product", "delta_net", "delta_product")
 VARIANTS = (
-    "householder-compiled", "fla", "fla-compiled", "householder", "householder-keeping-compiled",
+    "householder-compiled", "fla", "fla-compiled", "fla-tf32", "householder",
+    "householder-keeping-compiled",
 )  # fmt: skip
 PRECISIONS = ("autocast", "bfloat16")
 BREAKDOWN = "language-model-breakdown-gpu.csv"
@@ -162,6 +163,7 @@ def measure(
     """Train a new model for a few steps and return what a row says about them."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if variant.endswith("tf32") else "highest")
     note = ""
     if variant.startswith("fla"):
         shorten_tuning()

@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md from the rows of `results/`.
+"""Write the tables of docs/benchmarks.md and of README.md from the rows of `results/`.
 
     python benchmarks/tables.py
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from recording import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = dict[tuple[str, str], dict[str, str]]
 
@@ -171,7 +172,12 @@ MIXERS = {
     "delta_net": "DeltaNet",
     "delta_product": "DeltaProduct, N = 2",
 }
-VARIANTS = {"householder-compiled": "householder", "householder": "householder, not compiled"}
+VARIANTS = {
+    "householder-compiled": "householder",
+    "householder": "householder, not compiled",
+    "householder-keeping-compiled": "householder, nothing made anew",
+    "fla-tf32": "fla, TF32 allowed",
+}
 
 
 def language_model(case: str) -> str:
@@ -244,6 +250,145 @@ def writing_table() -> str:
     return markdown("batch | householder, tokens per second (ms per token) | fla | ratio", lines)
 
 
+# Of README: what is computed, the rows' file and case, and the peer with its name there.
+README_CPU = (
+    (
+        "Q X, D = 512, N = 512, 32 columns",
+        *("apply-cpu.csv", "apply-512x512", "torch.linalg.householder_product"),
+        "`torch.linalg.householder_product`",
+    ),
+    *(
+        (
+            f"D = {D}, N = {N}",
+            "apply-cpu.csv",
+            f"apply-{D}x{N}",
+            "torch.linalg.householder_product",
+            "",
+        )
+        for D, N in ((1024, 64), (2048, 32))
+    ),
+    *(
+        (
+            f"{what}{', '.join(size.split('x'))}",
+            *(
+                "gated-delta-cpu.csv",
+                f"gated-delta-{size}-float32",
+                "transformers qwen3_next, chunked",
+            ),
+            name,
+        )
+        for what, size, name in (
+            (
+                "gated delta rule, B, T, H, K = V: ",
+                "1x2048x8x64",
+                "`transformers` (qwen3_next, chunked)",
+            ),
+            ("", "4x512x8x64", ""),
+            ("", "1x2048x8x128", ""),
+        )
+    ),
+)
+_FLA, _SDPA = ("fla", "fla"), ("sdpa", "SDPA, without positions")
+README_GPU = (
+    (
+        "`delta_product`, bfloat16, B, T, H, K = V: 8, 4096, 16, 128, N = 1",
+        *("delta-product-gpu.csv", "table-8x4096x16x128-n1-ungated", _FLA),
+    ),
+    ("the same, forget gates", "delta-product-gpu.csv", "table-8x4096x16x128-n1-gated", _FLA),
+    ("N = 2", "delta-product-gpu.csv", "table-8x4096x16x128-n2-ungated", _FLA),
+    ("N = 4", "delta-product-gpu.csv", "table-8x4096x16x128-n4-ungated", _FLA),
+    ("1, 32768, 16, 128, N = 1", "delta-product-gpu.csv", "table-1x32768x16x128-n1-ungated", _FLA),
+    (
+        "`path_attention`, bfloat16, 4, 4096, 16, 64",
+        *("path-attention-gpu.csv", "table-4x4096x16x64", _FLA, _SDPA),
+    ),
+    ("4, 4096, 16, 128", "path-attention-gpu.csv", "table-4x4096x16x128", _FLA, _SDPA),
+    ("1, 131072, 16, 128", "path-attention-gpu.csv", "length-1x131072x16x128", _FLA, _SDPA),
+    (
+        "Q of 1024 reflectors in 1024 dimensions, float32",
+        *("product-gpu.csv", "frame-n1024-r1024", ("torch", "`torch.linalg.householder_product`")),
+    ),
+    (
+        "frozen 4096 × 4096 layer, 32 trainable reflectors, 8192 tokens, bfloat16",
+        *(
+            "product-gpu.csv",
+            "adapted-n4096-r32",
+            ("peft", "peft's HRA"),
+            ("frozen", "frozen alone"),
+        ),
+    ),
+)
+
+
+# What has changed since a row was measured, by case and commit.
+OUTDATED = {
+    ("frame-n1024-r1024", "40ce887"): ", before its triangles were solved in float64",
+}
+
+
+def readme_cpu_table() -> str:
+    """Forward + backward on a CPU."""
+    lines = []
+    for what, file, case, variant, name in README_CPU:
+        rows = read(file)
+        found = [rows[case, "householder"], rows[case, variant]]
+        ours, peer = (float(row["median_ms"]) for row in found)
+        cells = [f"{three_digits(row['median_ms'])} ms" for row in found]
+        if file.startswith("gated"):
+            cells = [
+                f"{cell}, {float(row['peak_mib']):.0f} MiB"
+                for cell, row in zip(cells, found, strict=True)
+            ]
+        lines.append([what, cells[0], f"{name} {cells[1]}".strip(), f"{peer / ours:.2g}"])
+    return markdown("| householder | peer | ratio", lines)
+
+
+def readme_gpu_table() -> str:
+    """Forward and forward + backward on a GPU, with the peak of memory of the latter."""
+    lines = []
+    for what, file, case, *peers in README_GPU:
+        rows = read(file)
+        others = "; ".join(f"{name} {readme_figures(rows[case, v])}" for v, name in peers)
+        ours = rows[case, "householder"]
+        what += OUTDATED.get((case, ours["commit"]), "")
+        lines.append([what, readme_figures(ours), others])
+    return markdown("| householder | peers", lines)
+
+
+def readme_figures(row: dict[str, str]) -> str:
+    """Return forward / both in ms and the peak of memory, or why there are none."""
+    if row.get("note", "").startswith("refuses"):
+        return "refuses the gradient with this Triton"
+    times = path_figures(row, "ms") if "note" in row else figures(row, "forward_ms", "both_ms")
+    mib = row.get("peak_mib") or row.get("both_peak_mib")
+    if not mib:
+        return times
+    return f"{times}, {f'{float(mib) / 1024:.1f} GiB' if float(mib) > 4096 else f'{mib} MiB'}"
+
+
+def readme_language_model_table() -> str:
+    """Training and writing of 340M models."""
+    training, writing = read("language-model-gpu.csv"), read("language-model-decoding-gpu.csv")
+    lines = []
+    for mixer in ("gated_delta_net", "gated_delta_product"):
+        case = f"train-340m-{mixer}-8x4096-bfloat16"
+        found = [training[case, variant] for variant in ("householder-compiled", "fla")]
+        cells = [
+            f"{rounded(r['tokens_per_second'])}, {float(r['peak_gib']):.0f} GiB" for r in found
+        ]
+        lines.append([f"training steps, {MIXERS[mixer]}", *cells])
+    for batch in (1, 256):
+        case = f"decode-340m-gated_delta_net-batch-{batch}"
+        ours, fla = (rounded(writing[case, v]["tokens_per_second"]) for v in ("householder", "fla"))
+        lines.append([f"writing, Gated DeltaNet, batch {batch}", ours, fla])
+    return markdown("tokens per second, and peak of memory | householder | fla", lines)
+
+
+def rounded(number: str) -> str:
+    """Return a count with three digits and separators."""
+    return f"{float(f'{float(number):.3g}'):,.0f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "path-attention-gpu": path_attention_table,
     "delta-product-gpu": delta_product_table,
@@ -252,16 +397,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "language-model-training": training_table,
     "language-model-breakdown": breakdown_table,
     "language-model-writing": writing_table,
+    "readme-cpu": readme_cpu_table,
+    "readme-gpu": readme_gpu_table,
+    "readme-language-models": readme_language_model_table,
 }
 
 
 def rewritten(page: str) -> str:
     """Return the page with every table made again."""
-    unknown = {name for _, name, _ in TABLE.findall(page)} ^ set(TABLES)
+    unknown = {name for _, name, _ in TABLE.findall(page)} - set(TABLES)
     if unknown:
-        raise SystemExit(f"{PAGE.name} and TABLES differ in {sorted(unknown)}")
+        raise SystemExit(f"a page asks for tables that TABLES has not: {sorted(unknown)}")
     return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(rewritten(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text()))

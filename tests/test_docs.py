@@ -57,6 +57,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), f"{target}: there is no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    if page.name == "log.md":  # what was, too
+        return
+    folders = ("src", "tests", "benchmarks", "docs", "examples")
+    there = [str(path) for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    # Code by its name; other files, which may be what a run writes, where a folder is named too.
+    names = r"`([\w./-]+\.py|[\w.-]+/[\w./-]+\.(?:toml|csv))`"
+    for name in re.findall(names, page.read_text(encoding="utf-8")):
+        assert any(path.endswith(f"/{name}") for path in there), f"there is no {name}"
+
+
 def commands(text: str) -> Iterator[str]:
     """Yield the command lines in fenced blocks and in inline code."""
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)

@@ -22,13 +22,6 @@ from householder.ops import (
     path_attention,
 )
 
-if TYPE_CHECKING:
-    from householder import adapters as adapters
-    from householder import models as models
-    from householder import nn as nn
-    from householder import testing as testing
-    from householder import train as train
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -47,11 +40,18 @@ __all__ = [
 # Not imported here: `import householder` is to load torch and little more.
 _PARTS = ("adapters", "models", "nn", "testing", "train")
 
+if TYPE_CHECKING:
+    from householder import adapters as adapters
+    from householder import models as models
+    from householder import nn as nn
+    from householder import testing as testing
+    from householder import train as train
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _PARTS:
-        return importlib.import_module(f"householder.{name}")
-    raise AttributeError(f"module 'householder' has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        if name in _PARTS:
+            return importlib.import_module(f"householder.{name}")
+        raise AttributeError(f"module 'householder' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ def reflections(k, x):
     return x
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("shape", "N", "equal"),
     [((30,), 8, False), ((2, 40), 16, False), ((50,), 4, True), ((20,), 1, False), ((), 6, False)],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
-from householder.models import PRESETS, CausalLM, CausalLMConfig, linear_cross_entropy
+from householder.models import PRESETS, CausalLM, CausalLMConfig
 from householder.models._recompute import keeping_the_dear
 from householder.models.block import SwiGLU
 from householder.nn import (
@@ -24,6 +24,7 @@ from householder.nn import (
     PaTHAttention,
     RotaryAttention,
 )
+from householder.ops import linear_cross_entropy
 
 V = 11
 ALL_MIXERS = "delta,gated_delta,delta_product,gated_delta_product,path,path_fox,rope,swa,fox"
@@ -82,10 +83,15 @@ def test_config_survives_json():
         ({"global_layers": (8,)}, "`global_layers` must be indices from 0 to 7, got 8"),
         ({"window": 0}, "`window` must be at least 1, got 0"),
         ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0"),
+        ({"expand_v": 0.0}, "CausalLMConfig: `expand_v` must be greater than 0, got 0.0"),
+        ({"num_value_heads": 1.5}, "CausalLMConfig: `num_value_heads` must be an int, got 1.5"),
+        ({"qk_norm": "l1"}, "CausalLMConfig: `qk_norm` must be one of .* got 'l1'"),
+        ({"pattern": ["rope"]}, "CausalLMConfig: `pattern` must be a string"),
+        ({"global_layers": ("1",)}, "CausalLMConfig: `global_layers` must be ints, got '1'"),
     ],
 )
 def test_config_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         CausalLMConfig(**{"vocab_size": V, **options})
 
 

@@ -86,7 +86,17 @@ def test_decoder_changes_memory_that_stays_in_place():
         (
             lambda m, d: m.generate(some_tokens(1, 2), max_new_tokens=1, temperature=-1.0),
             ValueError,
-            "`temperature` must be at least 0",
+            "`temperature` must be finite and at least 0",
+        ),
+        (
+            lambda m, d: m.generate(some_tokens(1, 2), max_new_tokens=1, temperature=float("nan")),
+            ValueError,
+            "`temperature` must be finite and at least 0, got nan",
+        ),
+        (
+            lambda m, d: m.generate(some_tokens(1, 2), max_new_tokens=1, temperature="hot"),
+            TypeError,
+            "`temperature` must be a number, got 'hot'",
         ),
         (
             lambda m, d: m.reserve(m(some_tokens(1, 5), return_states=True)[1], 4),

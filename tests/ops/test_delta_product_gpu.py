@@ -108,6 +108,18 @@ def test_outputs_and_gradients_agree_with_float64(name, dtype, kernels, poisoned
             assert torch.equal(a, b), f"{label} changes from run to run"
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("strength", [1.0, 2.0], ids=["projections", "reflections"])
+def test_every_step_projects_or_reflects(strength, dtype, kernels):
+    inputs = delta_product_inputs(
+        2, 300, 2, 2, 128, 128, HV=4, decay=None, strength=strength, dtype=dtype, device="cuda"
+    )
+    expected = run(chunk, inputs, torch.float64)
+    for label, a, e in zip(OUTPUTS, run(kernels, inputs), expected, strict=True):
+        if e is not None:
+            assert relative_error(a, e) < LIMITS[dtype], label
+
+
 @pytest.mark.parametrize(
     ("K", "V", "N", "dtype"),
     [
@@ -204,15 +216,20 @@ def test_gates_of_any_strength(g, N, kernels):
         assert ((strong - exact).abs() / exact.abs()).median() < LIMITS[torch.bfloat16]
 
 
-def test_a_sequence_does_not_depend_on_its_batch(kernels):
-    inputs = arrange((4, 300, 2, 2, 2, 64, 64, 0.1, None), torch.bfloat16)
-    alone = {n: None if x is None else x[2:3].contiguous() for n, x in inputs.items()}
-    together, separate = (
-        kernels.forward(*(x[n] for n in ORDER), 0.1, x["initial_state"], None, True)
-        for x in (inputs, alone)
-    )
-    for a, b in zip(together[:2], separate[:2], strict=True):
-        assert torch.equal(a[2:3], b)
+@pytest.mark.parametrize("dtype", LIMITS, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_sequence_does_not_depend_on_its_batch(dtype, kernels):
+    inputs = arrange((4, 300, 2, 2, 2, 64, 64, 0.1, None), dtype)
+    do, dstate = torch.randn_like(inputs["q"]), torch.randn_like(inputs["initial_state"])
+
+    def differentiate(rows):
+        x = {n: None if x is None else x[rows].contiguous() for n, x in inputs.items()}
+        arguments = [*(x[n] for n in ORDER), 0.1, x["initial_state"], None]
+        o, state, *saved = kernels.forward(*arguments, True)
+        return [o, state, *kernels.backward(do[rows], dstate[rows], *arguments, *saved)]
+
+    together, alone = differentiate(slice(None)), differentiate(slice(2, 3))
+    for label, a, b in zip(OUTPUTS, together, alone, strict=True):
+        assert torch.equal(a[2:3], b), label
 
 
 @pytest.mark.parametrize("decay", [None, 0.05])

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from householder import householder_frame, householder_product
 from householder.testing import (
     CORRELATIONS,
+    assert_as_accurate,
     correlated_reflectors,
     orthogonality_error,
     relative_error,
@@ -127,6 +128,28 @@ def test_frames_are_orthogonal_however_close_the_reflectors_are(N, D, kind):
         Q = householder_frame(k)
         torch.backends.cuda.matmul.allow_tf32 = with_tf32
         assert orthogonality_error(Q) <= 4 * torch.finfo(torch.float32).eps * D**0.5
+
+
+@pytest.mark.parametrize("kind", CORRELATIONS)
+@pytest.mark.parametrize(("N", "D"), [(32, 1024), (64, 64), (128, 512)])
+def test_gradients_of_correlated_reflectors(N, D, kind):
+    """The loop's error, up to 4 times: what is left is that of sums of products with vectors.
+
+    Every triangle in float64 would change it by a twentieth.
+    """
+    k = correlated_reflectors(kind, N, D, device="cuda")
+    x, dy = draw(300, D).to("cuda", torch.float32), draw(300, D, seed=1).to("cuda", torch.float32)
+    grads = []
+    for impl, dtype in (
+        ("triton", torch.float32),
+        ("reference", torch.float32),
+        ("chunk", torch.float64),
+    ):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, k)]
+        y = householder_product(*leaves, impl=impl)
+        grads.append(torch.autograd.grad(y, leaves, dy.to(dtype)))
+    for name, actual, plain, expected in zip(("dx", "dk"), *grads, strict=True):
+        assert_as_accurate(actual, plain, expected, factor=4.0, name=name)
 
 
 def test_auto_runs_the_kernels(monkeypatch):

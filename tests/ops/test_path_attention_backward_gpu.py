@@ -16,9 +16,9 @@ NAMES = ("q", "k", "v", "w", "beta", "g", "sinks")
 # Gradients are rounded once per level, and are products of operands of that dtype; for float32 the
 # rounding of sums of 64 terms.
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2.5e-3, torch.float32: 5e-6}
-# Thousands of reflections with β‖w‖² = 2, as in the outputs' test: on an H200 dw was 4.5e-3 off in
-# float16.
-REFLECTION_LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 7e-3, torch.float32: 5e-6}
+# Thousands of reflections with β‖w‖² = 2, as in the outputs' test: on an H200 dw was 1.2e-2 off in
+# bfloat16 with reflectors in float32, and 4.5e-3 in float16.
+REFLECTION_LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 7e-3, torch.float32: 5e-6}
 
 # Sizes and options of `path_attention_inputs`, and `window`: all that gradient_config.py tells
 # apart, trees of up to six levels, and what the kernels have branches for.

@@ -280,6 +280,34 @@ class TestErrors:
         with pytest.raises(ValueError, match="`g` must be given"):
             self.cache.append(*part({**self.inputs, "g": None}, 0, 10))
 
+    @pytest.mark.parametrize("name", ["scale", "window", "sinks"])
+    def test_other_options_than_before(self, name):
+        self.cache.append(*part(self.inputs, 0, 10))
+        option = torch.zeros(2) if name == "sinks" else 3
+        with pytest.raises(ValueError, match=f"`{name}` must .* as in the first call, got"):
+            self.cache.append(*part(self.inputs, 0, 10), **{name: option})
+
+    @pytest.mark.parametrize("num_tokens", [1.0, True, [1, 0.5], None])
+    def test_rollback_of_no_count(self, num_tokens):
+        with pytest.raises(TypeError, match=r"rollback: `num_tokens` must be an int"):
+            self.cache.rollback(num_tokens)
+
+    @pytest.mark.parametrize(
+        ("rows", "error"),
+        [
+            ([0], TypeError),
+            (torch.tensor([0.0]), TypeError),
+            (torch.tensor([2]), ValueError),
+            (torch.tensor([-1]), ValueError),
+            (torch.tensor([[0]]), ValueError),
+            (torch.tensor([], dtype=torch.int64), ValueError),
+        ],
+    )
+    def test_select_of_other_rows(self, rows, error):
+        self.cache.append(*part(self.inputs, 0, 10))
+        with pytest.raises(error, match=r"select: `rows` must be"):
+            self.cache.select(rows)
+
     @pytest.mark.parametrize(
         ("arguments", "error"),
         [((0,), ValueError), ((1.0,), TypeError), ((True,), TypeError)],

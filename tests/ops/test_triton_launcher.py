@@ -199,3 +199,14 @@ def test_programs_are_compiled_and_loaded_at_the_same_time_on_the_callers_device
     for name, index in loaded:
         assert name.startswith("householder-compiler")
         assert index == 1
+
+
+def test_whoever_launches_what_could_not_be_compiled_is_told_why(may_compile):
+    def compile_one():
+        raise ValueError("too much shared memory")
+
+    with _triton._Compilers() as compilers:
+        result = compilers.submit(compile_one)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too much shared memory"):
+            result.result().run()

@@ -116,6 +116,7 @@ def test_a_folder_of_images(tmp_path, quiet):
     settings = dataclasses.replace(TINY, images=str(tmp_path / "images"), image_size=16, shots=2)
     (outcome,) = recipe.run(settings, tmp_path / "out", say=quiet, variants=[Variant("hra", 2)])
     assert outcome.head_parameters == 2 * 64 + 2
+    _adapters_report.plot([dataclasses.replace(outcome, kind="probe", size=0)], settings)
     with pytest.raises(ConfigError, match="at least 7 images"):
         recipe.load_halves(dataclasses.replace(settings, shots=3))
 

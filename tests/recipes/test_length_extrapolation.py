@@ -169,6 +169,14 @@ def test_files_table_and_picture(done):
     assert loss[3] == f"RoPE  ({exploded.at_end:.2f})"
     assert growth[3] == f"RoPE  ({exploded.at_end - exploded.at_training_length:+.3f})"
     assert len(loss) == len(growth) == 4
+    # What is published is a circle in the colour of its curve.
+    losses = {recipe.run_title(run.config): run.losses for run in found}
+    drawn = losses_figure(losses, found[0].config.context, {"DeltaNet": 0.34, "Another": 9.0})
+    curve, circle = drawn.axes[1].lines[0], drawn.axes[1].lines[4]
+    assert circle.get_ydata() == [0.34]
+    assert circle.get_markeredgecolor() == curve.get_color()
+    assert drawn.axes[1].get_legend() is not None
+    assert figure.axes[1].get_legend() is None
     # Where nothing grows there is a picture all the same.
     still = [dataclasses.replace(run, losses=np.ones(64, np.float32)) for run in found]
     assert figure_of(still).axes[1].get_ylim()[0] == LEAST_GROWTH

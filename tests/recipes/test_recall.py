@@ -65,18 +65,32 @@ def test_files_and_table_hold_every_width(tmp_path):
     assert f"≈100 / {100 * found[0].at_training_length:.1f}" in text
 
 
-def test_the_command_takes_its_flags_and_resumes(tmp_path, capsys):
+WORDS = (
+    *("--task", "mqar-2-12", "--length", "8", "--eval-length", "8", "--num-heads", "2"),
+    *("--num-layers", "1", "--steps", "2", "--batch-size", "2"),
+    *("--eval-samples", "4", "--device", "cpu", "--threads", "1"),
+)
+
+
+def run(capsys, *words):
     from householder.cli import main
 
-    words = ["reproduce", "recall", "--out", str(tmp_path / "out"), "--mixer", "delta_net"]
-    words += ["--task", "mqar-2-12", "--length", "8", "--eval-length", "8", "--num-heads", "2"]
-    words += ["--num-householder", "1", "--num-layers", "1", "--steps", "2", "--batch-size", "2"]
-    words += ["--eval-samples", "4", "--device", "cpu", "--threads", "1"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["reproduce", "recall", *words, *WORDS])
+    assert (exit_.value.code, capsys.readouterr().err) == (0, "")
+
+
+def test_the_command_takes_its_flags_and_resumes(tmp_path, capsys):
+    words = ["--out", str(tmp_path / "out"), "--mixer", "delta_net"]
     for width, more in (("8", []), ("16", []), ("16", ["--resume"])):
-        with pytest.raises(SystemExit) as exit_:
-            main([*words, "--d-model", width, *more])
-        assert (exit_.value.code, capsys.readouterr().err) == (0, "")
+        run(capsys, *words, "--d-model", width, *more)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["d16", "d8", "recall.csv", "recall.png"]
     with open(tmp_path / "out" / "recall.csv", newline="") as file:
         assert [row["d_model"] for row in csv.DictReader(file)] == ["8", "16"]
+
+
+def test_the_command_takes_a_mixer_that_takes_none_of_the_chosen_options(tmp_path, capsys):
+    run(capsys, "--out", str(tmp_path / "out"), "--mixer", "rotary_attention", "--d-model", "8")
+    (found,) = recall.read_results(tmp_path / "out")
+    assert (found.config.mixer, found.config.num_householder) == ("rotary_attention", 1)

@@ -106,7 +106,7 @@ def test_unwritable_folder_is_refused(pair, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file/out: cannot write the output folder"):
         open_folder(pair, tmp_path / "file" / "out")
-    with pytest.raises(OutputError, match="cannot write the output folder"):
+    with pytest.raises(OutputError, match="must be a folder, is a file"):
         open_folder(pair, tmp_path / "file")
 
 

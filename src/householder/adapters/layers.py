@@ -240,13 +240,16 @@ class HTALayer(AdapterLayer):
         if self.down is not None and self.up is not None:
             down.append(self.down)
             up.append(self.up)
-        A, B = torch.cat(down, dim=1), torch.cat(up, dim=2)
-        return A.flatten(0, 1), B[0] if len(B) == 1 else torch.block_diag(*B)
+        A, B = torch.cat(down, dim=1).flatten(0, 1), torch.cat(up, dim=2)
+        return A, B[0] if len(B) == 1 else torch.block_diag(*B)
 
     def additive(self, x: Tensor) -> Tensor:
         """Return ΔW x, at the cost of a LoRA of rank + 2 and a pass over x."""
         x = narrow(x)
         A, B = (factor.to(x.dtype) for factor in self.factors())
+        # Of rows that are no multiples of 16 bytes the tensor cores make nothing.
+        if x.is_cuda and (missing := -len(A) % 8):
+            A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
         d = self.diagonal.to(x.dtype)
         P, most, out = *d.shape, self.output_reflector.shape[-1]
         y = F.linear(F.linear(x, A), B)

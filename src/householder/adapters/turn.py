@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from householder.ops import householder_product
 
-# Up to so many features half-precision vectors on a GPU are turned by PyTorch's own products: the
+# Up to so many features and reflectors vectors on a GPU are turned by PyTorch's own products: the
 # kernels are faster on the device and take the host four times as long. TO BE MEASURED.
-MOST_FEATURES = 4095
+MOST_FEATURES, MOST_REFLECTORS = 4095, 64
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def turn(k: Tensor, x: Tensor) -> Tensor:
@@ -25,21 +27,25 @@ def turn(k: Tensor, x: Tensor) -> Tensor:
         x: `[..., D]`.
     """
     x = narrow(x)
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return householder_product(x, k).to(x.dtype)
-    k = k.to(x.dtype)
-    if x.is_cuda and x.shape[-1] <= MOST_FEATURES:
+    k = k.to(x.dtype) if x.dtype in HALF else k
+    N, D = k.shape
+    if x.is_cuda and k.dtype == x.dtype and D <= MOST_FEATURES and N <= MOST_REFLECTORS:
         return turn_by_products(k, x)
-    return householder_product(x, k)
+    return householder_product(x, k).to(x.dtype)
 
 
 def turn_by_products(k: Tensor, x: Tensor) -> Tensor:
-    """Return Q x as x − (x Kᵀ) W with W = Tᵀ K, which is made in float32.
+    """Return Q x as x − (x Kᵀ) W with W = Tᵀ K, which is made at twice the width.
 
     Written for the host, to which each step is a call: the fewer, the sooner a small layer is done.
+    The products with x are of the precision that PyTorch multiplies the layer's weight with.
     """
     with torch.autocast(x.device.type, enabled=False):
-        wide = k.float()
+        # Of rows that are no multiples of 16 bytes the tensor cores make nothing; a reflector of
+        # zeros is the identity.
+        if x.dtype in HALF and len(k) % 8:
+            k = F.pad(k, (0, 0, 0, -len(k) % 8))
+        wide = k.to(torch.float32 if k.dtype in HALF else torch.float64)
         gram = wide @ wide.mT
         squares = gram.diagonal()
         # A zero reflector is the identity with any coefficient.

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from householder.train.comparison import Comparison, run_comparison, stored_settings
+from householder.train.comparison import Comparison, run_comparison, stored_settings, taken
 from householder.train.errors import ConfigError
 from householder.train.interrupt import stop_on_signals
 from householder.train.loop import TrainResult
@@ -25,6 +25,8 @@ def run_chosen(
     """Run what is `chosen`, or what a resumed folder began with, changed by what is `given`."""
     refuse_both(resume, overwrite)
     base = stored_settings(folder) if resume else chosen
+    if "mixer" in given:
+        base = taken(base, given["mixer"])
     comparison = Comparison.from_settings({**base, **given})
     return _run_and_show(comparison, folder, resume=resume, overwrite=overwrite)
 

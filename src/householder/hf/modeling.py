@@ -13,9 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from householder.hf.cache import MAX_ROLLBACK, HouseholderCache
 from householder.hf.configuration import HouseholderConfig
-from householder.models import CausalLM, linear_cross_entropy
+from householder.models import CausalLM
 from householder.models.pretrained import MODEL_TYPE
 from householder.nn import PaTHAttention
+from householder.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
 """The label of a position that has no part in the loss."""

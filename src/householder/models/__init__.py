@@ -6,7 +6,6 @@ from householder.models.causal_lm_config import PRESETS, CausalLMConfig
 from householder.models.generation import Decoder
 from householder.models.pretrained import load_causal_lm, save_causal_lm
 from householder.models.sequence_tagger import SequenceTagger, SequenceTaggerConfig
-from householder.ops import linear_cross_entropy
 
 __all__ = [
     "PRESETS",
@@ -17,7 +16,6 @@ __all__ = [
     "SequenceTagger",
     "SequenceTaggerConfig",
     "SwiGLU",
-    "linear_cross_entropy",
     "load_causal_lm",
     "save_causal_lm",
 ]

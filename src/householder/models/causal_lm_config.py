@@ -12,6 +12,7 @@ from householder.models._fields import from_fields
 from householder.models.block import Block
 from householder.nn import ATTENTIONS, MIXERS, DeltaProductMixer
 from householder.nn._checks import check_choice, check_positive_float, check_positive_int
+from householder.nn.normalization import QK_ACTIVATIONS, QK_NORMS
 from householder.nn.softmax_attention import SoftmaxAttention
 
 SLIDING_WINDOW = "sliding_window_attention"
@@ -142,16 +143,37 @@ class CausalLMConfig:
         for name in ("vocab_size", "d_model", "num_layers", "head_dim", "window", "conv_size"):
             check_positive_int(where, name, getattr(self, name))
         check_positive_int(where, "num_householder", self.num_householder)
-        for name in ("num_heads", "attention_heads", "attention_head_dim", "mlp_width"):
+        check_positive_int(where, "path_w_rank", self.path_w_rank)
+        for name in (
+            "num_heads",
+            "num_value_heads",
+            "attention_heads",
+            "attention_key_heads",
+            "attention_head_dim",
+            "mlp_width",
+        ):
             if getattr(self, name) is not None:
                 check_positive_int(where, name, getattr(self, name))
-        for name in ("norm_eps", "rope_base"):
+        for name in ("norm_eps", "attention_norm_eps", "rope_base", "path_gate_scale"):
             check_positive_float(where, name, getattr(self, name))
-        if self.init_std is not None:
-            check_positive_float(where, "init_std", self.init_std)
+        for name in ("init_std", "expand_v"):
+            if getattr(self, name) is not None:
+                check_positive_float(where, name, getattr(self, name))
+        for name in ("qk_activation", "path_w_activation"):
+            check_choice(where, name, getattr(self, name), QK_ACTIVATIONS)
+        check_choice(where, "qk_norm", self.qk_norm, QK_NORMS)
+        if not isinstance(self.pattern, str):
+            raise TypeError(
+                f"{where}: `pattern` must be a string, got {self.pattern!r}; join names of mixers "
+                "by commas"
+            )
         for name in self._pattern():
             check_choice(where, "pattern", name, [*LAYERS, *ALIASES])
         for index in self.global_layers:
+            if not isinstance(index, int):
+                raise TypeError(
+                    f"{where}: `global_layers` must be ints, got {index!r}; count layers from 0"
+                )
             if not 0 <= index < self.num_layers:
                 raise ValueError(
                     f"{where}: `global_layers` must be indices from 0 to {self.num_layers - 1}, "

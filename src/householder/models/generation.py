@@ -212,10 +212,19 @@ def draw(
 def check_draw_options(
     where: str, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    """Raise ValueError where an option of `draw` is out of range."""
-    if temperature < 0:
-        raise ValueError(f"{where}: `temperature` must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"{where}: `top_k` must be at least 1, got {top_k}")
+    """Raise where an option of `draw` is out of range (ValueError) or no number (TypeError)."""
+    for name, value in (("temperature", temperature), ("top_p", 1.0 if top_p is None else top_p)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{where}: `{name}` must be a number, got {value!r}; pass a float")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"{where}: `temperature` must be finite and at least 0, got {temperature}; "
+            "0 takes the likeliest token, 1 draws as the model says"
+        )
+    if top_k is not None:
+        check_positive_int(where, "top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"{where}: `top_p` must be above 0 and at most 1, got {top_p}")
+        raise ValueError(
+            f"{where}: `top_p` must be above 0 and at most 1, got {top_p}; "
+            "None draws among all tokens"
+        )

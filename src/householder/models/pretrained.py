@@ -16,6 +16,7 @@ import torch
 
 from householder.models.causal_lm import CausalLM
 from householder.models.causal_lm_config import CausalLMConfig
+from householder.storage import fsync_path, write_atomically
 
 MODEL_TYPE = "householder"
 
@@ -66,11 +67,11 @@ def write_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-    weights, config = folder / ".model.safetensors.tmp", folder / ".config.json.tmp"
+    weights = folder / ".model.safetensors.tmp"
     save_file(plain, weights, metadata={"format": "pt"})
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    fsync_path(weights)
     os.replace(weights, folder / "model.safetensors")
-    os.replace(config, folder / "config.json")
+    write_atomically(folder / "config.json", json.dumps(fields, indent=2) + "\n")
 
 
 def load_causal_lm(
@@ -106,7 +107,10 @@ def load_causal_lm(
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"load_causal_lm: {folder}: weights and config differ: {error}") from error
+        raise ValueError(
+            f"load_causal_lm: the weights in {folder} must be those of its config, they are not: "
+            f"{error}; give both of one model"
+        ) from error
     return model.to(device=device, dtype=dtype).eval()
 
 

@@ -64,6 +64,15 @@ def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | N
     return check_cu_seqlens(where, cu_seqlens, x.shape[0], x.shape[1])
 
 
+def check_token(where: str, x: Tensor, d_model: int) -> None:
+    """Raise unless `x` is one token of each sequence, `[B, d_model]`."""
+    if x.dim() != 2:
+        raise ValueError(
+            f"{where}.step: `x` must be [B, d_model={d_model}], got shape {list(x.shape)}; "
+            "use forward for more than one token"
+        )
+
+
 def check_mask(
     where: str, mask: Tensor, x: Tensor, state: object, cu_seqlens: Tensor | None
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
 from householder.nn.key_value_buffer import KeyValueBuffer
 from householder.nn.softmax_attention import SoftmaxAttention
+from householder.ops.wy import compute_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -194,7 +195,7 @@ class ForgettingAttention(KeyValueAttention):
 
     def _no_gates(self, batch_size: int) -> Tensor:
         weight = self.f_proj.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = compute_dtype(weight)
         return weight.new_empty(batch_size, 0, self.num_heads, dtype=dtype)
 
     def _attend(
@@ -230,7 +231,7 @@ class ForgettingAttention(KeyValueAttention):
 
     def _log_gates(self, x: Tensor) -> Tensor:
         logits = self.f_proj(x)
-        return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return F.logsigmoid(logits.to(compute_dtype(logits)))
 
     def _check_state(self, state: KeyValueState, batch_size: int) -> None:
         super()._check_state(state, batch_size)
@@ -255,7 +256,7 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
     half = x.shape[-1] // 2
     speed = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = (position[:, None] * speed)[:, None]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     a, b = x.to(dtype).split(half, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -357,7 +357,9 @@ def check_weight(
 ) -> None:
     """Raise unless `weight` is a finite floating-point tensor of the given shape."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{where}: `weight` must be a tensor, got {type(weight).__name__}")
+        raise TypeError(
+            f"{where}: `weight` must be a tensor, got {type(weight).__name__}; convert it first"
+        )
     if not (weight.is_floating_point() or (complex_allowed and weight.is_complex())):
         kind = "real or complex floating point" if complex_allowed else "real floating point"
         raise TypeError(f"{where}: `weight` must be {kind}, got {weight.dtype}; convert it first")

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from householder.ops.wy import compute_dtype
+
 
 def init_weight(weight: Tensor, std: float | None) -> None:
     """Fill a weight matrix or a depthwise kernel in place.
@@ -70,7 +72,7 @@ def init_forget_gate(A_log: Tensor, dt_bias: Tensor) -> None:
     with torch.no_grad():
         # Drawn in float32 at least: half precision would round most of the interval away. The lower
         # bound only keeps an exact 0 (one draw in 2^24) from becoming log 0.
-        A = torch.empty_like(A_log, dtype=torch.promote_types(A_log.dtype, torch.float32))
+        A = torch.empty_like(A_log, dtype=compute_dtype(A_log))
         A_log.copy_(A.uniform_(0, A_max).clamp_(min=1e-6).log())
         log_dt = torch.empty_like(A).uniform_(math.log(dt_min), math.log(dt_max))
         dt = log_dt.exp().clamp_(min=dt_floor)

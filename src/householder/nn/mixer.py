@@ -16,12 +16,15 @@ from householder.nn._checks import (
     check_positive_int,
     check_sequences,
     check_state_tensor,
+    check_token,
     default_head_dim,
 )
 from householder.nn.initialization import init_forget_gate, init_residual_weight, init_weight
 from householder.nn.normalization import QK_ACTIVATIONS, QK_NORMS, GatedRMSNorm, sum_normalize
 from householder.nn.short_convolution import ShortConvolution
 from householder.ops import delta_product, delta_product_step
+from householder.ops.delta_product.api import IMPLS
+from householder.ops.wy import compute_dtype
 
 
 class MixerState(NamedTuple):
@@ -190,6 +193,7 @@ class DeltaProductMixer(nn.Module):
             check_positive_int(where, "num_layers", self.num_layers)
         check_choice(where, "qk_activation", self.qk_activation, QK_ACTIVATIONS)
         check_choice(where, "qk_norm", self.qk_norm, QK_NORMS)
+        check_choice(where, "impl", self.impl, ("auto", *IMPLS))
         if self.num_value_heads % self.num_heads:
             raise ValueError(
                 f"{where}: `num_value_heads` must be a multiple of num_heads={self.num_heads}, "
@@ -275,7 +279,7 @@ class DeltaProductMixer(nn.Module):
             self.num_value_heads,
             self.head_dim,
             self.value_head_dim,
-            dtype=_wide_dtype(weight),
+            dtype=compute_dtype(weight),
         )
         if not self.use_short_conv:
             return MixerState(matrix, None)
@@ -351,7 +355,8 @@ class DeltaProductMixer(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        sequence = self._one_token(x)
+        check_token(type(self).__name__, x, self.d_model)
+        sequence = x.unsqueeze(1)
         self._check_inputs(sequence, state, None)
         q, k, v, conv = self._queries_keys_values(sequence, state)
         qkv = (q.squeeze(1), k.squeeze(1), v.squeeze(1))
@@ -385,7 +390,8 @@ class DeltaProductMixer(nn.Module):
             ValueError: a shape does not fit.
             NotImplementedError: gradients are on.
         """
-        self._check_inputs(self._one_token(x), state, None)
+        check_token(type(self).__name__, x, self.d_model)
+        self._check_inputs(x.unsqueeze(1), state, None)
         q, k, v = self._step_queries_keys_values(x, state)
         return self._step_output(x, (q, k, v), state.matrix, inplace=True)[0]
 
@@ -402,15 +408,6 @@ class DeltaProductMixer(nn.Module):
             **self._activations(),
         )
         return self._output(o, x), matrix
-
-    def _one_token(self, x: Tensor) -> Tensor:
-        """Check `x [B, d_model]` and return it as a sequence of one token."""
-        if x.dim() != 2:
-            raise ValueError(
-                f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
-                f"{list(x.shape)}; use forward for more than one token"
-            )
-        return x.unsqueeze(1)
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
@@ -508,7 +505,3 @@ class DeltaProductMixer(nn.Module):
         for i, conv in enumerate(state.conv or ()):
             conv_shape = (batch_size, self.conv_size - 1, channels[i])
             check_state_tensor(where, f"state.conv[{i}]", conv, conv_shape)
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

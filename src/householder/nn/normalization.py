@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from householder.ops.gated_rms_norm import gated_rms_norm
+from householder.ops.wy import compute_dtype
 
 
 def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -27,7 +28,7 @@ def sum_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
         >>> sum_normalize(torch.tensor([1.0, 3.0])).round(decimals=4)
         tensor([0.2500, 0.7500])
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(compute_dtype(x))
     return (wide / wide.sum(-1, keepdim=True).clamp_min(eps)).to(x.dtype)
 
 

@@ -19,6 +19,7 @@ from householder.nn.short_convolution import ShortConvolution
 from householder.nn.softmax_attention import SoftmaxAttention
 from householder.ops import PathCache, path_attention
 from householder.ops.normalization import l2_normalize
+from householder.ops.wy import compute_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -205,7 +206,7 @@ class PaTHAttention(SoftmaxAttention):
             conv = conv[:, max(0, conv.shape[1] - needed - self.max_rollback) :].clone()
         # In float32 at least: in half precision neither is a unit vector one, nor can beta come
         # near to 2, and each error counts once per token between query and key.
-        dtype = torch.promote_types(w.dtype, torch.float32)
+        dtype = compute_dtype(w)
         w = QK_ACTIVATIONS[self.w_activation](w).to(dtype).unflatten(-1, (-1, self.head_dim))
         beta = 2 * self.b_proj(x).to(dtype).sigmoid()
         g = None

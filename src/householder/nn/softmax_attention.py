@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, TypedDict
 
 import torch
@@ -12,6 +13,7 @@ from householder.nn._checks import (
     check_positive_float,
     check_positive_int,
     check_sequences,
+    check_token,
     default_head_dim,
 )
 from householder.nn.initialization import init_residual_weight, init_weight
@@ -32,7 +34,7 @@ class AttentionOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(nn.Module, ABC):
     """What softmax attention layers share: projections, heads, checks, and the ways to run them.
 
     The linear layers `q_proj` (HQ, K), `k_proj` and `v_proj` (H, K), and `o_proj`, which reads
@@ -128,9 +130,9 @@ class SoftmaxAttention(nn.Module):
                 module.reset_parameters()
         init_residual_weight(self.o_proj.weight, self.init_std, self.num_layers)
 
+    @abstractmethod
     def init_state(self, batch_size: int) -> Any:
         """Return the state before the first token, for `batch_size` sequences."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -205,10 +207,11 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        self._check_token(x)
+        check_token(type(self).__name__, x, self.d_model)
         y, state = self(x.unsqueeze(1), state=state, return_state=True)
         return y.squeeze(1), state
 
+    @abstractmethod
     def reserve(self, state: Any, num_tokens: int) -> Any:
         """Return a state that `step_` can change, using this one up.
 
@@ -219,7 +222,6 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: there are more tokens already.
         """
-        raise NotImplementedError
 
     def step_(self, x: Tensor, state: Any) -> Tensor:
         """Attend with one more token of each sequence and change the state in place.
@@ -238,17 +240,10 @@ class SoftmaxAttention(nn.Module):
         Raises:
             ValueError: a shape does not fit.
         """
-        self._check_token(x)
+        check_token(type(self).__name__, x, self.d_model)
         x = x.unsqueeze(1)
         q, k, v = self.project(x)
         return self.o_proj(self._attend_one(x, q, k, v, state).flatten(-2)).squeeze(1)
-
-    def _check_token(self, x: Tensor) -> None:
-        if x.dim() != 2:
-            raise ValueError(
-                f"{type(self).__name__}.step: `x` must be [B, d_model={self.d_model}], got shape "
-                f"{list(x.shape)}; use forward for more than one token"
-            )
 
     def extra_repr(self) -> str:
         """Return the sizes and options that `print` shows."""
@@ -258,6 +253,7 @@ class SoftmaxAttention(nn.Module):
             f"qk_norm={self.qk_norm}, window={self.window}"
         )
 
+    @abstractmethod
     def _attend(
         self,
         x: Tensor,
@@ -270,11 +266,11 @@ class SoftmaxAttention(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Any]:
         """Return `o [B, T, HQ, K]` and the new state, which may be None if not asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _attend_one(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any) -> Tensor:
         """Return `o [B, 1, HQ, K]` of one token and change the state of `reserve`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_state(self, state: Any, batch_size: int) -> None:
-        raise NotImplementedError
+        """Raise ValueError unless the state is one of this layer and of this batch size."""

@@ -22,6 +22,9 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_MAX_DIM = 256
 # How many sizes of calls are remembered; what is kept of one takes a few kilobytes at most.
 MOST_KNOWN = 1024
+# Devices of which one cannot even ask whether autocast is on. PyTorch would say so of each, but
+# Dynamo 2.11 does not trace that question.
+_WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")
 _PLAIN = (str, float, int, bool, type(None))
 
 
@@ -201,11 +204,9 @@ def without_autocast(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = x.device.type
-        # Some devices, as "meta", have no autocast to switch off.
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if autocast_dtype(x.device) is None:
             return function(x, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -213,10 +214,9 @@ def without_autocast(function: Function) -> Function:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype in which autocast makes products on the device, or None where it is off."""
-    # Some devices, as "meta", have no autocast.
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    if device.type in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def contiguous_like(x: Tensor, **options: Any) -> Tensor:

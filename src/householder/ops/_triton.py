@@ -105,6 +105,19 @@ class Launcher:
         return True
 
 
+class _NoProgram:
+    """Stands for a program that could not be made: whoever launches it is told why, every time.
+
+    Triton keeps what its compilers return, and up to 3.6 has no error but the first to tell.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._reason.with_traceback(None)
+
+
 class _Compilers(ThreadPoolExecutor):
     """Threads that compile kernels and load them onto the current device."""
 
@@ -114,11 +127,14 @@ class _Compilers(ThreadPoolExecutor):
 
     def submit(self, compile_: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def compile_and_load() -> Any:
-            compiled = compile_(*args, **kwargs)
-            with torch.cuda.device(self.device):
-                # Asked for how to run it, Triton loads a program and makes its launcher, by a
-                # compiler of C up to Triton 3.6: half a second each.
-                _ = compiled.run
+            try:
+                compiled = compile_(*args, **kwargs)
+                with torch.cuda.device(self.device):
+                    # Asked for how to run it, Triton loads a program and makes its launcher, by a
+                    # compiler of C up to Triton 3.6: half a second each.
+                    _ = compiled.run
+            except Exception as reason:
+                return _NoProgram(reason)
             return compiled
 
         return super().submit(compile_and_load)

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from householder.recipes.sizes import of_size
 from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES
-from householder.train.errors import ConfigError
 from householder.train.loop import TrainResult
 from householder.train.plot import COLORS, FAINT, INK, name_curve, set_title, style, to_png
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVEL = 0.9  # the published threshold
-
-SIZES = ("cpu", "gpu")
 
 # Nothing about the training is published; words that grow are what makes A5 learnable here.
 _GPU: dict[str, Any] = {
@@ -87,10 +85,8 @@ def settings(size: str) -> dict[str, Any]:
         >>> settings("cpu")["mixer"]
         ['path_attention', 'rotary_attention']
     """
-    if size not in SIZES:
-        raise ConfigError(f"a5-attention: `size` must be one of cpu, gpu, got {size!r}")
-    mixers = ["path_attention", "rotary_attention"]
-    return {"task": "a5-cycles", "mixer": mixers, **(_GPU if size == "gpu" else _CPU)}
+    chosen = of_size("a5-attention", {"cpu": _CPU, "gpu": _GPU}, size)
+    return {"task": "a5-cycles", "mixer": ["path_attention", "rotary_attention"], **chosen}
 
 
 def fewest_layers(results: Sequence[TrainResult]) -> dict[str, dict[int, int | None]]:

@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from householder.recipes.sizes import of_size
 from householder.storage import write_atomically
 from householder.train.errors import CheckpointError, ConfigError
 from householder.train.interrupt import StopRequest
@@ -76,8 +77,6 @@ PUBLISHED_IN_WORDS = {
     "path_attention": "extrapolates",
     "forgetting_path_attention": "extrapolates",
 }
-
-SIZES = ("cpu", "gpu")
 
 _GPU: dict[str, Any] = {
     "mixer": [
@@ -142,9 +141,7 @@ def settings(size: str) -> dict[str, Any]:
         >>> settings("gpu")["context"], settings("gpu")["eval_length"]
         (2048, 32768)
     """
-    if size not in SIZES:
-        raise ConfigError(f"length-extrapolation: `size` must be one of cpu, gpu, got {size!r}")
-    return dict(_GPU if size == "gpu" else _CPU)
+    return dict(of_size("length-extrapolation", {"cpu": _CPU, "gpu": _GPU}, size))
 
 
 @dataclass(frozen=True)
@@ -203,6 +200,12 @@ class Extrapolated:
     num_parameters: int
     tokens: int
     seconds: float
+
+    @property
+    def published(self) -> list[tuple[float, float]]:
+        """The published losses at the training length and at the end, if they are known."""
+        losses = PUBLISHED.get((self.config.pattern, self.config.num_householder))
+        return [] if losses is None else [losses]
 
     @property
     def at_training_length(self) -> float:
@@ -363,7 +366,8 @@ def write_results(found: Sequence[Extrapolated], folder: Path) -> None:
         rows.writerow([i * size + 1, last, *(f"{value:.5f}" for value in values)])
     write_atomically(folder / "losses.csv", text.getvalue())
     losses = {run_title(run.config): run.losses for run in found}
-    figure = losses_figure(losses, found[0].config.context)
+    grown = {run_title(run.config): end - start for run in found for start, end in run.published}
+    figure = losses_figure(losses, found[0].config.context, grown)
     write_atomically(folder / "losses.png", to_png(figure))
 
 
@@ -383,11 +387,9 @@ def published_beside_measured(found: Sequence[Extrapolated]) -> Table:
     for heading in ("params", "published", "measured", "training"):
         table.add_column(heading, justify="right")
     for run in found:
-        mixer, number = run.config.pattern, run.config.num_householder
-        numbers = PUBLISHED.get((mixer, number))
-        published = PUBLISHED_IN_WORDS.get(mixer, "not published")
-        if numbers is not None:
-            published = f"{numbers[0]} → {numbers[1]} ({numbers[1] - numbers[0]:+.2f})"
+        published = PUBLISHED_IN_WORDS.get(run.config.pattern, "not published")
+        for start, end in run.published:
+            published = f"{start} → {end} ({end - start:+.2f})"
         growth = run.at_end - run.at_training_length
         table.add_row(
             run_title(run.config),

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from householder.recipes.sizes import of_size
 from householder.storage import write_atomically
 from householder.train.config import MIXER_TITLES, TrainConfig, takes_several
-from householder.train.errors import ConfigError
 from householder.train.plot import COLORS, INK, name_curve, set_title, spread_apart, style, to_png
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 PUBLISHED = {"delta_net": 100}
 PUBLISHED_TASK = "mqar-64"
 
-SIZES = ("cpu", "gpu")
 WIDTHS = {"cpu": (32, 64), "gpu": (64, 128, 256)}
 
 # As published, but for the learning rate, which is one here, and near the third of the four there.
@@ -107,9 +106,7 @@ def settings(size: str) -> dict[str, Any]:
         >>> settings("gpu")["task"], WIDTHS["gpu"]
         ('mqar-64', (64, 128, 256))
     """
-    if size not in SIZES:
-        raise ConfigError(f"recall: `size` must be one of cpu, gpu, got {size!r}")
-    return dict(_GPU if size == "gpu" else _CPU)
+    return dict(of_size("recall", {"cpu": _CPU, "gpu": _GPU}, size))
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,8 @@ def check_settings(path: Path, stored: Mapping[str, Any], requested: Settings) -
         there = type(requested)(**stored)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: its settings are not of this version of householder: {error}"
+            f"{path}: its settings are not of this version of householder: {error}; resume with "
+            "the version that wrote it"
         ) from error
     if different := differences(there, requested):
         raise CheckpointError(

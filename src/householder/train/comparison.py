@@ -127,6 +127,29 @@ class Comparison:
         return found
 
 
+def taken(settings: Mapping[str, Any], mixer: Any) -> dict[str, Any]:
+    """Return settings without those that no mixer takes of the ones that will run with them.
+
+    Args:
+        settings: chosen for other mixers, perhaps.
+        mixer: the mixer, or a list of mixers, that will run.
+
+    Examples:
+        >>> chosen = {"steps": 3, "use_short_conv": True, "num_householder": [2]}
+        >>> taken(chosen, ["delta_net", "rotary_attention"])
+        {'steps': 3, 'use_short_conv': True}
+        >>> taken(chosen, "rotary_attention")
+        {'steps': 3}
+    """
+    mixers = _as_list("mixer", mixer)
+    left_out: set[str] = set()
+    if not any(map(takes_several, mixers)):
+        left_out.add("num_householder")
+    if not any(name in MIXERS for name in mixers):
+        left_out.update(RECURRENT_ONLY)
+    return {name: value for name, value in settings.items() if name not in left_out}
+
+
 def _as_list(name: str, value: Any) -> list[Any]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if not values or len(set(values)) != len(values):

@@ -62,7 +62,7 @@ def test_characters_are_whole():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"temperature": -1.0}, "`temperature` must be at least 0, got -1.0"),
+        ({"temperature": -1.0}, "`temperature` must be finite and at least 0, got -1.0"),
         ({"top_k": 0}, "`top_k` must be at least 1, got 0"),
         ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, got 0.0"),
     ],

@@ -23,7 +23,9 @@ from householder.ops import _checks
 from householder.ops._dispatch import (
     apply,
     contiguous_like,
+    first_order_only,
     fold_into_heads,
+    keep_nothing,
     register,
     unfold_from_heads,
     with_signature,
@@ -293,8 +295,9 @@ class Activate(torch.autograd.Function):
             dx if asked else None for dx, asked in zip(grads, ctx.asked_for, strict=False)
         )
         dg = given[3]
-        results = apply(ActivateBackward, *given, *ctx.saved_tensors, ctx.beta_scale)
-        *_, dt_bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # Once: activation checkpointing hands each out a single time.
+        results = apply(ActivateBackward, *given, *saved, ctx.beta_scale)
+        *_, dt_bias = saved
         sources = (*given, dg, None if dt_bias is None else dg)
         grads = tuple(
             None if source is None else x for source, x in zip(sources, results, strict=True)
@@ -338,16 +341,8 @@ class ActivateBackward(torch.autograd.Function):
         saved = (q, k, q_factor, k_factor, beta, g, A_log, dt_bias)
         return activate_backward_op(dq, dk, dbeta, dg, *saved, beta_scale)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "delta_product: the Triton form has first-order gradients only, and a second order "
-            'was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("delta_product: the Triton form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

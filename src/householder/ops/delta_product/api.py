@@ -293,7 +293,8 @@ def _examine_token(
     op = "delta_product_step"
     check_impl(op, impl, ("triton", "reference"))
     gate = {"g": g, "A_log": A_log, "dt_bias": dt_bias}
-    _check_tensors(op, {"q": q, "k": k, "v": v, "beta": beta, "state": state, **gate})
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, "state": state, **gate}
+    _checks.check_tensors(op, tensors, optional=gate)
     if v.dim() != 4:
         raise ValueError(
             f"{op}: `v` must be [B, N, HV, V], got shape {list(v.shape)}; "
@@ -347,7 +348,8 @@ def _check_sequence_inputs(
 ) -> None:
     op = "delta_product"
     optional = {"g": g, "initial_state": initial_state, "A_log": A_log, "dt_bias": dt_bias}
-    _check_tensors(op, {"q": q, "k": k, "v": v, "beta": beta, **optional})
+    tensors = {"q": q, "k": k, "v": v, "beta": beta, **optional}
+    _checks.check_tensors(op, tensors, optional=optional)
     if v.dim() != 5:
         raise ValueError(
             f"{op}: `v` must be [B, T, N, HV, V], got shape {list(v.shape)}; "
@@ -372,14 +374,6 @@ def _check_sequence_inputs(
         sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, B, T), "[S, HV, K, V]"
     if initial_state is not None:
         _checks.check_shape(op, "initial_state", initial_state, axes, (sequences, HV, K, V))
-
-
-def _check_tensors(op: str, tensors: dict[str, Tensor | None]) -> None:
-    for name, x in tensors.items():
-        if x is not None or name not in ("g", "initial_state", "A_log", "dt_bias"):
-            _checks.check_tensor(op, name, x)
-    _checks.check_floating(op, tensors)
-    _checks.check_same_device(op, tensors)
 
 
 def _key_shape(op: str, k: Tensor, dims: int) -> tuple[int, int]:

@@ -15,7 +15,9 @@ from householder.ops import _dispatch
 from householder.ops._dispatch import (
     apply,
     contiguous_like,
+    first_order_only,
     fold_into_heads,
+    keep_nothing,
     register,
     unfold_from_heads,
     with_signature,
@@ -340,16 +342,8 @@ class DeltaProductBackward(torch.autograd.Function):
             return dq, dk, u.detach(), *others
         return delta_product_backward_op(do, dstate, *inputs, *saved, form)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "delta_product: the chunked form has first-order gradients only, and a second order "
-            'was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("delta_product: the chunked form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -55,10 +55,7 @@ def gated_rms_norm(
     if impl == "auto" and torch.compiler.is_compiling():
         impl = "reference"
     tensors = {"x": x, "gate": gate, "weight": weight}
-    for name, tensor in tensors.items():
-        _checks.check_tensor(op, name, tensor)
-    _checks.check_floating(op, tensors)
-    _checks.check_same_device(op, tensors)
+    _checks.check_tensors(op, tensors)
     _checks.check_shape(op, "gate", gate, "[..., D], as x", x.shape)
     _checks.check_shape(op, "weight", weight, "[D]", x.shape[-1:])
     if runs_triton(op, impl, x.device, lambda: why_not_triton(**tensors)):

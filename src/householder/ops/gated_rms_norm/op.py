@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from householder.ops import _dispatch
-from householder.ops._dispatch import apply, contiguous_like, register, with_signature
+from householder.ops._dispatch import (
+    apply,
+    contiguous_like,
+    first_order_only,
+    keep_nothing,
+    register,
+    with_signature,
+)
 
 # The widest rows that a tile holds whole.
 TRITON_MAX_ROW = 2048
@@ -114,16 +121,8 @@ class GatedRMSNormBackward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         return gated_rms_norm_backward_op(dy, x, gate, weight, eps)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "gated_rms_norm: the Triton form has first-order gradients only, and a second order "
-            'was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("gated_rms_norm: the Triton form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

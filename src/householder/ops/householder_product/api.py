@@ -214,11 +214,10 @@ def _check_tensors(op: str, tensors: dict[str, Tensor | None]) -> dict[str, Tens
     """Check the types and devices of the arguments, and return those that are given."""
     given: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if value is None and name == "beta":
-            continue
-        _checks.check_tensor(op, name, value)
-        assert value is not None
-        given[name] = value
+        if not (value is None and name == "beta"):
+            _checks.check_tensor(op, name, value)
+        if value is not None:
+            given[name] = value
     _checks.check_floating(op, given, allow_complex=True)
     _checks.check_same_device(op, given)
     return given

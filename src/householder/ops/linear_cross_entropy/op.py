@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from householder.ops._dispatch import TRITON_DTYPES, register, with_signature
+from householder.ops._dispatch import (
+    TRITON_DTYPES,
+    first_order_only,
+    keep_nothing,
+    register,
+    with_signature,
+)
 from householder.ops._dispatch import why_not_triton as why_no_kernel
 from householder.ops.linear_cross_entropy import chunk
 from householder.ops.linear_cross_entropy.reference import IGNORE_INDEX
@@ -120,13 +126,5 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
         factor = dloss / count
         return (dx * factor).to(x_dtype), (dweight * factor).to(weight_dtype)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "linear_cross_entropy: the form in blocks has first-order gradients only, and a second "
-            'order was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("linear_cross_entropy: the form in blocks")

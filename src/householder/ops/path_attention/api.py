@@ -124,11 +124,7 @@ def check_inputs(
 ) -> None:
     """Raise unless the arguments of the op, or of one like it, fit together."""
     tensors = {"q": q, "k": k, "v": v, "w": w, "beta": beta, "g": g, "sinks": sinks}
-    for name, x in tensors.items():
-        if x is not None or name not in ("g", "sinks"):
-            _checks.check_tensor(op, name, x)
-    _checks.check_floating(op, tensors)
-    _checks.check_same_device(op, tensors)
+    _checks.check_tensors(op, tensors, optional=("g", "sinks"))
     for name, x, axes in (("q", q, "[B, T, HQ, K]"), ("v", v, "[B, T, H, V]")):
         if x.dim() != 4:
             raise ValueError(

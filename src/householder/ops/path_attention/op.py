@@ -15,7 +15,9 @@ from householder.ops import _dispatch
 from householder.ops._dispatch import (
     apply,
     contiguous_like,
+    first_order_only,
     fold_into_heads,
+    keep_nothing,
     register,
     unfold_from_heads,
     with_signature,
@@ -178,16 +180,8 @@ class PathAttentionBackward(torch.autograd.Function):
         inputs = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
         return path_attention_backward_op(do, *inputs, o, lse, form)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "path_attention: the blocked forms have first-order gradients only, and a second order "
-            'was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("path_attention: the blocked form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -67,7 +65,7 @@ def short_convolution(
     op = "short_convolution"
     check_impl(op, impl, IMPLS)
     tensors = {"x": x, "weight": weight, "history": history}
-    _check(op, tensors)
+    _checks.check_tensors(op, tensors, optional=("history",))
     if x.dim() != 3:
         raise ValueError(
             f"{op}: `x` must be [B, T, D], got shape {list(x.shape)}; put the channels last"
@@ -121,7 +119,7 @@ def short_convolution_step_(
     op = "short_convolution_step_"
     check_impl(op, impl, IMPLS)
     tensors = {"x": x, "weight": weight, "state": state}
-    _check(op, tensors)
+    _checks.check_tensors(op, tensors)
     if x.dim() != 2:
         raise ValueError(
             f"{op}: `x` must be [B, D], got shape {list(x.shape)}; give a single token"
@@ -152,11 +150,3 @@ def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     token = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
     sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
     return token - cu_seqlens[sequence]
-
-
-def _check(op: str, tensors: Mapping[str, Tensor | None]) -> None:
-    for name, x in tensors.items():
-        if x is not None or name != "history":
-            _checks.check_tensor(op, name, x)
-    _checks.check_floating(op, tensors)
-    _checks.check_same_device(op, tensors)

@@ -12,7 +12,9 @@ from householder.ops import _dispatch
 from householder.ops._dispatch import (
     apply,
     contiguous_like,
+    first_order_only,
     fold_into_heads,
+    keep_nothing,
     register,
     unfold_from_heads,
     with_signature,
@@ -118,8 +120,9 @@ class Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        history = ctx.saved_tensors[2]
-        dx, dweight, dhistory = apply(ConvolveBackward, dy, *ctx.saved_tensors, ctx.silu)
+        saved = ctx.saved_tensors  # Once: activation checkpointing hands each out a single time.
+        dx, dweight, dhistory = apply(ConvolveBackward, dy, *saved, ctx.silu)
+        history = saved[2]
         return dx, dweight, None if history is None else dhistory, None, None
 
     @staticmethod
@@ -144,16 +147,8 @@ class ConvolveBackward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         return short_convolution_backward_op(dy, x, weight, history, position, silu)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "short_convolution: the Triton form has first-order gradients only, and a second order "
-            'was asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("short_convolution: the Triton form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -99,28 +99,25 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto
     op = "swiglu_linear"
     check_impl(op, impl, IMPLS)
     _check_inputs(op, gate, up)
-    _checks.check_tensor(op, "weight", weight)
-    _checks.check_floating(op, {"weight": weight})
-    _checks.check_same_device(op, {"gate": gate, "weight": weight})
+    _checks.check_tensors(op, {"gate": gate, "weight": weight})
     if weight.dim() != 2 or gate.dim() < 1 or weight.shape[1] != gate.shape[-1]:
         raise ValueError(
             f"{op}: `gate` must be [..., width] and `weight` [D, width], got shapes "
             f"{list(gate.shape)} and {list(weight.shape)}; the last sizes must agree"
         )
     dtype = autocast_dtype(gate.device) or weight.dtype
-    if not runs_triton(
-        op, impl, gate.device, lambda: why_not_triton_linear(gate, up, weight, dtype)
-    ):
-        return F.linear(swiglu(gate, up, impl="auto" if impl == "auto" else "reference"), weight)
-    if torch._C._are_functorch_transforms_active():
-        return F.linear(swiglu(gate, up, impl="triton"), weight)
-    return apply(SwiGLULinear, gate, up, weight.to(dtype))
+    if runs_triton(op, impl, gate.device, lambda: why_not_triton_linear(gate, up, weight, dtype)):
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return apply(SwiGLULinear, gate, up, weight.to(dtype), weight.requires_grad)
+        hidden = swiglu(gate, up, impl="triton")
+    elif impl == "auto" and gate.is_cuda:
+        hidden = swiglu(gate, up)
+    else:
+        hidden = reference.forward(gate, up)
+    return F.linear(hidden, weight)
 
 
 def _check_inputs(op: str, gate: Tensor, up: Tensor) -> None:
     tensors = {"gate": gate, "up": up}
-    for name, x in tensors.items():
-        _checks.check_tensor(op, name, x)
-    _checks.check_floating(op, tensors)
-    _checks.check_same_device(op, tensors)
+    _checks.check_tensors(op, tensors)
     _checks.check_shape(op, "up", up, "[...], as gate", gate.shape)

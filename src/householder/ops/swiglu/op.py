@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from householder.ops import _dispatch
-from householder.ops._dispatch import apply, contiguous_like, register, with_signature
+from householder.ops._dispatch import (
+    apply,
+    contiguous_like,
+    first_order_only,
+    keep_nothing,
+    register,
+    with_signature,
+)
 
 
 def why_not_triton(gate: Tensor, up: Tensor) -> str | None:
@@ -130,16 +137,8 @@ class SwiGLUBackward(torch.autograd.Function):
     def forward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         return swiglu_backward_op(dy, gate, up)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "swiglu: the Triton form has first-order gradients only, and a second order was asked "
-            'for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("swiglu: the Triton form")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -147,47 +146,43 @@ class SwiGLUBackward(torch.autograd.Function):
 
 
 class SwiGLULinear(torch.autograd.Function):
-    """Differentiable `(gate, up, weight)`, of one dtype: SwiGLU by its kernel, then the product."""
+    """Differentiable `(gate, up, weight, of_weight)`: SwiGLU by its kernel, then the product.
+
+    All are of one dtype; `of_weight` says whether the weight needs a gradient.
+    """
 
     @staticmethod
     @with_signature
-    def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    def forward(gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool) -> Tensor:
         return F.linear(swiglu_op(gate, up), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.of_weight = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        grads = apply(SwiGLULinearBackward, dy, *ctx.saved_tensors, ctx.of_weight)
+        dgate, dup, dweight = grads
+        return dgate, dup, dweight if ctx.of_weight else None, None
 
 
 class SwiGLULinearBackward(torch.autograd.Function):
-    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`.
-
-    `of_weight` says whether the weight needs one.
-    """
+    """The gradient, itself not differentiable: `(dy, gate, up, weight, of_weight)`."""
 
     @staticmethod
     @with_signature
     def forward(
         dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor, of_weight: bool
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, ...]:
         dhidden = dy @ weight
         if not of_weight:
-            return *swiglu_backward_op(dhidden, gate, up), None
+            # An absent gradient is an empty tensor.
+            return *swiglu_backward_op(dhidden, gate, up), dy.new_empty(0)
         dgate, dup, hidden = swiglu_backward_and_forward_op(dhidden, gate, up)
         rows = dy.reshape(-1, dy.shape[-1])
         return dgate, dup, rows.mT @ hidden.reshape(-1, hidden.shape[-1])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "swiglu_linear: the Triton form has first-order gradients only, and a second order was "
-            'asked for; use impl="reference", which has every order'
-        )
+    setup_context = staticmethod(keep_nothing)
+    backward = first_order_only("swiglu_linear: the Triton form")

@@ -141,7 +141,7 @@ def run_adapt(
             config.kind,
             base.model.to(device, getattr(torch, config.dtype)),
             rank=config.rank,
-            targets=None if config.targets is None else config.targets.split(","),
+            targets=_words(config.targets),
             head=base.head,
         )
         if config.checkpointing:
@@ -160,6 +160,11 @@ def run_adapt(
     summary = dataclasses.asdict(result) | {"config": config.to_dict()}
     write_atomically(folder / "results.json", json.dumps(summary, indent=1) + "\n")
     return result
+
+
+def _words(targets: str | None) -> list[str] | None:
+    """Return names between commas, which may have spaces beside them."""
+    return None if targets is None else [word.strip() for word in targets.split(",")]
 
 
 def adapt_settings(folder: Path) -> dict[str, Any]:

@@ -162,6 +162,12 @@ class TextConfig(Settings):
         section=_RUN,
         may_change=True,
     )
+    recompute: bool = setting(
+        True,
+        "On a GPU, make anew in the backward pass what is cheap; off is some percent faster.",
+        section=_RUN,
+        may_change=True,
+    )
     checkpoint_activations: bool = setting(
         False,
         "Run blocks again in the backward pass to save memory.",

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 LEAST_GROWTH = 1e-3  # in nats per token, that the picture shows
 
 
-def losses_figure(losses: Mapping[str, np.ndarray[Any, Any]], context: int) -> Figure:
+def losses_figure(
+    losses: Mapping[str, np.ndarray[Any, Any]],
+    context: int,
+    published: Mapping[str, float] | None = None,
+) -> Figure:
     """Draw the loss by position, and below it by how much it has grown, one curve a model.
 
     Both are means over half of the training length: over as long a part the evaluated text is the
@@ -28,6 +32,8 @@ def losses_figure(losses: Mapping[str, np.ndarray[Any, Any]], context: int) -> F
         losses: of at least one model, by its title: the mean loss in nats at every position; all of
             the same length.
         context: the training length.
+        published: by title, how much the loss of other models with these mixers has grown at their
+            end, in nats; drawn as circles.
     """
     from matplotlib.figure import Figure
 
@@ -44,6 +50,7 @@ def losses_figure(losses: Mapping[str, np.ndarray[Any, Any]], context: int) -> F
         # Less is no growth, and lies on the axis.
         grown = np.maximum(curve[2:] - start, LEAST_GROWTH)
         below.plot(middles[2:], grown, color=color, linewidth=2, zorder=3)
+    _draw_published(below, list(losses), length, published or {})
     below.set_yscale("log")
     below.set_ylim(LEAST_GROWTH, max(below.get_ylim()[1], 10 * LEAST_GROWTH))
     for axes in (above, below):
@@ -64,6 +71,27 @@ def losses_figure(losses: Mapping[str, np.ndarray[Any, Any]], context: int) -> F
     below.set_ylabel("growth beyond the training length", color=INK)
     set_title(above, f"Held-out loss by position, trained on {context:,} tokens")
     return figure
+
+
+def _draw_published(
+    axes: Axes, titles: Sequence[str], place: int, published: Mapping[str, float]
+) -> None:
+    """Draw how much losses have grown elsewhere as circles, each in its curve's colour."""
+    ring: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 8,
+        "linestyle": "none",
+        "markerfacecolor": "white",
+    }
+    for title, color in zip(titles, cycle((*COLORS, INK)), strict=False):
+        if title in published:
+            height = max(published[title], LEAST_GROWTH)
+            axes.plot(
+                place, height, markeredgecolor=color, markeredgewidth=2, clip_on=False, **ring
+            )
+    if published.keys() & set(titles):
+        (key,) = axes.plot([], [], markeredgecolor=INK, markeredgewidth=1.5, **ring)
+        axes.legend([key], ["published, other models and text"], frameon=False, loc="upper left")
 
 
 def _name_ends(axes: Axes, ends: Sequence[float], names: Sequence[str]) -> None:

@@ -182,6 +182,7 @@ class _Run:
         windows = Windows(corpus.train, config.context, config.seed, separator)
         model = config.make_model(tokenizer.vocab_size)
         model.to(processes.device).train()
+        model.recompute = config.recompute
         model.checkpoint_activations = config.checkpoint_activations
         num_parameters, flops = model.num_parameters(), model.flops_per_token(config.context)
         if config.compile and not processes.several:

@@ -373,10 +373,11 @@ def kind_of_call(
     k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, *others: Hashable
 ) -> Hashable:
     """Return what the programs of a call depend on, whatever its length and batch."""
-    T, N, HV, V = v.shape[1:]
-    cut = config.segment_chunks(T, N, HV, V) > 0
-    packed = cu_seqlens is not None
-    return k.device, k.dtype, v.dtype, k.shape[2:], (HV, V), g is None, packed, cut, *others
+    shape = v.shape
+    may_be_cut, packed = shape[1] > config.SEGMENT_TOKENS, cu_seqlens is not None
+    return (
+        k.device, k.dtype, v.dtype, k.shape[3:], shape[2:], g is None, packed, may_be_cut, *others
+    )  # fmt: skip
 
 
 def suits_hopper(p: Problem, do: Tensor | None = None) -> bool:

@@ -7,10 +7,18 @@ inputs too, since each block's rounding would add up; and so do the first rows o
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
-from householder.ops._triton import addressable, dot_precision, on_its_device, operand_dtype
+from householder.ops._triton import (
+    addressable,
+    compiled_together,
+    dot_precision,
+    on_its_device,
+    operand_dtype,
+)
 from householder.ops.householder_product.triton import config
 from householder.ops.householder_product.triton.apply import inner, outer, update
 from householder.ops.householder_product.triton.gradient import reflector_gradients
@@ -42,7 +50,20 @@ def saved_shapes(
     )  # fmt: skip
 
 
+def _kind(k: Tensor, beta: Tensor | None, x: Tensor | None, M: int, *others: bool) -> Hashable:
+    """Return what a call's programs depend on."""
+    dtypes = (k.dtype, None if beta is None else beta.dtype)
+    return k.device, dtypes, k.shape[1:], x is None, config.rows_kind(M), others
+
+
+def _backward_kind(
+    dy: Tensor, k: Tensor, beta: Tensor | None, x: Tensor | None, transpose: bool, *_: Tensor
+) -> Hashable:
+    return _kind(k, beta, x, dy.shape[1], transpose)
+
+
 @on_its_device
+@compiled_together(_kind)
 def forward(
     k: Tensor, beta: Tensor | None, x: Tensor | None, M: int, transpose: bool, save: bool
 ) -> tuple[Tensor, ...]:
@@ -109,6 +130,7 @@ def _apply_blocks(x: Tensor | None, k: Tensor, w: Tensor, M: int) -> tuple[Tenso
 
 
 @on_its_device
+@compiled_together(_backward_kind)
 def backward(
     dy: Tensor, k: Tensor, beta: Tensor | None, x: Tensor | None, transpose: bool, *saved: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:

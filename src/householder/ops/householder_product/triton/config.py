@@ -85,9 +85,9 @@ def cross_splits(D: int) -> int:
 def wide_columns(D: int) -> int:
     """Return how many columns one program of the float64 sums over D takes.
 
-    They come in at most eight parts, which one program of each block adds up.
+    They come in at most 32 parts, which one program of each tile adds up.
     """
-    return max(128, cdiv(D, 64) * 8)
+    return max(64, cdiv(D, 256) * 8)
 
 
 def outer_splits(M: int) -> int:
@@ -98,6 +98,12 @@ def outer_splits(M: int) -> int:
 def frame_splits(K: int) -> int:
     """Return among how many programs a sum over K is shared out, for gradients of a frame."""
     return max(1, min(MAX_FRAME_SPLITS, K // CROSS_COLUMNS))
+
+
+def rows_kind(M: int) -> tuple[object, ...]:
+    """Return what the choices of this file, and Triton's own, make of the number of rows."""
+    sizes = tuple(size >= M for size in (1, MAX_BLOCK, 256, 1024))
+    return M % 16 == 0, sizes, outer_splits(M), frame_splits(M)
 
 
 @functools.cache

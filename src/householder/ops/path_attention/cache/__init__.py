@@ -18,15 +18,17 @@ when they are 64 more than a roll-back may take away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
 from householder.ops.path_attention.api import check_inputs, path_attention
-from householder.ops.path_attention.cache.store import BLOCK, MAX_NEW, Group, Store
+from householder.ops.path_attention.cache.records import BLOCK, Group, Options, Tokens
+from householder.ops.path_attention.cache.store import MAX_NEW, Store
 
 
 class PathCache:
@@ -56,6 +58,15 @@ class PathCache:
         True
         >>> cache.lengths
         [9, 9]
+
+        Rows of different lengths, and two guesses of which a second row's one is not accepted:
+
+        >>> cache = PathCache(B, max_rollback=2)
+        >>> o = cache.append(*(x[:, :7] for x in tokens), lengths=[7, 4])
+        >>> o = cache.append(*(x[:, 7:9] for x in tokens))
+        >>> cache.rollback([0, 1])
+        >>> cache.lengths
+        [9, 5]
     """
 
     def __init__(self, batch_size: int, *, max_rollback: int = 0) -> None:
@@ -115,7 +126,8 @@ class PathCache:
 
         Called once with a whole prompt or for parts of any size, down to single tokens: the outputs
         are those of `path_attention` over all tokens, to rounding. Options must be the same in all
-        calls, and gates be given in all calls or in none.
+        calls (of the sinks' values this is not checked), and gates be given in all calls or in
+        none.
 
         Args:
             q: queries `[B, T, HQ, K]` of the T new tokens.
@@ -135,8 +147,8 @@ class PathCache:
             o `[B, T, HQ, V]` in v's dtype, zero where `lengths` leaves tokens out.
 
         Raises:
-            ValueError: a shape, device, `window` or `lengths` does not fit, or differs from the
-                first call.
+            ValueError: a shape, device, option or `lengths` does not fit, or differs from the first
+                call.
             TypeError: an argument has the wrong type, or is not real floating point.
             NotImplementedError: a tensor requires a gradient: decoding has none.
         """
@@ -148,11 +160,13 @@ class PathCache:
                 "use torch.no_grad(), or path_attention for training"
             )
         new = self._check_lengths(q, lengths)
+        tokens = Tokens(q, k, v, w, beta, g)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        options = Options(scale, sinks, window)
         if self._store is None:
-            self._store = Store(q, k, v, w, beta, g, self.max_rollback)
-        self._store.check(q, k, v, g)
-        return without_autocast(self._append)(q, k, v, w, beta, g, scale, sinks, window, new)
+            self._store = Store(tokens, options, self.max_rollback)
+        self._store.check(tokens, options)
+        return without_autocast(self._append)(*tokens, options=options, new=new)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for so many tokens of each sequence, those held included.
@@ -211,9 +225,18 @@ class PathCache:
                 more, up to `max_rollback`, and every one taken back one less.
 
         Raises:
+            TypeError: a number is no int.
             ValueError: that many cannot be taken back.
         """
-        counts = [num_tokens] * self.batch_size if isinstance(num_tokens, int) else list(num_tokens)
+        if isinstance(num_tokens, Iterable):
+            counts = list(num_tokens)
+        else:
+            counts = [num_tokens] * self.batch_size
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+            raise TypeError(
+                "PathCache.rollback: `num_tokens` must be an int or one for each sequence, got "
+                f"{num_tokens!r}; give counts"
+            )
         if len(counts) != self.batch_size or any(
             not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=False)
         ):
@@ -230,9 +253,24 @@ class PathCache:
 
         Args:
             rows: int64 `[B']`, which of the B sequences each of the new ones is.
+
+        Raises:
+            TypeError: it is no int64 tensor.
+            ValueError: it is not one-dimensional, empty, or names a row that there is not.
         """
-        chosen = PathCache(rows.shape[0], max_rollback=self.max_rollback)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(
+                f"PathCache.select: `rows` must be an int64 tensor, got {got}; "
+                "make one with torch.tensor([0, 1])"
+            )
         order = rows.tolist()
+        if rows.dim() != 1 or not order or min(order) < 0 or max(order) >= self.batch_size:
+            raise ValueError(
+                "PathCache.select: `rows` must be a vector of one number or more from 0 to "
+                f"{self.batch_size - 1}, got {order}; leave out others"
+            )
+        chosen = PathCache(len(order), max_rollback=self.max_rollback)
         chosen._old = [self._old[row] for row in order]
         chosen._recent = [self._recent[row] for row in order]
         chosen._rollback = [self._rollback[row] for row in order]
@@ -264,60 +302,25 @@ class PathCache:
             row = rows.stop
 
     @torch.no_grad()
-    def _append(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        scale: float,
-        sinks: Tensor | None,
-        window: int | None,
-        new: list[int],
-    ) -> Tensor:
-        store = self._store
+    def _append(self, *tensors: Any, options: Options, new: list[int]) -> Tensor:
+        tokens, store = Tokens(*tensors), self._store
+        q, v = tokens.q, tokens.v
         assert store is not None
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._capture(store, q, k, v, w, beta, g, scale, sinks, window, new)
+            return self._capture(store, tokens, options, new)
         store.reserve(
             max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
             max(recent + n for recent, n in zip(self._recent, new, strict=True)),
         )
         if 0 < q.shape[1] <= MAX_NEW and store.has_kernels():
-            return self._append_few(store, q, k, v, w, beta, g, scale, sinks, window, new)
+            return self._append_few(store, tokens, options, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
         for group in list(self._groups(new)):
-            if group.new == 0:
-                continue
-            rows, tokens = group.rows, slice(0, group.new)
-            k_, v_, w_, beta_ = (x[rows, tokens] for x in (k, v, w, beta))
-            store.write(group, k_, v_, w_, beta_, None if g is None else g[rows, tokens])
-            options = (scale, sinks, window)
-            if group.new > 1 and group.old + group.recent == 0 and store.has_kernels():
-                # A prompt: there is nothing in the cache that it has to see.
-                gates = None if g is None else g[rows, tokens]
-                o[rows, tokens] = path_attention(
-                    q[rows, tokens], k_, v_, w_, beta_, gates,
-                    scale=scale, sinks=sinks, window=window,
-                )  # fmt: skip
-            elif group.new > 1:
-                o[rows, tokens] = store.attend_many(group, q[rows, tokens], *options).to(v.dtype)
-            else:
-                o[rows, tokens] = store.attend_one(group, q[rows, tokens], *options).to(v.dtype)
-            recent = group.recent + group.new
-            blocks = max(0, (recent - self.max_rollback) // BLOCK)
-            old, recent = group.old + blocks * BLOCK, recent - blocks * BLOCK
-            if group.new > 1:
-                if blocks:
-                    store.make_blocks(group, blocks)
-                store.make_triangles(Group(rows, old, recent, 0))
-            elif blocks:
-                store.make_block(group)
-            count = rows.stop - rows.start
-            self._old[rows], self._recent[rows] = [old] * count, [recent] * count
+            if group.new:
+                part = tokens.of(group)
+                o[group.rows, : group.new] = self._attend(store, group, part, options).to(v.dtype)
+                self._make_blocks(store, group)
         self._rollback = [
             min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
         ]
@@ -326,60 +329,59 @@ class PathCache:
             store.resize_recent(max(*self._recent, self.max_rollback + BLOCK))
         return o
 
-    def _append_few(
-        self,
-        store: Store,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        scale: float,
-        sinks: Tensor | None,
-        window: int | None,
-        new: list[int],
-    ) -> Tensor:
+    def _attend(self, store: Store, group: Group, tokens: Tokens, options: Options) -> Tensor:
+        """Put a group's tokens behind the ones held, and return what they see."""
+        store.write(group, tokens)
+        if group.new == 1:
+            return store.attend_one(group, tokens.q, options)
+        if group.old + group.recent == 0 and store.has_kernels():
+            # A prompt: there is nothing in the cache that it has to see.
+            return path_attention(*tokens, **options._asdict())
+        return store.attend_many(group, tokens.q, options)
+
+    def _make_blocks(self, store: Store, group: Group) -> None:
+        """Make blocks of a group's oldest recent tokens, and count its tokens."""
+        recent = group.recent + group.new
+        blocks = max(0, (recent - self.max_rollback) // BLOCK)
+        old, recent = group.old + blocks * BLOCK, recent - blocks * BLOCK
+        if group.new > 1:
+            if blocks:
+                store.make_blocks(group, blocks)
+            store.make_triangles(Group(group.rows, old, recent, 0))
+        elif blocks:
+            store.make_block(group)
+        self._set(group.rows, old, recent)
+
+    def _set(self, rows: slice, old: int, recent: int) -> None:
+        count = rows.stop - rows.start
+        self._old[rows], self._recent[rows] = [old] * count, [recent] * count
+
+    def _append_few(self, store: Store, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
         """Do what `_append` does with at most `MAX_NEW` tokens for each row, on a GPU."""
+        q = tokens.q
         if not self._counts_known:
             self._tell_counts(q.device)
         assert self._counts is not None
         same = min(new) == q.shape[1]
         appended = None if same else torch.tensor(new, dtype=torch.int32, device=q.device)
-        options = (scale, sinks, window, self._counts, appended, max(self._old))
-        o = store.decode(q, k, v, w, beta, g, *options)
+        o = store.decode(tokens, options, self._counts, appended, max(self._old))
         self._count(store, new)
-        if not self._counts_known:
-            self._tell_counts(q.device)  # now, so that the next append can be captured
         return o
 
-    def _capture(
-        self,
-        store: Store,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        scale: float,
-        sinks: Tensor | None,
-        window: int | None,
-        new: list[int],
-    ) -> Tensor:
+    def _capture(self, store: Store, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
         """Launch the kernels for as many tokens of every row, without counting them."""
-        num_tokens, room = q.shape[1], store.room() - max(self.lengths)
+        num_tokens, room = tokens.q.shape[1], store.room() - max(self.lengths)
         fits = 0 < num_tokens <= min(MAX_NEW, room) and min(new) == num_tokens
         if not (fits and self._counts_known and store.has_kernels()):
             raise RuntimeError(
                 f"PathCache.append: what a CUDA graph captures must be 1 to {MAX_NEW} tokens, as "
                 "many for every sequence, after some that were not captured, and with room, got "
-                f"tokens {list(q.shape[:2])} and room for {room}; call reserve, and append as many "
-                "tokens first"
+                f"tokens {list(tokens.q.shape[:2])} and room for {room}; call reserve, and append "
+                "as many tokens first"
             )
         self._captured, self._captured_tokens = store.addresses(), num_tokens
-        options = (scale, sinks, window, self._counts, None, store.room())
-        return store.decode(q, k, v, w, beta, g, *options)
+        assert self._counts is not None
+        return store.decode(tokens, options, self._counts, None, store.room())
 
     def _tell_counts(self, device: torch.device) -> None:
         """Bring the device's counts up to date, where they are."""
@@ -397,9 +399,11 @@ class PathCache:
             if recent - self.max_rollback >= BLOCK:
                 store.make_block(group)
                 old, recent = old + BLOCK, recent - BLOCK
-                self._counts_known = False
-            count = group.rows.stop - group.rows.start
-            self._old[group.rows], self._recent[group.rows] = [old] * count, [recent] * count
+                if self._counts_known and self._counts is not None:
+                    # There, without waiting for the device.
+                    self._counts[0, group.rows] += BLOCK
+                    self._counts[1, group.rows] -= BLOCK
+            self._set(group.rows, old, recent)
         self._rollback = [
             min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
         ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from householder.ops.path_attention.cache.records import BLOCK, Group, Held, Options, Tokens
 from householder.ops.path_attention.chunk.outputs import Softmax, climb
 from householder.ops.path_attention.chunk.tree import (
     Heads,
@@ -20,7 +20,6 @@ from householder.ops.path_attention.chunk.tree import (
 )
 from householder.ops.wy import compute_dtype, inverse_unit_lower
 
-BLOCK = 64  # tokens of the smallest block
 # Elements and columns of one tile of logits of several tokens against blocks.
 TILE_ELEMENTS = 1 << 20
 MAX_TILE_COLUMNS = 1024
@@ -32,25 +31,6 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 MAX_HEAD_DIM = 256
 MAX_RECENT = 272
 MAX_NEW = 16
-
-
-class Group(NamedTuple):
-    """Neighbouring rows of the batch that stand at the same token and get equally many more."""
-
-    rows: slice
-    old: int  # tokens in blocks, a multiple of BLOCK
-    recent: int  # tokens after them
-    new: int
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield level and first token of each block, the newest first."""
-        stop = self.old
-        count, level = self.old // BLOCK, 0
-        while count:
-            if count % 2:
-                stop -= BLOCK << level
-                yield level, stop
-            count, level = count // 2, level + 1
 
 
 # Where tokens are counted along.
@@ -67,36 +47,12 @@ TOKEN_AXIS = {
 _OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
 
 
-class Held(NamedTuple):
-    """The tensors of a store that the Triton kernels read and write."""
-
-    keys: Tensor
-    values: Tensor
-    w: Tensor
-    beta: Tensor
-    g: Tensor | None
-    tw: Tensor
-    ty: Tensor
-    paths: Tensor
-    path_scales: Tensor | None
-    block_decay: Tensor | None
-    path_decays: Tensor | None
-    ready: Tensor
-
-
 class Store:
     """The tensors of a cache. G query heads share one of H key heads."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        max_rollback: int,
-    ) -> None:
+    def __init__(self, tokens: Tokens, options: Options, max_rollback: int) -> None:
+        q, k, v, w, beta, g = tokens
+        self.options = options
         B, _, H, K = k.shape
         G = q.shape[2] // H
         self.dtype = dtype = compute_dtype(q, k, v, w, beta)
@@ -129,9 +85,9 @@ class Store:
         scaled = half and self.has_kernels()
         self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
         self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
-        # For the kernels: how many of their programs have arrived where others wait for them. Zero
-        # between calls.
-        self.ready = torch.zeros(B, H, 2, dtype=torch.int32, device=k.device)
+        # For the kernels: two counters, in cache lines of their own, of programs that have arrived
+        # where others wait for them. Zero between calls.
+        self.ready = torch.zeros(B, H, 2, 32, dtype=torch.int32, device=k.device)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -159,16 +115,9 @@ class Store:
 
     def decode(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        scale: float,
-        sinks: Tensor | None,
-        window: int | None,
-        counts: Tensor | None,
+        tokens: Tokens,
+        options: Options,
+        counts: Tensor,
         new: Tensor | None,
         num_tokens: int,
     ) -> Tensor:
@@ -178,7 +127,6 @@ class Store:
         `new` int32 `[B]` says how many tokens a row gets, None that all get N; `num_tokens` bounds
         the tokens in blocks.
         """
-        assert counts is not None
         from householder.ops.path_attention.cache import triton as kernels
 
         gated = self.gated
@@ -187,9 +135,7 @@ class Store:
             self.paths, self.path_scales, self.block_decay if gated else None,
             self.path_decays if gated else None, self.ready,
         )  # fmt: skip
-        return kernels.decode(
-            q, k, v, w, beta, g, scale, sinks, window, held, counts, new, num_tokens
-        )
+        return kernels.decode(counts, tokens, options, held, new, num_tokens)
 
     def room(self) -> int:
         """Return for how many tokens there is room."""
@@ -199,20 +145,35 @@ class Store:
         """Return where the memory is that single tokens are written to."""
         return tuple(x.data_ptr() for x in (self.keys, self.values, self.w, self.paths))
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
-        """Raise unless new tokens are like the ones held."""
+    def check(self, tokens: Tokens, options: Options) -> None:
+        """Raise unless new tokens are like the ones held, and attend as they did."""
         B, H, G, K, V = self.shape
-        for name, x, shape in (("q", q, (H * G, K)), ("k", k, (H, K)), ("v", v, (H, V))):
+        shapes = {"q": (H * G, K), "k": (H, K), "v": (H, V)}
+        for (name, shape), x in zip(shapes.items(), tokens[:3], strict=True):
             if tuple(x.shape[2:]) != shape or x.device != self.keys.device:
                 raise ValueError(
-                    f"PathCache.append: `{name}` must be {[B, 'T', *shape]} on "
+                    f"PathCache.append: `{name}` must be [{B}, T, {shape[0]}, {shape[1]}] on "
                     f"{self.keys.device} as in the first call, got shape {list(x.shape)} on "
                     f"{x.device}; use one cache per layer"
                 )
-        if (g is not None) != self.gated:
+        first = self.options
+        for name in ("scale", "window"):
+            before, now = getattr(first, name), getattr(options, name)
+            if before != now:
+                raise ValueError(
+                    f"PathCache.append: `{name}` must be {before} as in the first call, got {now}; "
+                    "make another cache for it"
+                )
+        if (options.sinks is None) != (first.sinks is None):
+            raise ValueError(
+                f"PathCache.append: `sinks` must {'not ' if first.sinks is None else ''}be given "
+                f"as in the first call, got {None if options.sinks is None else 'a tensor'}; "
+                "make another cache for it"
+            )
+        if (tokens.g is not None) != self.gated:
             raise ValueError(
                 f"PathCache.append: `g` must {'' if self.gated else 'not '}be given as in the "
-                f"first call, got {'a tensor' if g is not None else None}; "
+                f"first call, got {None if tokens.g is None else 'a tensor'}; "
                 "zeros are gates that forget nothing"
             )
 
@@ -252,10 +213,9 @@ class Store:
         resized.narrow(dim, 0, kept).copy_(x.narrow(dim, 0, kept))
         setattr(self, name, resized)
 
-    def write(
-        self, at: Group, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None
-    ) -> None:
+    def write(self, at: Group, tokens: Tokens) -> None:
         """Put new tokens `[rows, new, …]` behind the ones held, as they come."""
+        _, k, v, w, beta, g = tokens
         rows, first = at.rows, at.old + at.recent
         everywhere, recent = slice(first, first + at.new), slice(at.recent, at.recent + at.new)
         self.keys[rows, :, everywhere] = self._as_held(k.transpose(1, 2))
@@ -271,10 +231,9 @@ class Store:
         keys = keys.to(self.keys.dtype)
         return keys.clamp(-FLOAT16_MAX, FLOAT16_MAX) if keys.dtype == torch.float16 else keys
 
-    def attend_one(
-        self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
-    ) -> Tensor:
+    def attend_one(self, at: Group, q: Tensor, options: Options) -> Tensor:
         """Advance by the one token written last, and return what its query sees."""
+        scale, sinks, window = options
         _, H, G, K, V = self.shape
         rows, t, r = at.rows, at.old + at.recent, at.recent
         first = 0 if window is None else max(0, t + 1 - window)
@@ -351,10 +310,9 @@ class Store:
         for start in range(seen.start, seen.stop, size):
             yield slice(start, min(seen.stop, start + size))
 
-    def attend_many(
-        self, at: Group, q: Tensor, scale: float, sinks: Tensor | None, window: int | None
-    ) -> Tensor:
+    def attend_many(self, at: Group, q: Tensor, options: Options) -> Tensor:
         """Return what the queries of the tokens written last see; `make_triangles` follows."""
+        scale, sinks, window = options
         _, H, G, K, V = self.shape
         rows, last = at.rows, at.recent + at.new
         C = chunk_tokens(K)

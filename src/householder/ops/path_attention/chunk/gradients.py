@@ -199,7 +199,7 @@ def rectangle_backward(
         lse_right = lse_right - decay.rows
     for tile in tiles(pair, x):
         rows, columns = slice(tile.rows.start * G, tile.rows.stop * G), tile.columns
-        attention = rectangle(pair, tile, x, q_right, k_left, decay)
+        attention = rectangle(tile, x, q_right, k_left, decay)
         attention.sub_(lse_right[:, rows]).exp_()
         dv_left[:, columns].baddbmm_(attention.mT, do_right[:, rows])
         dlogits = do_right[:, rows] @ v_left[:, columns].mT

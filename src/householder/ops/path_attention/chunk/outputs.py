@@ -84,7 +84,7 @@ def climb(x: Heads, to_start: bool = False) -> tuple[Softmax, Tensor]:
             decay = make_decay(pair, x)
             for tile in tiles(pair, x):
                 rows = slice(tile.rows.start * G, tile.rows.stop * G)
-                logits = rectangle(pair, tile, x, q_right, k_left, decay)
+                logits = rectangle(tile, x, q_right, k_left, decay)
                 shift = 0.0 if decay is None else decay.rows[:, rows]
                 right.rows(rows).add_(logits, v_left[:, tile.columns], shift)
             for target, y in zip(carried, right, strict=True):

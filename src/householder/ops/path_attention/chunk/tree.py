@@ -196,9 +196,7 @@ def make_decay(pairs: Pairs, x: Heads) -> Decay | None:
     return Decay(rows, columns.flatten(0, 1).mT.contiguous())
 
 
-def rectangle(
-    pairs: Pairs, tile: Tile, x: Heads, q: Tensor, k: Tensor, decay: Decay | None
-) -> Tensor:
+def rectangle(tile: Tile, x: Heads, q: Tensor, k: Tensor, decay: Decay | None) -> Tensor:
     """Return the logits of a tile `[b·p, rows·G, columns]`, without the decay of the rows."""
     G = x.group
     logits = q[:, tile.rows.start * G : tile.rows.stop * G] @ k[:, tile.columns].mT

@@ -29,7 +29,7 @@ def in_float16(tile):
 
 @gluon.jit
 def turn_into_float16(tiles, NUMBER: gl.constexpr):
-    """Make squares of float16 in the places of others; each thread reads what it writes."""
+    """Make squares of float16 in the places of others: every thread writes where it has read."""
     layout: gl.constexpr = row_layout(64, 8, gl.num_warps())
     for i in gl.static_range(NUMBER):
         b_x = tiles.index(i).load(layout)

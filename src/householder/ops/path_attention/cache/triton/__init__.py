@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from householder.ops._triton import dot_precision, on_its_device, power_of_two
-from householder.ops.path_attention.cache.store import Held
+from householder.ops.path_attention.cache.records import BLOCK, Held, Options, Tokens
 from householder.ops.path_attention.cache.triton.step import finish_kernel, step_kernel
 
 # Whether the second kernel starts while the first one ends, and whether programs that wait for
@@ -31,20 +31,17 @@ AHEAD = 64
 # several do; columns of a path; recent tokens, and others, that are attended to at a time; and the
 # registers of a program where more come than fit, of those for one token and for several.
 ONE_BC, FEW_BC = 64, 32
-PATH_COLUMNS = 64
+ONE_COLUMNS, FEW_COLUMNS = 32, 64
 RECENT_TILE = 32
-TILE, STAGES, WARPS = 32, 3, 4
-REGISTERS, FEW_REGISTERS = 128, 168
+TILE, STAGES, WARPS = 64, 3, 4
+REGISTERS = None
 FINISH_WARPS = 1
-FUSED = False
+ONE_FUSED, FEW_FUSED = True, False
 ENTER_WARPS = 4
+PACKED = True
 # Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
 # programs that can wait at a time.
 FETCHED = 25 << 20
-# Programs of `attend` that an H200 holds at a time with all the registers they ask for.
-FILLED = 396
-# Keys of the smallest block, as in the store.
-BLOCK = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -72,41 +69,29 @@ def value_precision(x: Tensor) -> str:
 
 @on_its_device
 def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    scale: float,
-    sinks: Tensor | None,
-    window: int | None,
-    held: Held,
     counts: Tensor,
+    tokens: Tokens,
+    options: Options,
+    held: Held,
     new: Tensor | None,
     num_tokens: int,
 ) -> Tensor:
     """Append N tokens to each row of a batch, or fewer, and return what they see.
 
     Args:
-        q: `[B, N, HQ, K]`.
-        k: `[B, N, H, K]`.
-        v: `[B, N, H, V]`.
-        w: `[B, N, H, K]`.
-        beta: `[B, N, H]`.
-        g: `[B, N, HQ]` or None.
-        scale: factor on the inner products.
-        sinks: `[HQ]` or None.
-        window: how many tokens a query sees, or None.
-        held: the store's tensors, contiguous, with room for N more tokens.
         counts: int32 `[2, B]`: tokens in blocks and tokens after them; the second is counted up.
+        tokens: q `[B, N, HQ, K]`, k and w `[B, N, H, K]`, v `[B, N, H, V]`, beta `[B, N, H]`, and g
+            `[B, N, HQ]` or None.
+        options: how they attend.
+        held: the store's tensors, contiguous, with room for N more tokens.
         new: int32 `[B]`: how many of the N tokens a row gets; all if None.
         num_tokens: no row has more tokens in blocks.
 
     Returns:
         o `[B, N, HQ, V]` in v's dtype, zero where there is no token.
     """
-    q, k, v, w = (with_vectors(x) for x in (q, k, v, w))
+    q, k, v, w = (with_vectors(x) for x in tokens[:4])
+    beta, g, (scale, sinks, window) = tokens.beta, tokens.g, options
     B, N, HQ, K = q.shape
     H, V = k.shape[2], v.shape[3]
     G = HQ // H
@@ -122,14 +107,14 @@ def decode(
     num_parts = 1 + num_tokens // SPAN + levels
     # More queries at a time would not fit the registers.
     wide = max(BK, BV) > 128
-    BG = power_of_two(N * G, most=16 if wide else 64)
+    packed = PACKED and half and N * G <= 8
+    BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
-    # Whether programs wait for others to end: then more of them have to fit a multiprocessor.
-    many = B * H * chunks * num_parts > FILLED
     fetched = FETCHED // (2 * B * H * chunks * num_parts)
 
     single = N == 1 and MAX_SUMMED >= G
-    columns = PATH_COLUMNS // 2 if wide else PATH_COLUMNS
+    columns = ONE_COLUMNS if single else FEW_COLUMNS
+    columns = columns // 2 if wide else columns
     columns, recents = min(columns, BK), ONE_BC if single else FEW_BC
     slices = BK // columns
     num_entering = 2 + (slices if single else -(-N * G // 16))
@@ -156,39 +141,37 @@ def decode(
         *((0, 0, 0) if g is None else g.stride()),
         scale * LOG2_E, 0 if window is None else window, fetched,
     )  # fmt: skip
-    options: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "B": B, "H": H, "N": N, "num_queries": num_queries, "num_parts": num_parts, "room": room,
         "recent_room": recent_room, "triangle_room": triangle_room,
         "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BG": BG, "KC": columns, "SPAN": SPAN,
         "BC": recents // 2 if wide else recents, "BR": power_of_two(triangle_room),
         "RECENT": RECENT_TILE // 2 if wide else RECENT_TILE, "LEVELS": levels, "TILE": TILE,
         "BLOCK": BLOCK, "SINGLE": single, "GATED": gated, "WINDOWED": windowed, "HALF": half,
+        # For both halves of wider heads there is no room in registers.
+        "HALVES": half and not wide, "PACKED": packed,
         "VALUE_PRECISION": value_precision(values), "EARLY": EARLY and hopper, "OVERLAP": overlap,
         "STAGES": STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
         "num_stages": 1,
     }  # fmt: skip
     warps = 2 * WARPS if wide else WARPS
     early = {"launch_pdl": True} if overlap else {}
-    registers = REGISTERS if many and BG == 16 and half else None
-    if single or FUSED:
+    registers = REGISTERS if BG <= 16 and half and not wide else None
+    if ONE_FUSED if single else FEW_FUSED:
         ahead = min(AHEAD, B * H)
         turns = -(-B * H // ahead)
         programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
         step_kernel[(programs,)](
-            *arguments, ahead, **options, ENTERS=True, ATTENDS=True, num_warps=warps,
-            maxnreg=registers if single or not registers else FEW_REGISTERS,
+            *arguments, ahead, **numbers, ENTERS=True, ATTENDS=True, num_warps=warps,
+            maxnreg=registers,
         )  # fmt: skip
     else:
+        enter_warps = 2 * ENTER_WARPS if wide else ENTER_WARPS
         step_kernel[(B * H * num_entering,)](
-            *arguments,
-            B * H,
-            **options,
-            ENTERS=True,
-            ATTENDS=False,
-            num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+            *arguments, B * H, **numbers, ENTERS=True, ATTENDS=False, num_warps=enter_warps
         )
         step_kernel[(B * H * chunks * num_parts,)](
-            *arguments, B * H, **options, ENTERS=False, ATTENDS=True, num_warps=warps,
+            *arguments, B * H, **numbers, ENTERS=False, ATTENDS=True, num_warps=warps,
             maxnreg=registers, **early,
         )  # fmt: skip
     finish_kernel[(B * HQ * N,)](

@@ -6,18 +6,28 @@ import triton
 import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot_add
-from householder.ops.path_attention.cache.triton.products import dot_query, dot_whole, split_query
+from householder.ops.path_attention.cache.triton.products import (
+    dot_query,
+    dot_whole,
+    pack,
+    split_query,
+)
 from householder.ops.path_attention.cache.triton.signals import wait_for
 
 
 @triton.jit
-def weigh(weights, values, acc, PRECISION: tl.constexpr):
+def weigh(weights, values, acc, PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """Return `acc + weights values`, with weights in float32 and values as they lie in the cache.
 
-    bfloat16 values are not to cost the weights their digits: their two halves are multiplied one
-    after the other, while the products wait for the cache to be read anyway.
+    16-bit values are not to cost the weights their digits: their two halves are multiplied one
+    after the other, while the products wait for the cache to be read anyway, or PACKED for rows of
+    their own of `acc`, which `fold` is to add up at the end.
     """
-    if PRECISION == "bf16":
+    if PACKED:
+        high = weights.to(values.dtype)
+        low = (weights - high.to(tl.float32)).to(values.dtype)
+        return tl.dot(pack(high, low), values, acc)
+    elif PRECISION == "bf16":
         high = weights.to(tl.bfloat16)
         low = (weights - high.to(tl.float32)).to(tl.bfloat16)
         return tl.dot(low, values, tl.dot(high, values, acc))
@@ -37,7 +47,38 @@ def count_ones(x):
 
 
 @triton.jit
-def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
+def count_newer(blocks, i_block):
+    """Return how many blocks are newer than the one that has the `i_block`-th 64 tokens."""
+    # As many as there are ones behind the first binary digit in which the numbers differ.
+    behind = blocks ^ i_block
+    for shift in tl.static_range(5):
+        behind |= behind >> (1 << shift)
+    return count_ones(blocks & (behind >> 1))
+
+
+@triton.jit
+def find_part(i_part, old, SPAN: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first token and the size of a part of the keys, 0 if there is none.
+
+    Part 0 are the recent tokens, new ones included; then come spans of SPAN tokens, each inside one
+    block; then, LEVELS at most, the blocks smaller than a span.
+    """
+    spans, blocks = old // SPAN, old // BLOCK
+    first, size = (i_part - 1) * SPAN, SPAN
+    if i_part > spans:
+        rank = 0
+        size = 0
+        for bit in tl.static_range(LEVELS - 1, -1, -1):
+            is_one = (blocks >> bit) & 1
+            if (is_one == 1) & (rank == i_part - 1 - spans):
+                size = BLOCK << bit
+                first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
+            rank += is_one
+    return first, size
+
+
+@triton.jit
+def add_tile(logits, values, top, total, o, PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """Add a tile of keys to a softmax: its largest logit, its sum and its weighted values."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     # Where nothing is seen yet the top is −∞; 0 in its place leaves the weights zero.
@@ -45,51 +86,70 @@ def add_tile(logits, values, top, total, o, PRECISION: tl.constexpr):
     weights = tl.exp2(logits - base[:, None])
     rescale = tl.exp2(top - base)
     total = total * rescale + tl.sum(weights, 1)
-    o = weigh(weights, values, o * rescale[:, None], PRECISION)
+    of_o = rescale
+    if PACKED:
+        of_o = tl.reshape(tl.broadcast_to(rescale[None, :], (2, 8)), (16,))
+    o = weigh(weights, values, o * of_o[:, None], PACKED, PRECISION)
     return new_top, total, o
+
+
+@triton.jit
+def load_along(p_along, o_l, m_row, r):
+    """Load what queries have along recent reflectors, zero from the `r`-th on."""
+    return tl.load(p_along + o_l[None, :], mask=m_row[:, None] & (o_l < r)[None, :], other=0.0)
+
+
+@triton.jit
+def load_later(p_ty, o_l, o_j, r, triangle_room):
+    """Load a tile of T Y in float32, below the diagonal and above row `r`."""
+    mask = (o_l < r)[:, None] & (o_j[None, :] < o_l[:, None])
+    ty = tl.load(p_ty + o_l[:, None] * triangle_room + o_j[None, :], mask=mask, other=0.0)
+    return ty.to(tl.float32)
 
 
 @triton.jit
 def attend_recent(
     top, total, o, p_keys, p_values, p_ty, p_query, p_along, p_wk, p_decays, window,
-    o_g, i_n, m_g, n, r, triangle_room,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-    GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr,
+    i_first, o_g, i_n, m_g, n, r, triangle_room,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BC: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    HALF: tl.constexpr, VALUE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add recent tokens, new ones included, to a softmax."""
     o_n, o_c, o_k, o_v = tl.arange(0, 16), tl.arange(0, BC), tl.arange(0, BK), tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
-    high, low = split_query(q, HALF)
-    p_along += o_g[:, None] * triangle_room
-    m_gn = m_g[:, None] & (o_n[None, :] <= i_n[:, None]) & (o_n < n)[None, :]
+    high, low = split_query(q, PACKED, HALF)
+    # In products there are sixteen rows at least; those that are packed in no others are zero.
+    ROWS: tl.constexpr = 16 if PACKED else o_g.shape[0]
+    o_row = i_first + tl.arange(0, ROWS)
+    m_row = (o_row // G < n) & (tl.arange(0, ROWS) < o_g.shape[0])
+    p_along += o_row[:, None] * triangle_room
+    m_gn = m_row[:, None] & (o_n[None, :] <= (o_row // G)[:, None]) & (o_n < n)[None, :]
     along_new = tl.load(p_along + r + o_n[None, :], mask=m_gn, other=0.0)
     for start in range(0, r + n, BC):
+        # All loads first: what follows waits for them once.
         o_j = start + o_c
         m_j = o_j < r + n
         keys = tl.load(
             p_keys + o_j[:, None] * K + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0
         )
-        values = tl.load(
-            p_values + o_j[:, None] * V + o_v[None, :], mask=m_j[:, None] & m_v[None, :], other=0.0
-        )
-        # What the reflectors behind a key take from it, those of new tokens first.
         wk = tl.load(
             p_wk + o_n[:, None] * triangle_room + o_j[None, :],
             mask=(o_n < n)[:, None] & (o_j[None, :] < r + o_n[:, None]), other=0.0,
         )  # fmt: skip
-        taken = dot_whole(along_new, wk, HALF)
-        for later in range(start, r, BC):
+        along = load_along(p_along, o_j, m_row, r)
+        ty = load_later(p_ty, o_j, o_j, r, triangle_room)
+        values = tl.load(
+            p_values + o_j[:, None] * V + o_v[None, :], mask=m_j[:, None] & m_v[None, :], other=0.0
+        )
+        # What the reflectors behind a key take from it, those of new tokens first.
+        taken = dot_whole(along_new, wk, HALF) + dot_whole(along, ty, HALF)
+        for later in range(start + BC, r, BC):
             o_l = later + o_c
-            m_gl = m_g[:, None] & (o_l < r)[None, :]
-            along = tl.load(p_along + o_l[None, :], mask=m_gl, other=0.0)
-            ty = tl.load(
-                p_ty + o_l[:, None] * triangle_room + o_j[None, :],
-                mask=(o_l < r)[:, None] & (o_j[None, :] < o_l[:, None]), other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            taken += dot_whole(along, ty, HALF)
-        logits = dot_query(high, low, keys, -taken, HALF)
+            more = load_later(p_ty, o_l, o_j, r, triangle_room)
+            taken += dot_whole(load_along(p_along, o_l, m_row, r), more, HALF)
+        logits = dot_query(high, low, keys, taken, PACKED, HALF)
         after = r + i_n[:, None] - o_j[None, :]
         if GATED:
             decay = tl.load(
@@ -101,7 +161,7 @@ def attend_recent(
         if WINDOWED:
             seen = seen & (after < window)
         logits = tl.where(seen, logits, float("-inf"))
-        top, total, o = add_tile(logits, values, top, total, o, VALUE_PRECISION)
+        top, total, o = add_tile(logits, values, top, total, o, PACKED, VALUE_PRECISION)
     return top, total, o
 
 
@@ -110,8 +170,8 @@ def attend_span(
     top, total, o, p_keys, p_values, p_block_decay, p_path_decay, is_behind, p_query, p_shifts,
     p_ready, num_awaited, before, begin, size, window, o_g, i_n, m_g, room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    TILE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    HALF: tl.constexpr, VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add a span of one block to a softmax, once its queries are there.
 
@@ -120,7 +180,7 @@ def attend_span(
     """
     o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, TILE)
     m_k, m_v = o_k < K, o_v < V
-    high, low = split_query(tl.zeros((o_g.shape[0], BK), tl.float32), HALF)
+    high, low = split_query(tl.zeros((o_g.shape[0], BK), tl.float32), PACKED, HALF)
     shift = tl.zeros((o_g.shape[0],), tl.float32)
     for start in tl.range(begin, size, TILE, num_stages=STAGES):
         o_j = start + o_t
@@ -130,14 +190,13 @@ def attend_span(
             # The first keys are on their way by now.
             wait_for(p_ready, num_awaited, EARLY)
             q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
-            high, low = split_query(q, HALF)
+            high, low = split_query(q, PACKED, HALF)
             if GATED:
                 shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
                 if is_behind:
                     shift += tl.load(p_path_decay + o_g % G, mask=m_g, other=0.0).to(tl.float32)
                 shift *= 1.4426950408889634
-        logits = tl.zeros((o_g.shape[0], TILE), tl.float32)
-        logits = dot_query(high, low, keys, logits, HALF)
+        logits = dot_query(high, low, keys, 0.0, PACKED, HALF)
         if GATED:
             p_decay = p_block_decay + (o_g % G)[:, None] * room
             decay = tl.load(p_decay + o_j[None, :], mask=m_g[:, None], other=0.0).to(tl.float32)
@@ -145,5 +204,5 @@ def attend_span(
         if WINDOWED:
             far = before + i_n[:, None] - o_j[None, :] >= window
             logits = tl.where(far, float("-inf"), logits)
-        top, total, o = add_tile(logits, values, top, total, o, VALUE_PRECISION)
+        top, total, o = add_tile(logits, values, top, total, o, PACKED, VALUE_PRECISION)
     return top, total, o

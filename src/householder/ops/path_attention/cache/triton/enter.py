@@ -7,6 +7,7 @@ import triton.language as tl
 
 from householder.ops._triton import beside_diagonal
 from householder.ops.path_attention.cache.triton.products import dot_path, dot_whole
+from householder.ops.path_attention.cache.triton.signals import arrive
 
 
 @triton.jit
@@ -14,6 +15,13 @@ def load_rows(pointer, first, o_r, stop, o_d, D: tl.constexpr):
     """Load rows `first + o_r` of `[·, D]` in float32, zero from row `stop` of `o_r` on."""
     rows = (first + o_r)[:, None] * D + o_d[None, :]
     x = tl.load(pointer + rows, mask=(o_r < stop)[:, None] & (o_d < D)[None, :], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_first(pointer, o_r, o_d, D: tl.constexpr):
+    """Load the first rows of `[·, D]` in float32, whether there are tokens in them or not."""
+    x = tl.load(pointer + o_r[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
     return x.to(tl.float32)
 
 
@@ -26,17 +34,17 @@ def load_new(pointer, s_t, o_n, n, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def triangle_of_new(w, beta, o_n, N, HALF: tl.constexpr):
+def triangle_of_new(w, beta, o_n, N, HALVES: tl.constexpr):
     """Return T of the new tokens alone, `(I + tril(β W Wᵀ, −1))⁻¹ diag(β)`, rows from zero on."""
     # Joined from pairs, as in `inverse_unit_lower`: no power of the triangle is formed.
-    gram = dot_whole(w, tl.trans(w), HALF) * beta[:, None]
+    gram = dot_whole(w, tl.trans(w), HALVES) * beta[:, None]
     gram = tl.where(o_n[:, None] > o_n[None, :], gram, 0.0)
     same = o_n[:, None] == o_n[None, :]
     inverse = tl.where(same, 1.0, 0.0) - tl.where(beside_diagonal(o_n, 1), gram, 0.0)
     levels = tl.where(N > 8, 3, tl.where(N > 4, 2, tl.where(N > 2, 1, 0)))
     for level in range(1, 1 + levels):
         beside = tl.where(beside_diagonal(o_n, 1 << level), -gram, 0.0)
-        inverse += dot_whole(dot_whole(inverse, beside, HALF), inverse, HALF)
+        inverse += dot_whole(dot_whole(inverse, beside, HALVES), inverse, HALVES)
     return inverse * beta[None, :]
 
 
@@ -93,7 +101,7 @@ def load_scale(p_scales, row, o_c, K: tl.constexpr):
 
 @triton.jit
 def query_of_one(
-    q, w, beta, p_ws, p_tw, p_along, r, o_k, is_first, K: tl.constexpr, BC: tl.constexpr
+    q, w, beta, ws, tw, p_ws, p_tw, p_along, r, o_k, is_first, K: tl.constexpr, BC: tl.constexpr
 ):
     """Bring a query from behind the new token to the end of the newest block.
 
@@ -105,21 +113,24 @@ def query_of_one(
     if is_first:
         tl.store(p_along + r, along_new)
     x = q - along_new * w
-    turned = x
-    for start in range(0, r, BC):
-        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        along = tl.sum(ws * x[None, :], 1)
+    along = tl.sum(ws * x[None, :], 1)
+    if is_first:
+        tl.store(p_along + o_c, along, mask=o_c < r)
+    turned = x - tl.sum(tw * along[:, None], 0)
+    for start in range(BC, r, BC):
+        more_ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        more_tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        along = tl.sum(more_ws * x[None, :], 1)
         if is_first:
             tl.store(p_along + start + o_c, along, mask=start + o_c < r)
-        turned -= tl.sum(tw * along[:, None], 0)
+        turned -= tl.sum(more_tw * along[:, None], 0)
     return turned
 
 
 @triton.jit
 def queries_of_one(
-    p_q, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-    i_slice, scale, head, heads, num_queries, r, num_paths, triangle_room,
+    p_q, s_qh, w, beta, ws, tw, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+    p_turned_count, i_slice, scale, head, heads, num_queries, r, num_paths, triangle_room,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -135,13 +146,18 @@ def queries_of_one(
     p_along += head * G * triangle_room
     # Every program has a place of its own for them; that of the first one is what others read.
     p_turned = p_queries + tl.where(i_slice == 0, 1, num_queries - i_slice) * G * K
+    is_recent = (tl.arange(0, BC) < r)[:, None]
+    ws, tw = tl.where(is_recent, ws, 0.0), tl.where(is_recent, tw, 0.0)
     for i_g in range(G):
         q = tl.load(p_q + i_g * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
         if i_slice == 0:
             tl.store(p_queries + i_g * K + o_k, q, mask=m_k)
         p_row = p_along + i_g * triangle_room
-        turned = query_of_one(q, w, beta, p_ws, p_tw, p_row, r, o_k, i_slice == 0, K, BC)
+        turned = query_of_one(q, w, beta, ws, tw, p_ws, p_tw, p_row, r, o_k, i_slice == 0, K, BC)
         tl.store(p_turned + i_g * K + o_k, turned, mask=m_k)
+    if i_slice == 0:
+        arrive(p_turned_count)
+    # They are read again below, in another layout.
     tl.debug_barrier()
     o_c = i_slice * (BK // SLICES) + tl.arange(0, BK // SLICES)
     for i_path in tl.range(0, num_paths, num_stages=STAGES):
@@ -176,12 +192,15 @@ def row_of_ty(
     for column in range(0, r, BC):
         o_j = column + o_c
         before = load_rows(p_keys, column, o_c, r - column, o_k, K)
+        ws = load_rows(p_ws, column, o_c, r - column, o_k, K)
+        ty = load_ty(p_ty, o_j, o_j, r, triangle_room)
         y = tl.sum(before * w[None, :], 1)
         tl.store(p_wk + o_j, y, mask=o_j < r)
-        for start in range(column, r, BC):
-            ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-            ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
-            y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
+        y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
+        for start in range(column + BC, r, BC):
+            more_ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+            more_ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
+            y -= tl.sum(more_ty * tl.sum(more_ws * w[None, :], 1)[:, None], 0)
         tl.store(p_row + o_j, y * beta, mask=o_j < r)
     tl.store(p_row + r, 0.0)
 
@@ -197,9 +216,9 @@ def load_ty(p_ty, o_l, o_j, r, triangle_room):
 @triton.jit
 def queries_of_few(
     p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-    i_chunk, scale, head, heads, n, N, num_queries, r, num_paths, triangle_room,
+    p_turned_count, i_chunk, scale, head, heads, n, N, num_queries, r, num_paths, triangle_room,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, KC: tl.constexpr,
-    HALF: tl.constexpr, STAGES: tl.constexpr,
+    HALF: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Bring 16 queries to the end of the newest block, and from there to all others."""
     o_n, o_c, o_k = tl.arange(0, 16), tl.arange(0, BC), tl.arange(0, BK)
@@ -213,19 +232,22 @@ def queries_of_few(
     q = tl.load(p_row[:, None] + o_k[None, :], mask=m_gk, other=0.0).to(tl.float32) * scale
     tl.store(p_queries + o_k[None, :], q, mask=m_gk)
     # A query's own reflector first, and those of the new tokens before it.
-    ut = triangle_of_new(w, beta, o_n, N, HALF)
-    along_new = tl.where(o_n[None, :] <= i_n[:, None], dot_whole(q, tl.trans(w), HALF), 0.0)
-    along_new = dot_whole(along_new, ut, HALF)
+    ut = triangle_of_new(w, beta, o_n, N, HALVES)
+    along_new = tl.where(o_n[None, :] <= i_n[:, None], dot_whole(q, tl.trans(w), HALVES), 0.0)
+    along_new = dot_whole(along_new, ut, HALVES)
     tl.store(p_along + r + o_n[None, :], along_new, mask=m_g[:, None] & m_n[None, :])
-    x = q - dot_whole(along_new, w, HALF)
+    x = q - dot_whole(along_new, w, HALVES)
     # Then the recent ones: x − (x Wᵀ) (T W).
     turned = x
     for start in range(0, r, BC):
-        along = dot_whole(x, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        along = dot_whole(x, tl.trans(ws), HALVES)
         m_gc = m_g[:, None] & (start + o_c < r)[None, :]
         tl.store(p_along + start + o_c[None, :], along, mask=m_gc)
-        turned -= dot_whole(along, load_rows(p_tw, start, o_c, r - start, o_k, K), HALF)
+        turned -= dot_whole(along, tw, HALVES)
     tl.store(p_queries + N * G * K + o_k[None, :], turned, mask=m_gk)
+    arrive(p_turned_count)
     SLICES: tl.constexpr = BK // KC
     for i in tl.range(0, num_paths * SLICES, num_stages=STAGES):
         i_path, o_s = i // SLICES, i % SLICES * KC + tl.arange(0, KC)
@@ -238,45 +260,47 @@ def queries_of_few(
 
 @triton.jit
 def rows_of_tw(
-    w, beta, p_ws, p_tw, r, n, N, o_k, K: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr
+    w, beta, p_ws, p_tw, r, n, N, o_k, K: tl.constexpr, BC: tl.constexpr, HALVES: tl.constexpr
 ):
     """Append the new tokens' rows to T W: T₂₂ (W₂ − (W₂ W₁ᵀ) (T W)₁)."""
     o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
-    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    ut = triangle_of_new(w, beta, o_n, N, HALVES)
     x = w
     for start in range(0, r, BC):
-        along = dot_whole(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
-        x -= dot_whole(along, load_rows(p_tw, start, o_c, r - start, o_k, K), HALF)
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        x -= dot_whole(dot_whole(w, tl.trans(ws), HALVES), tw, HALVES)
     p_row = p_tw + (r + o_n)[:, None] * K + o_k[None, :]
-    tl.store(p_row, dot_whole(ut, x, HALF), mask=(o_n < n)[:, None] & (o_k < K)[None, :])
+    tl.store(p_row, dot_whole(ut, x, HALVES), mask=(o_n < n)[:, None] & (o_k < K)[None, :])
 
 
 @triton.jit
 def rows_of_ty(
     k, w, beta, p_ws, p_keys, p_ty, p_wk, r, n, N, o_k, triangle_room,
-    K: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr,
+    K: tl.constexpr, BC: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Append rows to T Y likewise, T₂₂ (Y₂₁ − (W₂ W₁ᵀ) (T Y)₁₁); Y₂ is W₂ times earlier keys."""
     o_n, o_c = tl.arange(0, 16), tl.arange(0, BC)
     m_n = o_n < n
-    ut = triangle_of_new(w, beta, o_n, N, HALF)
+    ut = triangle_of_new(w, beta, o_n, N, HALVES)
     p_rows = p_ty + (r + o_n)[:, None] * triangle_room
     p_wk += o_n[:, None] * triangle_room
     for column in range(0, r, BC):
         o_j = column + o_c
         m_nj = m_n[:, None] & (o_j < r)[None, :]
         before = load_rows(p_keys, column, o_c, r - column, o_k, K)
-        y = dot_whole(w, tl.trans(before), HALF)
+        y = dot_whole(w, tl.trans(before), HALVES)
         tl.store(p_wk + o_j[None, :], y, mask=m_nj)
         for start in range(column, r, BC):
-            along = dot_whole(w, tl.trans(load_rows(p_ws, start, o_c, r - start, o_k, K)), HALF)
-            y -= dot_whole(along, load_ty(p_ty, start + o_c, o_j, r, triangle_room), HALF)
-        tl.store(p_rows + o_j[None, :], dot_whole(ut, y, HALF), mask=m_nj)
-    y = dot_whole(w, tl.trans(k.to(tl.float32)), HALF)
+            ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+            ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
+            y -= dot_whole(dot_whole(w, tl.trans(ws), HALVES), ty, HALVES)
+        tl.store(p_rows + o_j[None, :], dot_whole(ut, y, HALVES), mask=m_nj)
+    y = dot_whole(w, tl.trans(k.to(tl.float32)), HALVES)
     y = tl.where(o_n[:, None] > o_n[None, :], y, 0.0)
     tl.store(p_wk + r + o_n[None, :], y, mask=m_n[:, None] & m_n[None, :])
     m_nn = m_n[:, None] & (o_n[None, :] <= o_n[:, None])
-    tl.store(p_rows + r + o_n[None, :], dot_whole(ut, y, HALF), mask=m_nn)
+    tl.store(p_rows + r + o_n[None, :], dot_whole(ut, y, HALVES), mask=m_nn)
 
 
 @triton.jit

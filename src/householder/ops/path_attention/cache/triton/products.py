@@ -17,13 +17,12 @@ def halves(x):
 
 
 @triton.jit
-def dot_whole(a, b, HALF: tl.constexpr):
+def dot_whole(a, b, HALVES: tl.constexpr):
     """Multiply float32 tiles in parts, all but the small ones' product.
 
-    HALF says that the cache holds 16-bit keys: then two float16 parts of each are more than enough,
-    and twice as fast as TF32's.
+    Beside 16-bit keys two float16 parts of each are more than enough, and twice as fast as TF32's.
     """
-    if HALF:
+    if HALVES:
         high_a, low_a = halves(a)
         high_b, low_b = halves(b)
         product = tl.dot(high_a, low_b, tl.dot(low_a, high_b))
@@ -33,9 +32,29 @@ def dot_whole(a, b, HALF: tl.constexpr):
 
 
 @triton.jit
-def split_query(q, HALF: tl.constexpr):
-    """Split queries into what `dot_query` takes: they keep the digits that a prompt's have."""
-    if HALF:
+def pack(high, low):
+    """Put eight rows above eight others."""
+    C: tl.constexpr = high.shape[1]
+    is_high = (tl.arange(0, 2) == 0)[:, None, None]
+    return tl.reshape(tl.where(is_high, high[None, :, :], low[None, :, :]), (16, C))
+
+
+@triton.jit
+def fold(x):
+    """Add the last eight of sixteen rows to the first."""
+    return tl.sum(tl.reshape(x, (2, 8, x.shape[1])), 0)
+
+
+@triton.jit
+def split_query(q, PACKED: tl.constexpr, HALF: tl.constexpr):
+    """Split queries into what `dot_query` takes: they keep the digits that a prompt's have.
+
+    PACKED says that there are eight: both parts fit into the sixteen rows of one product.
+    """
+    if PACKED:
+        high, low = halves(q)
+        return pack(high, low), 0.0
+    elif HALF:
         high, low = halves(q)
         return high, low
     else:
@@ -43,13 +62,15 @@ def split_query(q, HALF: tl.constexpr):
 
 
 @triton.jit
-def dot_query(high, low, keys, acc, HALF: tl.constexpr):
-    """Return `acc + q keysᵀ` of split queries and keys as they lie in the cache."""
-    if HALF:
+def dot_query(high, low, keys, less, PACKED: tl.constexpr, HALF: tl.constexpr):
+    """Return `q keysᵀ − less` of split queries and keys as they lie in the cache."""
+    if PACKED:
+        return fold(tl.dot(high, tl.trans(keys).to(tl.float16)) - less)
+    elif HALF:
         keys = tl.trans(keys).to(tl.float16)
-        return tl.dot(high, keys, tl.dot(low, keys, acc))
+        return tl.dot(high, keys, tl.dot(low, keys)) - less
     else:
-        return acc + dot(high, tl.trans(keys), "tf32x3")
+        return dot(high, tl.trans(keys), "tf32x3") - less
 
 
 @triton.jit

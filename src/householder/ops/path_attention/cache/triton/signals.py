@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# From one counter to the next, in int32: they are asked for all the time, and lie in cache lines of
+# their own.
+COUNTER = tl.constexpr(32)
+
 
 @triton.jit
 def arrive(p_count):
@@ -18,14 +22,16 @@ def arrive(p_count):
 def wait_for(p_count, target, EARLY: tl.constexpr):
     """Wait until so many programs have arrived, whose numbers must all be lower than this one's.
 
-    A GPU starts programs in the order of their numbers: those waited for run already. With EARLY
-    each thread asks for itself, in one instruction to the compiler: a loop around it can still be
-    pipelined, and what it reads first is on its way before.
+    A GPU starts programs in the order of their numbers: those waited for run already. With EARLY it
+    is one instruction to the compiler, so that a loop around it can still be pipelined, and what it
+    reads first is on its way before. One thread asks, and not all the time: hundreds of programs
+    that do would be in the way of those they wait for.
     """
     if EARLY:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .u32 arrived; ASK: ld.acquire.gpu.global.u32 arrived, [$1]; "
-            "setp.lt.u32 p, arrived, $2; @p bra ASK; mov.u32 $0, arrived; }",
+            "{ .reg .pred p; .reg .u32 x; mov.u32 x, %tid.x; setp.ne.u32 p, x, 0; @p bra DONE; "
+            "ASK: ld.acquire.gpu.global.u32 x, [$1]; setp.ge.u32 p, x, $2; @p bra DONE; "
+            "nanosleep.u32 32; bra ASK; DONE: bar.sync 0; mov.u32 $0, x; }",
             "=r,l,r", [p_count.to(tl.int64), target], tl.int32, False, 1,
         )  # fmt: skip
     else:

@@ -9,10 +9,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from householder.ops.path_attention.cache.triton.attend import (
     attend_recent,
     attend_span,
+    count_newer,
     count_ones,
+    find_part,
 )
 from householder.ops.path_attention.cache.triton.enter import (
     as_held,
+    load_first,
     load_new,
     put_tokens,
     queries_of_few,
@@ -23,7 +26,13 @@ from householder.ops.path_attention.cache.triton.enter import (
     rows_of_ty,
     sum_gates,
 )
-from householder.ops.path_attention.cache.triton.signals import arrive, fetch_to_l2, wait_for
+from householder.ops.path_attention.cache.triton.products import fold
+from householder.ops.path_attention.cache.triton.signals import (
+    COUNTER,
+    arrive,
+    fetch_to_l2,
+    wait_for,
+)
 
 # Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
 NOT_SPECIAL = [
@@ -45,9 +54,10 @@ def step_kernel(
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr,
     SPAN: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr, ENTERS: tl.constexpr, ATTENDS: tl.constexpr,
+    SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    HALF: tl.constexpr, HALVES: tl.constexpr, VALUE_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    ENTERS: tl.constexpr, ATTENDS: tl.constexpr,
 ):  # fmt: skip
     """Let new tokens enter, and attend, or one of both.
 
@@ -88,11 +98,13 @@ def step_kernel(
     p_tw += head * triangle_room * K
     p_ty += head * triangle_room * triangle_room
     p_wk += head * 16 * triangle_room
-    p_ready += head * 2
+    p_ready += head * 2 * COUNTER
     if ENTERS and EARLY and enters:
         # Before the counts have come.
         fetch_to_l2(p_ws, 64 * K * (p_ws.dtype.element_ty.primitive_bitwidth // 8), 64 * BK * 4)
         fetch_to_l2(p_tw, 64 * K * 4, 64 * BK * 4)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
     n = N
     if p_new is not None:
         n = tl.load(p_new + i_b)
@@ -101,11 +113,10 @@ def step_kernel(
     r = tl.minimum(r, tl.minimum(triangle_room, room - old) - N)
     if n == 0:
         return
-    o_k = tl.arange(0, BK)
-    m_k = o_k < K
     blocks = old // BLOCK
     p_recent = p_keys + (head * room + old) * K
-    # Programs that blocks wait for: with gates also the one that sums them.
+    # Programs that wait for blocks' queries, with gates also for their sums, ask the first counter;
+    # the one for recent tokens the second, where these and their queries have arrived.
     num_awaited = num_turning + GATED
 
     if ENTERS and enters:
@@ -121,28 +132,32 @@ def step_kernel(
             w = load_new(p_w, s_wt, o_n, n, o_k, K)
             beta = tl.load(p_beta + o_n * s_bt, mask=o_n < n, other=0.0).to(tl.float32)
         if i_part < num_turning:
+            if SINGLE:
+                # On their way before the counts have come.
+                o_c = tl.arange(0, BC)
+                ws, tw = load_first(p_ws, o_c, o_k, K), load_first(p_tw, o_c, o_k, K)
             if EARLY:
                 size = K * K * (p_paths.dtype.element_ty.primitive_bitwidth // 8)
                 for i_path in range(i_part, num_paths, num_turning):
                     fetch_to_l2(p_paths + (head + i_path * B * H) * K * K, size, BK * BK * 4)
             if SINGLE:
                 queries_of_one(
-                    p_q, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-                    i_part, scale, head, B * H, num_queries, r, num_paths, triangle_room,
-                    G, K, BK, BC, SLICES, STAGES,
+                    p_q, s_qh, w, beta, ws, tw, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+                    p_ready + COUNTER, i_part, scale, head, B * H, num_queries, r, num_paths,
+                    triangle_room, G, K, BK, BC, SLICES, STAGES,
                 )  # fmt: skip
             else:
                 queries_of_few(
                     p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-                    i_part, scale, head, B * H, n, N, num_queries, r, num_paths, triangle_room,
-                    G, K, BK, BC, KC, HALF, STAGES,
+                    p_ready + COUNTER, i_part, scale, head, B * H, n, N, num_queries, r, num_paths,
+                    triangle_room, G, K, BK, BC, KC, HALF, HALVES, STAGES,
                 )  # fmt: skip
             arrive(p_ready)
         elif i_part == num_turning:
             if SINGLE:
                 row_of_tw(w, beta, p_ws, p_tw, r, o_k, K, BC)
             else:
-                rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALF)
+                rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALVES)
         else:
             if GATED:
                 p_g += i_b * s_gb + i_h * G * s_gh
@@ -161,7 +176,7 @@ def step_kernel(
             else:
                 rows_of_ty(
                     k, w, beta, p_ws, p_recent, p_ty, p_wk, r, n, N, o_k, triangle_room,
-                    K, BC, HALF,
+                    K, BC, HALVES,
                 )  # fmt: skip
             put_tokens(
                 k, load_new(p_w, s_wt, o_n, n, o_k, K),
@@ -170,23 +185,10 @@ def step_kernel(
                 p_values + (head * room + old) * V, p_ws, p_betas + head * recent_room, r, n,
                 K, V, BK, BV,
             )  # fmt: skip
-            arrive(p_ready + 1)
+            arrive(p_ready + COUNTER)
         return
     if ATTENDS:
-        # The part's first token and size. Part 0 are the recent tokens, new ones included; then
-        # come spans of SPAN tokens, each inside one block; then, LEVELS at most, the blocks smaller
-        # than a span. The block is found where bits of numbers of blocks differ.
-        spans = old // SPAN
-        first, size = (i_part - 1) * SPAN, SPAN
-        if i_part > spans:
-            rank = 0
-            size = 0
-            for bit in tl.static_range(LEVELS - 1, -1, -1):
-                is_one = (blocks >> bit) & 1
-                if (is_one == 1) & (rank == i_part - 1 - spans):
-                    size = BLOCK << bit
-                    first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
-                rank += is_one
+        first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
         if size == 0:
             return
         o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
@@ -196,16 +198,15 @@ def step_kernel(
         p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
         top = tl.full((BG,), float("-inf"), tl.float32)
         total = tl.zeros((BG,), tl.float32)
-        o = tl.zeros((BG, BV), tl.float32)
+        o = tl.zeros((16 if PACKED else BG, BV), tl.float32)
         if i_part == 0:
-            wait_for(p_ready, num_awaited, EARLY)
-            wait_for(p_ready + 1, 1, EARLY)
+            wait_for(p_ready + COUNTER, 2 if SINGLE else 1 + num_turning, EARLY)
             top, total, o = attend_recent(
                 top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
                 p_along + row * triangle_room, p_wk,
                 p_decays + row * triangle_room if GATED else None, window,
-                o_g, i_n, m_g, n, r, triangle_room,
-                K, V, BK, BV, RECENT, GATED, WINDOWED, HALF, VALUE_PRECISION,
+                i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
+                G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
             )  # fmt: skip
         else:
             p_keys += (head * room + first) * K
@@ -219,21 +220,19 @@ def step_kernel(
                 bytes_of: tl.constexpr = p_keys.dtype.element_ty.primitive_bitwidth // 8
                 fetch_to_l2(p_keys, tl.minimum(size * K * bytes_of, fetched), 1 << 16)
                 fetch_to_l2(p_values, tl.minimum(size * V * bytes_of, fetched), 1 << 16)
-            # As many blocks are newer as there are ones behind the first binary digit in which its
-            # number differs from the number of blocks.
-            behind = blocks ^ (first // BLOCK)
-            for shift in tl.static_range(5):
-                behind |= behind >> (1 << shift)
-            i_path = count_ones(blocks & (behind >> 1))
+            i_path = count_newer(blocks, first // BLOCK)
             top, total, o = attend_span(
                 top, total, o, p_keys, p_values,
                 p_block_decay + head * G * room + first if GATED else None,
                 p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
                 p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
                 p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
-                G, K, V, BK, BV, TILE, GATED, WINDOWED, HALF, VALUE_PRECISION, EARLY, STAGES,
+                G, K, V, BK, BV, TILE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
+                STAGES,
             )  # fmt: skip
         part = (row + o_g) * num_parts + i_part
+        if PACKED:
+            o = fold(o)
         m_g = m_g & (o_g < N * G)
         m_gv = m_g[:, None] & (o_v < V)[None, :]
         tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_gv)
@@ -268,7 +267,8 @@ def finish_kernel(
         gdc_wait()
     if (i_n == 0) & (i_g == 0):
         # Nobody waits any more.
-        tl.store(p_ready + (i_b * H + i_h) * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+        o_c = tl.arange(0, 2) * COUNTER
+        tl.store(p_ready + (i_b * H + i_h) * 2 * COUNTER + o_c, tl.zeros((2,), tl.int32))
     if i_n >= n:
         tl.store(p_o + o_v, tl.zeros((BV,), tl.float32), mask=m_v)
         return
