@@ -1,11 +1,11 @@
 """New tokens on a GPU, one or a few: Triton kernels over the tensors of a `Store`.
 
-Two kernels. In the first, some programs put the tokens behind the recent ones and bring their
-queries to the end of every block; the others wait for these, and let queries meet recent keys, and
-those of blocks in spans side by side. The second joins the parts of the softmax and counts the
-tokens. How many tokens there are is read from the device, so that a captured graph can be replayed
-as the cache grows; and a span has the same tokens whatever the batch, so that a row's output does
-not depend on the others.
+Three kernels. `enter` puts the tokens behind the recent ones and brings their queries to the end of
+every block; `attend` lets queries meet recent keys, and those of blocks in spans side by side;
+`finish` joins the parts of the softmax and counts the tokens. Programs of the first two wait for
+one another on counters, not for whole kernels. How many tokens there are is read from the device,
+so that a captured graph can be replayed as the cache grows; and a span has the same tokens whatever
+the batch, so that a row's output does not depend on the others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from householder.ops.path_attention.cache.triton.step import (
     finish_kernel,
 )
 
-# Whether the second kernel starts while the first one ends, and whether programs that wait for
-# others read ahead: both from Hopper on.
+# Whether a kernel starts while the one before it ends, and whether programs that wait for others
+# read ahead: both from Hopper on.
 OVERLAP = EARLY = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
@@ -103,8 +103,11 @@ def decode(
     SPAN = span(N * G)
     levels = (SPAN // BLOCK).bit_length() - 1
     num_parts = 1 + num_tokens // SPAN + levels
-    # More queries at a time would not fit the registers.
+    # More queries or keys at a time would not fit the registers.
     wide = max(BK, BV) > 128
+    tile, recent_tile = TILE, RECENT_TILE
+    if wide or not half:
+        tile, recent_tile = TILE // 2, RECENT_TILE // 2
     packed = PACKED and half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
@@ -149,10 +152,10 @@ def decode(
         keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready,
         queries, along, wk, decays, shifts, parts, tops,
         0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
-        **sizes, BG=BG, RECENT=RECENT_TILE // 2 if wide else RECENT_TILE, SPAN=SPAN, LEVELS=levels,
-        TILE=TILE, WINDOWED=window is not None, PACKED=packed,
+        **sizes, BG=BG, RECENT=recent_tile, SPAN=SPAN, LEVELS=levels,
+        TILE=tile, WINDOWED=window is not None, PACKED=packed,
         VALUE_PRECISION=value_precision(values),
-        STAGES=STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
+        STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
         num_warps=2 * WARPS if wide else WARPS,
         maxnreg=ATTEND_REGISTERS if half and not wide and BG == 16 else None, **early,
     )  # fmt: skip
