@@ -320,12 +320,6 @@ README_GPU = (
 )
 
 
-# What has changed since a row was measured, by case and commit.
-OUTDATED = {
-    ("frame-n1024-r1024", "40ce887"): ", before its triangles were solved in float64",
-}
-
-
 def readme_cpu_table() -> str:
     """Forward + backward on a CPU."""
     lines = []
@@ -350,7 +344,6 @@ def readme_gpu_table() -> str:
         rows = read(file)
         others = "; ".join(f"{name} {readme_figures(rows[case, v])}" for v, name in peers)
         ours = rows[case, "householder"]
-        what += OUTDATED.get((case, ours["commit"]), "")
         lines.append([what, readme_figures(ours), others])
     return markdown("| householder | peers", lines)
 
