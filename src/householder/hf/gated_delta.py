@@ -172,7 +172,7 @@ def _places(module: ModuleType, ours: dict[str, Callable[..., Any]]) -> Iterator
     """Yield where the models of a module look the two functions up."""
     layers = [c for c in vars(module).values() if isinstance(c, type) and _keeps_functions(c)]
     for name, function in ours.items():
-        if not layers and hasattr(module, name):
+        if not layers and callable(getattr(module, name, None)):
             yield _Place(module, name, getattr(module, name), function)
         for layer in layers if name in _IN_LAYERS else ():
             kept = _IN_LAYERS[name]
