@@ -167,8 +167,8 @@ class Block(nn.Module):
     ) -> Any:
         """Run the block on whole sequences; arguments and results as in the mixer's `forward`."""
         options = {"state": state, "cu_seqlens": cu_seqlens, "mask": mask}
-        # Attention may have to read the bounds of packed sequences, where a compiler breaks off; what
-        # it breaks off in is then checkpointed operation by operation, which takes its time.
+        # Attention may have to read the bounds of packed sequences, where a compiler breaks off; a
+        # checkpoint around that would go through all operations one by one, at every step.
         whole = cu_seqlens is None or isinstance(self.mixer, DeltaProductMixer)
         recompute = self.recompute and whole and x.is_cuda and torch.compiler.is_compiling()
         if recompute and state is None and not return_state:
