@@ -24,8 +24,8 @@ from householder.adapters.config import (
 )
 from householder.adapters.errors import AdapterError
 from householder.adapters.targets import LayerShape, matches
-from householder.adapters.turn import narrow, turn
 from householder.maps import HouseholderProduct
+from householder.ops import householder_product
 from householder.ops.wy import compute_dtype, triangle_dtype
 
 Call = Callable[[Tensor], Tensor]
@@ -109,7 +109,7 @@ class HRALayer(AdapterLayer):
         return HouseholderProduct.orthogonal(self.directions())
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        return call(turn(self.directions(), x))
+        return call(_turn(self.directions(), x))
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.product().mT(W.to(compute_dtype(W))), bias
@@ -154,12 +154,12 @@ class TwoSidedLayer(AdapterLayer):
         )
 
     def forward(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = call(turn(self.input_reflectors, x))
+        y = call(_turn(self.input_reflectors, x))
         # Under autocast y is narrower than the bias.
         bias = None if bias is None else bias.to(y.dtype)
         y = y if bias is None else y - bias
         y = y if self.scale is None else y * self.scale.to(y.dtype)
-        y = turn(self.output_reflectors, y)
+        y = _turn(self.output_reflectors, y)
         return y if bias is None else y + bias
 
     def adapt(self, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -245,7 +245,7 @@ class HTALayer(AdapterLayer):
 
     def additive(self, x: Tensor) -> Tensor:
         """Return ΔW x, at the cost of a LoRA of rank + 2 and a pass over x."""
-        x = narrow(x)
+        x = _narrow(x)
         A, B = (factor.to(x.dtype) for factor in self.factors())
         # Of rows that are no multiples of 16 bytes the tensor cores make nothing.
         if x.is_cuda and (missing := -len(A) % 8):
@@ -331,6 +331,24 @@ def make_layer(config: AdapterConfig, shape: LayerShape, name: str) -> AdapterLa
         f"adapters: `config` must be an HRAConfig, HTAConfig or TwoSidedConfig, got "
         f'{type(config).__name__}; adapters.HRAConfig(targets="q_proj") will do'
     )
+
+
+def _turn(k: Tensor, x: Tensor) -> Tensor:
+    """Return Q x for the orthogonal product of the reflectors k, in the dtype of the layer's input.
+
+    In half precision the reflectors are rounded too, as autocast rounds other weights. Q stays
+    orthogonal to float32's rounding, and Q x changes by less than its own rounding: the change is
+    along k alone.
+    """
+    x = _narrow(x)
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return householder_product(x, k.to(x.dtype) if half else k).to(x.dtype)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Return x as autocast would round it in front of a layer."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _orthogonal_vectors(P: int, D: int) -> Tensor:

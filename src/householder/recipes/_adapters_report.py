@@ -96,7 +96,7 @@ def accuracy_figure(outcomes: Sequence[Outcome], settings: Settings) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9, color=FAINT)
     if set(kinds) - {"probe"}:
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.legend(frameon=False, fontsize=9, loc="center right")
     data = "scikit-learn's digits" if settings.images is None else Path(settings.images).name
     axes.set_title(
         f"Adapting a small ViT to the other half of {data}",

@@ -39,6 +39,18 @@ def load_row(k, n, o_d, N, D, stride):
 
 
 @triton.jit
+def zeros_in_runs(pointer, rows, columns):
+    """Return float64 zeros `[rows, columns]` of which each thread holds runs of eight columns.
+
+    Triton lays a tile out as it is loaded, and eight 16-bit numbers are one load of a thread; so
+    this is a load, of nothing. Left to itself Triton gives each thread single columns of many rows,
+    and an outer product is then a load for each of its entries.
+    """
+    places = pointer.to(tl.pointer_type(tl.float16)) + rows[:, None] * 128 + columns[None, :]
+    return tl.load(places, mask=rows[:, None] + columns[None, :] < 0, other=0.0).to(tl.float64)
+
+
+@triton.jit
 def lower_tile(i):
     """Return row and column of a tile, numbered by rows: (0, 0), (1, 0), (1, 1) … (3, 3)."""
     row = (i >= 1).to(tl.int32) + (i >= 3).to(tl.int32) + (i >= 6).to(tl.int32)
@@ -60,7 +72,7 @@ def wide_cross_kernel(
     o_i = first + i_row * SIDE + o_t
     o_j = first + i_column * SIDE + o_t
     kt += i_block // BLOCKS * D * N
-    total = tl.zeros((SIDE, SIDE), dtype=tl.float64)
+    total = zeros_in_runs(kt, o_t, o_t)
     for start in range(i_split * COLUMNS, tl.minimum(D, (i_split + 1) * COLUMNS), AHEAD):
         for i in tl.static_range(AHEAD):
             b_i = load_row(kt, start + i, o_i, D, N, N)
@@ -81,7 +93,9 @@ def substitute(gram_t, b_beta, R: tl.constexpr):
     for j in range(SIDE - 1):
         # Eliminate column j: rows below it lose their multiple of row j, which is final by now.
         column = tl.where(o_r > j, b_beta * tl.load(gram_t + j * R + o_r), 0.0)
-        row = tl.sum(tl.where(o_r[:, None] == j, x, 0.0), axis=0)
+        # All bits but those of row j are zero: an exclusive or takes a third of an addition's time.
+        own = tl.where(o_r[:, None] == j, x, 0.0).to(tl.int64, bitcast=True)
+        row = tl.xor_sum(own, axis=0).to(tl.float64, bitcast=True)
         x -= column[:, None] * row[None, :]
     return x
 
@@ -162,12 +176,12 @@ def wide_join_kernel(
         tl.debug_barrier()
         o_r = i * SIDE + o_t
         at = tile_at(i, j, R, SIDE)
-        total = tl.zeros((SIDE, SIDE), dtype=tl.float64)
+        total = zeros_in_runs(exact, o_t, o_t)
         total = add_outer(total, gram_t + o_r, exact + o_c, j * SIDE, i * SIDE, R)
         total *= tl.load(exact_beta + i_block * R + o_r)[:, None]
         tl.store(exact + at, total)
         tl.debug_barrier()
-        product = tl.zeros((SIDE, SIDE), dtype=tl.float64)
+        product = zeros_in_runs(exact, o_t, o_t)
         begin = i * SIDE
         product = add_outer(product, exact_t + o_r, exact + o_c, begin, begin + SIDE, R)
         tl.debug_barrier()
@@ -193,7 +207,7 @@ def wide_expand_kernel(
     exact += i_block * R * R
     exact_t += i_block * R * R
     exact_beta += i_block * R
-    total = tl.zeros((SIDE, BD), dtype=tl.float64)
+    total = zeros_in_runs(exact, tl.arange(0, SIDE), tl.arange(0, BD))
     for start in range(i * SIDE, R, AHEAD):
         for m in tl.static_range(AHEAD):
             n = start + m
@@ -201,13 +215,13 @@ def wide_expand_kernel(
             total += tl.load(exact + n * R + o_t)[:, None] * b_k[None, :]
     total *= tl.load(exact_beta + o_t)[:, None]
     store_rows(left + i_g * N * D, first + o_t, o_d, N, D, D, total)
-    total = tl.zeros((SIDE, BD), dtype=tl.float64)
+    total = zeros_in_runs(exact, tl.arange(0, SIDE), tl.arange(0, BD))
     for start in range(0, (i + 1) * SIDE, AHEAD):
         for m in tl.static_range(AHEAD):
             n = start + m
             b_k = load_row(k, first + n, o_d, N, D, k_n)
-            b_k *= tl.load(exact_beta + n)
-            total += tl.load(exact_t + n * R + o_t)[:, None] * b_k[None, :]
+            b_t = tl.load(exact_t + n * R + o_t) * tl.load(exact_beta + n)
+            total += b_t[:, None] * b_k[None, :]
     store_rows(right + i_g * N * D, first + o_t, o_d, N, D, D, total)
 
 
@@ -220,8 +234,9 @@ def wide_triangles(k: Tensor, beta: Tensor | None) -> tuple[Tensor, ...]:
     parts = torch.empty(G, blocks, splits, R, R, dtype=torch.float64, device=k.device)
     side, sizes = SIDE.value, {"N": N, "D": D, "BLOCKS": blocks, "R": R}
     small = {"num_warps": 4, "num_stages": 1}
-    # So that a column is read at once: reading it across rows takes the cache five times as long.
-    kt = k.mT.contiguous()
+    # So that a column is read at once, where reading it across rows takes the cache five times as
+    # long, and so that nothing is converted again and again.
+    kt = parts.new_empty(G, D, N).copy_(k.mT)
     lower = R // side * (R // side + 1) // 2
     launch(
         wide_cross_kernel, (G * blocks * lower, splits), kt, parts,
