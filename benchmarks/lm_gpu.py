@@ -132,6 +132,7 @@ def theirs(
     return model, lambda tokens: model(tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
 
 
+@functools.cache  # what it lifted must be told of again
 def lift_refusal() -> str:
     """Let fla run what it refuses on a Hopper GPU with this Triton, and say so.
 

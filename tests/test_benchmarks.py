@@ -36,6 +36,7 @@ FILES = {
     "language-model-gpu.csv": ("lm_gpu", "torch"),
     "language-model-decoding-gpu.csv": ("lm_decode_gpu", "torch"),
     "fla-checkpoints-h200.csv": ("fla_checkpoints", "transformers"),
+    "in-transformers.csv": ("in_transformers", "transformers"),
     "apply-cpu.csv": ("run", "transformers"),
     "gated-delta-cpu.csv": ("run", "transformers"),
 }

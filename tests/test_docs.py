@@ -29,6 +29,7 @@ PUBLIC = (
     "householder.hf",
     "householder.train",
     "householder.train.tasks",
+    "householder.train.text",
     "householder.train.adapt",
     "householder.testing",
 )

@@ -280,7 +280,9 @@ def _convert(
 
 def _folder(flag: Path | None, in_file: Any, default: str) -> Path:
     if in_file is not None and not isinstance(in_file, str):
-        raise ConfigError(f"`out` must be of type str, got {in_file!r}")
+        raise ConfigError(
+            f"`out` must be of type str, got {in_file!r}; write the folder's name in quotes"
+        )
     return flag or Path(in_file or default)
 
 

@@ -135,7 +135,8 @@ def given_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             given[name] = [int(word) for word in words]
         except ValueError as error:
             raise ConfigError(
-                f"`{name}` must be numbers such as 2 or 1,2, got {','.join(words)!r}"
+                f"`{name}` must be numbers such as 2 or 1,2, got {','.join(words)!r}; put commas "
+                "between them"
             ) from error
     return given
 
@@ -145,5 +146,8 @@ def take_single(settings: dict[str, Any], name: str) -> None:
     values = settings.get(name)
     if isinstance(values, list):
         if len(values) != 1:
-            raise ConfigError(f"`{name}` must be one value with language models, got {values}")
+            raise ConfigError(
+                f"`{name}` must be one value with language models, got {values}; train the others "
+                "in folders of their own"
+            )
         settings[name] = values[0]

@@ -128,7 +128,8 @@ class HouseholderCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence i go on from what sequence `beam_idx[i]` was."""
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)), beam_idx)
+        rows = beam_idx.long()  # beam search counts in int32
+        self._change(lambda x: x.index_select(0, rows.to(x.device)), rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Go on from every sequence `repeats` times."""

@@ -123,14 +123,19 @@ def convert(source: Path, target: Path) -> str:
         ConversionError: it is no such model, cannot be converted, or `target` is occupied.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"convert: {target} is occupied; choose another folder")
+        raise ConversionError(
+            f"convert: `target` must be a new or empty folder, {target} is occupied; choose another"
+        )
     if (source / "model" / "config.json").is_file():
         source = source / "model"
     try:
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         kind = fields.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ConversionError(f"convert: {source} holds no model: {error}") from error
+        raise ConversionError(
+            f"convert: `source` must be a folder with config.json and safetensors, {source} holds "
+            f"no model: {error}; give the folder that save_pretrained or a text run wrote"
+        ) from error
     unsaid = _TOKEN_IDS if kind in READERS else dict.fromkeys(_TOKEN_IDS)
     ids = {name: fields.get(name, default) for name, default in unsaid.items()}
     if kind in READERS:
@@ -143,8 +148,8 @@ def convert(source: Path, target: Path) -> str:
             model = load_causal_lm(source)
         except ValueError as error:
             raise ConversionError(
-                f"convert: {source} must hold a model of householder, or of flash-linear-attention "
-                f"({', '.join(READERS)}), got model_type {kind!r}"
+                f"convert: `source` must hold a model of householder, or of flash-linear-attention "
+                f"({', '.join(READERS)}), {source} does not, of model_type {kind!r}: {error}"
             ) from error
         done = f"{source} -> {target}: {_write_theirs(model, ids, target)}"
     for name in _COMPANIONS:

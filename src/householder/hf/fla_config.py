@@ -30,7 +30,8 @@ def config_from_fla(theirs: Mapping[str, Any]) -> CausalLMConfig:
     kind = str(theirs.get("model_type"))
     if kind not in READERS:
         raise ConversionError(
-            f"from_fla: `model_type` must be one of {', '.join(READERS)}, got {kind!r}"
+            f"from_fla: `model_type` must be one of {', '.join(READERS)}, got {kind!r}; there is "
+            "no such model here"
         )
     for name, only in {
         "hidden_act": ("swish", "silu"),

@@ -78,7 +78,8 @@ def _folder(settings: Settings) -> Images:
             labels.append(label)
     if not pixels or max(labels) < 3:
         raise ConfigError(
-            f"{folder}: must hold at least four classes, two to pretrain on and two to adapt to"
+            f"{folder}: must hold at least four classes, two to pretrain on and two to adapt to; "
+            "give a folder of more"
         )
     return Images(torch.stack(pixels), torch.tensor(labels))
 

@@ -82,7 +82,8 @@ def householder_product(
     """
     op = "householder_product"
     check_impl(op, impl, IMPLS)
-    _check_tensors(op, {"x": x, "reflectors": reflectors, "beta": beta})
+    tensors = {"x": x, "reflectors": reflectors, "beta": beta}
+    _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
     _check_shapes(op, x, reflectors, beta)
     # A β that follows from the reflectors has no width of its own.
     dtype = result_dtype(x, reflectors, reflectors if beta is None else beta)
@@ -144,7 +145,8 @@ def householder_frame(
     """
     op = "householder_frame"
     check_impl(op, impl, IMPLS)
-    _check_tensors(op, {"reflectors": reflectors, "beta": beta})
+    tensors = {"reflectors": reflectors, "beta": beta}
+    _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
     if reflectors.dim() < 2:
         raise ValueError(
             f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
@@ -208,19 +210,6 @@ def _run(
     if torch.compiler.is_compiling():
         return CompiledHouseholderProduct.apply(*arguments)[0]
     return apply(HouseholderProductFunction, *arguments)[0]
-
-
-def _check_tensors(op: str, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Check the types and devices of the arguments, and return those that are given."""
-    given: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if not (value is None and name == "beta"):
-            _checks.check_tensor(op, name, value)
-        if value is not None:
-            given[name] = value
-    _checks.check_floating(op, given, allow_complex=True)
-    _checks.check_same_device(op, given)
-    return given
 
 
 def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | None) -> None:

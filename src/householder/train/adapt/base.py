@@ -92,7 +92,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
     except OSError:
         return {}
     except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'}: is no JSON: {error}") from error
+        raise ConfigError(
+            f"{folder / 'config.json'}: is no JSON: {error}; take the folder as it was saved"
+        ) from error
 
 
 def _timm_base(config: AdaptConfig, data: Path, classes: int) -> Base:
@@ -134,7 +136,10 @@ def _image_base(config: AdaptConfig, data: Path, classes: int) -> Base:
         )
     linear = [n for n, m in model.named_modules() if getattr(m, "out_features", 0) == classes]
     if not linear:
-        raise ConfigError(f"{config.model}: no linear layer with {classes} outputs, the classifier")
+        raise ConfigError(
+            f"{config.model}: must have a linear layer of {classes} outputs, the classifier, and "
+            "has none; adapt it in Python, with householder.adapters"
+        )
     processing = _optional_json(transformers, config.model, "preprocessor_config.json")
     size = getattr(settings, "image_size", 224)
     channels = getattr(settings, "num_channels", 3)

@@ -120,7 +120,9 @@ class AdaptConfig(Settings):
             if getattr(self, name) is None:
                 raise ConfigError(f"--{name} must be given, for example {example}")
         if self.rank < 1 and self.kind != "hta":
-            raise ConfigError(f"`rank` must be at least 1 with kind={self.kind}, got {self.rank}")
+            raise ConfigError(
+                f"`rank` must be at least 1 with kind={self.kind}, got {self.rank}; hta takes 0"
+            )
         if self.orthogonality and self.kind != "hra":
             raise ConfigError(
                 f"`orthogonality` must be 0 with kind={self.kind}, got {self.orthogonality}; it "

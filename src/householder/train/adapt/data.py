@@ -90,7 +90,7 @@ class ImageFolder(AdaptData):
             if len(files) < 2:
                 raise ConfigError(
                     f"{folder / name}: needs at least 2 images, one to train on and one to "
-                    f"evaluate, has {len(files)}"
+                    f"evaluate, has {len(files)}; add some, or move the folder away"
                 )
             order = torch.randperm(len(files), generator=generator_for(seed, f"split/{name}"))
             count = min(len(files) - 1, max(1, round(eval_fraction * len(files))))
@@ -131,10 +131,14 @@ def image_classes(folder: Path) -> list[str]:
     try:
         names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"{folder}: cannot be read: {error.strerror}; give a folder with one folder of images "
+            "per class"
+        ) from error
     if len(names) < 2:
         raise ConfigError(
-            f"{folder}: must hold at least two folders of images, one per class, holds {len(names)}"
+            f"{folder}: must hold at least two folders of images, one per class, holds "
+            f"{len(names)}; sort the images by class"
         )
     return names
 
@@ -153,7 +157,9 @@ def read_image(path: Path, form: ImageFormat) -> Tensor:
             # Cameras store how they were held, and not the pixels turned.
             image = ImageOps.exif_transpose(file).convert("L" if form.channels == 1 else "RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"{path}: cannot be read as an image: {error}") from error
+        raise ConfigError(
+            f"{path}: cannot be read as an image: {error}; move it out of the folder"
+        ) from error
     image = ImageOps.fit(image, (form.size, form.size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     pixels = pixels.reshape(form.size, form.size, form.channels).permute(2, 0, 1)
@@ -212,7 +218,9 @@ def read_tokens(path: Path, tokenizer: Any | None) -> Tensor:
             return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         text = data.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a text file") from error
     except (UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: must be a text in UTF-8 and not empty: {error}") from error
+        raise ConfigError(
+            f"{path}: must be a text in UTF-8 and not empty: {error}; convert it"
+        ) from error
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)

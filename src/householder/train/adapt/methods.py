@@ -167,7 +167,7 @@ def make_method(
             return PlainMethod(model, head, full=kind == "full")
     except adapters.AdapterError as error:
         raise ConfigError(str(error)) from error
-    raise ConfigError(f"`kind` must be one of {', '.join(METHODS)}, got {kind!r}")
+    raise ConfigError(f"`kind` must be one of {', '.join(METHODS)}, got {kind!r}; pick one of them")
 
 
 def _peft() -> Any:

@@ -53,7 +53,8 @@ class TextComparison:
         for mixer in mixers:
             if mixer not in (*MIXERS, *ATTENTIONS):
                 raise ConfigError(
-                    f"`mixer` must be one of {', '.join((*MIXERS, *ATTENTIONS))}, got {mixer!r}"
+                    f"`mixer` must be one of {', '.join((*MIXERS, *ATTENTIONS))}, got {mixer!r}; "
+                    "pick from them"
                 )
         text = tuple(shared.pop("text", ()))
         runs = [
@@ -63,7 +64,8 @@ class TextComparison:
         ]
         if not runs or len(set(runs)) != len(runs):
             raise ConfigError(
-                f"`mixer` and `num_householder` must list different ones, got {mixers}, {numbers}"
+                f"`mixer` and `num_householder` must list different ones, got {mixers}, {numbers}; "
+                "give each once"
             )
         configs = [TextConfig(pattern=m, num_householder=n, **shared) for m, n in runs]
         return cls(tuple(configs), text)

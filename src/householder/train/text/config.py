@@ -211,10 +211,13 @@ class TextConfig(Settings):
             raise ConfigError(
                 "`cuda_graphs` must be left out with separate documents, whose bounds differ from "
                 f"step to step, and with accumulate > 1, got separate_documents="
-                f"{self.separate_documents}, accumulate={self.accumulate}"
+                f"{self.separate_documents}, accumulate={self.accumulate}; give "
+                "--no-separate-documents, or go without it"
             )
         if self.min_lr > self.lr:
-            raise ConfigError(f"`min_lr` must be at most lr={self.lr}, got {self.min_lr}")
+            raise ConfigError(
+                f"`min_lr` must be at most lr={self.lr}, got {self.min_lr}; the rate falls to it"
+            )
 
     def lengths(self) -> tuple[int, ...]:
         """Return the context lengths of the final evaluation."""
@@ -273,7 +276,11 @@ def _numbers(name: str, text: str, *, at_least: int) -> tuple[int, ...]:
     try:
         numbers = tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError as error:
-        raise ConfigError(f"`{name}` must be numbers such as 1 or 1,2, got {text!r}") from error
+        raise ConfigError(
+            f"`{name}` must be numbers such as 1 or 1,2, got {text!r}; put commas between them"
+        ) from error
     if any(number < at_least for number in numbers):
-        raise ConfigError(f"`{name}` must be numbers of at least {at_least}, got {text!r}")
+        raise ConfigError(
+            f"`{name}` must be numbers of at least {at_least}, got {text!r}; drop the smaller ones"
+        )
     return numbers

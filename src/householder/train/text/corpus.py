@@ -61,7 +61,9 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise ConfigError(f"`text` must be files or folders, got {path}: there is no such path")
+            raise ConfigError(
+                f"`text` must be files or folders, got {path}: there is no such path; check it"
+            )
     if not files:
         raise ConfigError(f"`text`: no files in {', '.join(map(str, paths))}; name other folders")
     return files
@@ -141,7 +143,10 @@ def dataset_documents(name: str) -> Iterator[str]:
         for row in rows:
             yield row["text"]
     except Exception as error:  # whatever the network and the hub raise
-        raise ConfigError(f"`dataset` {name}: cannot be read: {error}") from error
+        raise ConfigError(
+            f"`dataset` {name}: cannot be read: {error}; check its name and the network, or give "
+            "files with --text"
+        ) from error
 
 
 def write_corpus(
@@ -268,7 +273,10 @@ def open_corpus(folder: Path) -> Corpus:
         tokens = np.memmap(folder / "tokens.bin", dtype=summary["dtype"], mode="r")
         starts = np.load(folder / "documents.npy")
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder}: is no corpus of tokens, or a damaged one: {error}") from error
+        raise ConfigError(
+            f"{folder}: is no corpus of tokens, or a damaged one: {error}; delete it to have it "
+            "made again"
+        ) from error
     if summary["format"] != FORMAT or len(tokens) != starts[-1]:
         raise ConfigError(
             f"{folder}: must hold {starts[-1]} tokens in format {FORMAT}, holds {len(tokens)} in "

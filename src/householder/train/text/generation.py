@@ -47,7 +47,9 @@ def continue_text(
             the model, the prompt is no text, or an option is out of range.
     """
     if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"`dtype` must be float32 or bfloat16, got {dtype!r}")
+        raise ConfigError(
+            f"`dtype` must be float32 or bfloat16, got {dtype!r}; weights are converted to it"
+        )
     try:
         check_draw_options("sample_tokens", temperature, top_k, top_p)
     except ValueError as error:

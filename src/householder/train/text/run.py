@@ -167,7 +167,8 @@ class _Run:
         if config.batch_size % (config.accumulate * processes.world_size):
             raise ConfigError(
                 f"`batch_size` must be a multiple of accumulate={config.accumulate} times the "
-                f"{processes.world_size} processes, got {config.batch_size}"
+                f"{processes.world_size} processes, got {config.batch_size}; every part of a step "
+                "has as many windows"
             )
         if config.cuda_graphs and processes.several:
             raise ConfigError("`cuda_graphs` must be left out with torchrun: it is for one process")

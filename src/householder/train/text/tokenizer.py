@@ -139,7 +139,10 @@ class FileTokenizer(Tokenizer):
             content = path.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"`tokenizer` {path}: cannot be read: {error}") from error
+            raise ConfigError(
+                f"`tokenizer` {path}: cannot be read: {error}; give a tokenizer.json of the "
+                "tokenizers library"
+            ) from error
         ids = {name: self._tokenizer.token_to_id(name) for name in self.SEPARATORS}
         found = [(name, i) for name, i in ids.items() if i is not None]
         if not found:

@@ -85,9 +85,9 @@ class Store:
         scaled = half and self.has_kernels()
         self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
         self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
-        # For the kernels: two counters, in cache lines of their own, of programs that have arrived
-        # where others wait for them. Zero between calls.
-        self.ready = torch.zeros(B, H, 2, 32, dtype=torch.int32, device=k.device)
+        # For the kernels: three counters, in cache lines of their own, of programs that have come
+        # to where others wait for them. Zero between calls.
+        self.ready = torch.zeros(B, H, 3, 32, dtype=torch.int32, device=k.device)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None

@@ -1,11 +1,11 @@
 """New tokens on a GPU, one or a few: Triton kernels over the tensors of a `Store`.
 
-Two kernels. In the first, some programs put the tokens behind the recent ones and bring their
-queries to the end of every block; the others wait for these, and let queries meet recent keys, and
-those of blocks in spans side by side. The second joins the parts of the softmax and counts the
-tokens. How many tokens there are is read from the device, so that a captured graph can be replayed
-as the cache grows; and a span has the same tokens whatever the batch, so that a row's output does
-not depend on the others.
+Three kernels. `enter` puts the tokens behind the recent ones and brings their queries to the end of
+every block; `attend` lets queries meet recent keys, and those of blocks in spans side by side;
+`finish` joins the parts of the softmax and counts the tokens. Programs of the first two wait for
+one another on counters, not for whole kernels. How many tokens there are is read from the device,
+so that a captured graph can be replayed as the cache grows; and a span has the same tokens whatever
+the batch, so that a row's output does not depend on the others.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ from torch import Tensor
 
 from householder.ops._triton import dot_precision, on_its_device, power_of_two
 from householder.ops.path_attention.cache.records import BLOCK, Held, Options, Tokens
-from householder.ops.path_attention.cache.triton.step import finish_kernel, step_kernel
+from householder.ops.path_attention.cache.triton.step import (
+    attend_kernel,
+    enter_kernel,
+    finish_kernel,
+)
 
-# Whether the second kernel starts while the first one ends, and whether programs that wait for
-# others read ahead: both from Hopper on.
+# Whether a kernel starts while the one before it ends, and whether programs that wait for others
+# read ahead: both from Hopper on.
 OVERLAP = EARLY = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
-# Row and key heads whose tokens enter before the first ones attend.
-AHEAD = 64
 # Tiles and warps, measured on an H200: recent tokens that one token meets at a time, and that
 # several do; columns of a path; recent tokens, and others, that are attended to at a time; and the
 # registers of a program where more come than fit, of those for one token and for several.
-ONE_BC, FEW_BC = 64, 32
-ONE_COLUMNS, FEW_COLUMNS = 32, 64
+ONE_BC, FEW_BC = 16, 32
+ONE_COLUMNS, FEW_COLUMNS = 64, 64
 RECENT_TILE = 32
 TILE, STAGES, WARPS = 64, 3, 4
-REGISTERS = None
 FINISH_WARPS = 1
-ONE_FUSED, FEW_FUSED = True, False
 ENTER_WARPS = 4
 PACKED = True
-# Bytes of keys and values that are brought to the L2 cache before the queries are there, by all
-# programs that can wait at a time.
-FETCHED = 25 << 20
+FEW_REGISTERS = ATTEND_REGISTERS = None
 LOG2_E = 1.4426950408889634
 
 
@@ -97,7 +95,7 @@ def decode(
     G = HQ // H
     keys, values, ty = held.keys, held.values, held.ty
     room, recent_room, triangle_room = keys.shape[2], held.w.shape[2], ty.shape[2]
-    gated, windowed, half = g is not None, window is not None, keys.element_size() == 2
+    gated, half = g is not None, keys.element_size() == 2
     BK, BV = power_of_two(K), power_of_two(V)
     hopper = is_from_hopper_on(q.device)
     overlap = OVERLAP and hopper
@@ -105,23 +103,23 @@ def decode(
     SPAN = span(N * G)
     levels = (SPAN // BLOCK).bit_length() - 1
     num_parts = 1 + num_tokens // SPAN + levels
-    # More queries at a time would not fit the registers.
+    # More queries or keys at a time would not fit the registers.
     wide = max(BK, BV) > 128
+    tile, recent_tile = TILE, RECENT_TILE
+    if wide or not half:
+        tile, recent_tile = TILE // 2, RECENT_TILE // 2
     packed = PACKED and half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
-    fetched = FETCHED // (2 * B * H * chunks * num_parts)
 
     single = N == 1 and MAX_SUMMED >= G
-    columns = ONE_COLUMNS if single else FEW_COLUMNS
-    columns = columns // 2 if wide else columns
-    columns, recents = min(columns, BK), ONE_BC if single else FEW_BC
-    slices = BK // columns
-    num_entering = 2 + (slices if single else -(-N * G // 16))
-    # The queries as they come, for the newest block, for others that any row may have; and what
-    # each slice's program needs of its own.
+    recents, columns = (ONE_BC, ONE_COLUMNS) if single else (FEW_BC, FEW_COLUMNS)
+    columns = min(columns // 2 if wide else columns, BK)
+    recents = recents // 2 if wide and not single else recents
+    # The queries as they come, for the newest block, and for others that any row may have.
     num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
-    num_queries = 2 + num_paths + (slices - 1 if single else 0)
+    num_queries = 2 + num_paths
+    num_entering = 3 + num_paths * (BK // columns) if single else 2 - (-N * G // 16)
 
     memory = partial(q.new_empty, dtype=torch.float32)
     queries = memory(B, H, num_queries, N * G, K)
@@ -132,48 +130,35 @@ def decode(
     tops = memory(2, B, H, N * G, num_parts)
     o = v.new_empty(B, N, HQ, V)
 
-    arguments = (
+    sizes: dict[str, Any] = {
+        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "KC": columns,
+        "SINGLE": single, "GATED": gated, "HALF": half, "EARLY": EARLY and hopper,
+        "OVERLAP": overlap, "num_stages": 1,
+    }  # fmt: skip
+    early = {"launch_pdl": True} if overlap else {}
+    enter_kernel[(B * H * num_entering,)](
         q, k, v, w, beta, g, counts, new, held.ready,
-        keys, values, held.w, held.beta, held.g, held.tw, ty,
-        held.paths, held.path_scales, held.block_decay, held.path_decays,
-        queries, along, wk, decays, shifts, parts, tops,
+        keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
+        queries, along, wk, decays, shifts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        scale * LOG2_E, 0 if window is None else window, fetched,
-    )  # fmt: skip
-    numbers: dict[str, Any] = {
-        "B": B, "H": H, "N": N, "num_queries": num_queries, "num_parts": num_parts, "room": room,
-        "recent_room": recent_room, "triangle_room": triangle_room,
-        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BG": BG, "KC": columns, "SPAN": SPAN,
-        "BC": recents // 2 if wide else recents, "BR": power_of_two(triangle_room),
-        "RECENT": RECENT_TILE // 2 if wide else RECENT_TILE, "LEVELS": levels, "TILE": TILE,
-        "BLOCK": BLOCK, "SINGLE": single, "GATED": gated, "WINDOWED": windowed, "HALF": half,
+        scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
+        BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES,
         # For both halves of wider heads there is no room in registers.
-        "HALVES": half and not wide, "PACKED": packed,
-        "VALUE_PRECISION": value_precision(values), "EARLY": EARLY and hopper, "OVERLAP": overlap,
-        "STAGES": STAGES if TILE * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
-        "num_stages": 1,
-    }  # fmt: skip
-    warps = 2 * WARPS if wide else WARPS
-    early = {"launch_pdl": True} if overlap else {}
-    registers = REGISTERS if BG <= 16 and half and not wide else None
-    if ONE_FUSED if single else FEW_FUSED:
-        ahead = min(AHEAD, B * H)
-        turns = -(-B * H // ahead)
-        programs = ahead * (num_entering * (1 + turns) + turns * chunks * num_parts)
-        step_kernel[(programs,)](
-            *arguments, ahead, **numbers, ENTERS=True, ATTENDS=True, num_warps=warps,
-            maxnreg=registers,
-        )  # fmt: skip
-    else:
-        enter_warps = 2 * ENTER_WARPS if wide else ENTER_WARPS
-        step_kernel[(B * H * num_entering,)](
-            *arguments, B * H, **numbers, ENTERS=True, ATTENDS=False, num_warps=enter_warps
-        )
-        step_kernel[(B * H * chunks * num_parts,)](
-            *arguments, B * H, **numbers, ENTERS=False, ATTENDS=True, num_warps=warps,
-            maxnreg=registers, **early,
-        )  # fmt: skip
+        HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+        maxnreg=FEW_REGISTERS if half and not wide and not single else None,
+    )  # fmt: skip
+    attend_kernel[(num_parts, B * H * chunks)](
+        keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready,
+        queries, along, wk, decays, shifts, parts, tops,
+        0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
+        **sizes, BG=BG, RECENT=recent_tile, SPAN=SPAN, LEVELS=levels,
+        TILE=tile, WINDOWED=window is not None, PACKED=packed,
+        VALUE_PRECISION=value_precision(values),
+        STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
+        num_warps=2 * WARPS if wide else WARPS,
+        maxnreg=ATTEND_REGISTERS if half and not wide and BG == 16 else None, **early,
+    )  # fmt: skip
     finish_kernel[(B * HQ * N,)](
         parts, tops, sinks, counts, new, held.ready, o, B, H, N, num_parts,
         G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from householder.ops._triton import beside_diagonal
 from householder.ops.path_attention.cache.triton.products import dot_path, dot_whole
-from householder.ops.path_attention.cache.triton.signals import arrive
+from householder.ops.path_attention.cache.triton.signals import arrive, wait_for
 
 
 @triton.jit
@@ -15,13 +15,6 @@ def load_rows(pointer, first, o_r, stop, o_d, D: tl.constexpr):
     """Load rows `first + o_r` of `[·, D]` in float32, zero from row `stop` of `o_r` on."""
     rows = (first + o_r)[:, None] * D + o_d[None, :]
     x = tl.load(pointer + rows, mask=(o_r < stop)[:, None] & (o_d < D)[None, :], other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def load_first(pointer, o_r, o_d, D: tl.constexpr):
-    """Load the first rows of `[·, D]` in float32, whether there are tokens in them or not."""
-    x = tl.load(pointer + o_r[:, None] * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
     return x.to(tl.float32)
 
 
@@ -100,109 +93,91 @@ def load_scale(p_scales, row, o_c, K: tl.constexpr):
 
 
 @triton.jit
-def query_of_one(
-    q, w, beta, ws, tw, p_ws, p_tw, p_along, r, o_k, is_first, K: tl.constexpr, BC: tl.constexpr
+def turn_one(
+    x, p_ws, p_tw, p_along, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
 ):
-    """Bring a query from behind the new token to the end of the newest block.
+    """Return `x − (x Wᵀ) (T W)` of a vector and recent tokens; store x Wᵀ.
 
-    The first program that does so stores what it has along the reflectors in between.
+    Sums take vectors where products would take the tensor cores' sixteen rows.
     """
     o_c = tl.arange(0, BC)
-    # The new token's reflector first; then the recent ones, x − (x Wᵀ) (T W).
-    along_new = beta * tl.sum(q * w, 0)
-    if is_first:
-        tl.store(p_along + r, along_new)
-    x = q - along_new * w
-    along = tl.sum(ws * x[None, :], 1)
-    if is_first:
-        tl.store(p_along + o_c, along, mask=o_c < r)
-    turned = x - tl.sum(tw * along[:, None], 0)
-    for start in range(BC, r, BC):
-        more_ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-        more_tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        along = tl.sum(more_ws * x[None, :], 1)
-        if is_first:
-            tl.store(p_along + start + o_c, along, mask=start + o_c < r)
-        turned -= tl.sum(more_tw * along[:, None], 0)
+    turned = x
+    for start in tl.range(0, r, BC, num_stages=STAGES):
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
+        along = tl.sum(ws * x[None, :], 1)
+        tl.store(p_along + start + o_c, along, mask=start + o_c < r)
+        turned -= tl.sum(tw * along[:, None], 0)
     return turned
 
 
 @triton.jit
 def queries_of_one(
-    p_q, s_qh, w, beta, ws, tw, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-    p_turned_count, i_slice, scale, head, heads, num_queries, r, num_paths, triangle_room,
-    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr,
+    p_q, s_qh, w, beta, p_ws, p_tw, p_queries, p_along, scale, r, triangle_room,
+    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Bring one token's few queries to the end of the newest block, and from there to all others.
-
-    The latter in slices of columns, for which each program brings the queries to the newest block
-    itself: that takes less time than to wait for another. Sums take vectors where products would
-    take the tensor cores' sixteen rows.
-    """
+    """Bring one token's few queries to the end of the newest block."""
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    p_queries += head * num_queries * G * K
-    p_along += head * G * triangle_room
-    # Every program has a place of its own for them; that of the first one is what others read.
-    p_turned = p_queries + tl.where(i_slice == 0, 1, num_queries - i_slice) * G * K
-    is_recent = (tl.arange(0, BC) < r)[:, None]
-    ws, tw = tl.where(is_recent, ws, 0.0), tl.where(is_recent, tw, 0.0)
     for i_g in range(G):
         q = tl.load(p_q + i_g * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
-        if i_slice == 0:
-            tl.store(p_queries + i_g * K + o_k, q, mask=m_k)
+        tl.store(p_queries + i_g * K + o_k, q, mask=m_k)
+        # The new token's reflector first; then the recent ones.
         p_row = p_along + i_g * triangle_room
-        turned = query_of_one(q, w, beta, ws, tw, p_ws, p_tw, p_row, r, o_k, i_slice == 0, K, BC)
-        tl.store(p_turned + i_g * K + o_k, turned, mask=m_k)
-    if i_slice == 0:
-        arrive(p_turned_count)
-    # They are read again below, in another layout.
-    tl.debug_barrier()
-    o_c = i_slice * (BK // SLICES) + tl.arange(0, BK // SLICES)
-    for i_path in tl.range(0, num_paths, num_stages=STAGES):
-        row = head + i_path * heads
-        path = load_path(p_paths + row * K * K, o_k, o_c, K).to(tl.float32)
-        path_scale = load_scale(p_scales, row, o_c, K)
-        for i_q in tl.static_range(G):
-            x = tl.load(p_turned + i_q * K + o_k, mask=m_k, other=0.0)
-            x = tl.sum(path * x[:, None], 0) * path_scale
-            tl.store(p_queries + ((2 + i_path) * G + i_q) * K + o_c, x, mask=o_c < K)
+        along_new = beta * tl.sum(q * w, 0)
+        tl.store(p_row + r, along_new)
+        turned = turn_one(q - along_new * w, p_ws, p_tw, p_row, r, o_k, K, BC, STAGES)
+        tl.store(p_queries + (G + i_g) * K + o_k, turned, mask=m_k)
 
 
 @triton.jit
-def row_of_tw(w, beta, p_ws, p_tw, r, o_k, K: tl.constexpr, BC: tl.constexpr):
+def queries_behind(
+    p_paths, p_scales, p_queries, p_turned_count, i_path, column, row,
+    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Bring one token's queries from the newest block to another, some columns of them."""
+    o_k, o_c = tl.arange(0, BK), column + tl.arange(0, KC)
+    # On its way before the queries are there.
+    path = load_path(p_paths + row * K * K, o_k, o_c, K)
+    scales = load_scale(p_scales, row, o_c, K)
+    wait_for(p_turned_count, 1, EARLY)
+    for i_g in range(G):
+        q = tl.load(p_queries + (G + i_g) * K + o_k, mask=o_k < K, other=0.0)
+        q = tl.sum(path.to(tl.float32) * q[:, None], 0) * scales
+        tl.store(p_queries + ((2 + i_path) * G + i_g) * K + o_c, q, mask=o_c < K)
+
+
+@triton.jit
+def row_of_tw(
+    w, beta, p_ws, p_tw, p_along, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
+):
     """Append one token's row to T W."""
-    o_c = tl.arange(0, BC)
-    row = w
-    for start in range(0, r, BC):
-        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        row -= tl.sum(tw * tl.sum(ws * w[None, :], 1)[:, None], 0)
+    row = turn_one(w, p_ws, p_tw, p_along, r, o_k, K, BC, STAGES)
     tl.store(p_tw + r * K + o_k, row * beta, mask=o_k < K)
 
 
 @triton.jit
 def row_of_ty(
-    w, beta, p_ws, p_keys, p_ty, p_wk, r, o_k, triangle_room, K: tl.constexpr, BC: tl.constexpr
-):
+    w, beta, p_ws, p_keys, p_ty, p_wk, r, o_k, triangle_room,
+    K: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Append one token's row to T Y; store that of Y, its reflector times recent keys."""
-    o_c = tl.arange(0, BC)
-    p_row = p_ty + r * triangle_room
-    for column in range(0, r, BC):
-        o_j = column + o_c
-        before = load_rows(p_keys, column, o_c, r - column, o_k, K)
-        ws = load_rows(p_ws, column, o_c, r - column, o_k, K)
-        ty = load_ty(p_ty, o_j, o_j, r, triangle_room)
-        y = tl.sum(before * w[None, :], 1)
-        tl.store(p_wk + o_j, y, mask=o_j < r)
-        y -= tl.sum(ty * tl.sum(ws * w[None, :], 1)[:, None], 0)
-        for start in range(column + BC, r, BC):
-            more_ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-            more_ty = load_ty(p_ty, start + o_c, o_j, r, triangle_room)
-            y -= tl.sum(more_ty * tl.sum(more_ws * w[None, :], 1)[:, None], 0)
-        tl.store(p_row + o_j, y * beta, mask=o_j < r)
-    tl.store(p_row + r, 0.0)
+    o_c, o_r = tl.arange(0, BC), tl.arange(0, BR)
+    p_along = p_wk + triangle_room
+    for start in tl.range(0, r, BC, num_stages=STAGES):
+        m_c = start + o_c < r
+        before = load_rows(p_keys, start, o_c, r - start, o_k, K)
+        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
+        tl.store(p_wk + start + o_c, tl.sum(before * w[None, :], 1), mask=m_c)
+        tl.store(p_along + start + o_c, tl.sum(ws * w[None, :], 1), mask=m_c)
+    # They are read again by other threads.
+    tl.debug_barrier()
+    y = tl.load(p_wk + o_r, mask=o_r < r, other=0.0)
+    for start in range(0, r, BC):
+        along = tl.load(p_along + start + o_c, mask=start + o_c < r, other=0.0)
+        y -= tl.sum(load_ty(p_ty, start + o_c, o_r, r, triangle_room) * along[:, None], 0)
+    # Zero in its own column.
+    tl.store(p_ty + r * triangle_room + o_r, y * beta, mask=o_r <= r)
 
 
 @triton.jit
