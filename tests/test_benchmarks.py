@@ -32,6 +32,7 @@ FILES = {
     "delta-product-gpu.csv": ("gpu", "triton"),
     "path-attention-gpu.csv": ("path_gpu", "triton"),
     "product-gpu.csv": ("product_gpu", "triton"),
+    "layers-gpu.csv": ("layers_gpu", "torch"),
     "language-model-gpu.csv": ("lm_gpu", "torch"),
     "language-model-decoding-gpu.csv": ("lm_decode_gpu", "torch"),
     "fla-checkpoints-h200.csv": ("fla_checkpoints", "transformers"),
