@@ -10,13 +10,20 @@ the batch, so that a row's output does not depend on the others.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from householder.ops._triton import dot_precision, on_its_device, power_of_two
+from householder.ops._triton import (
+    compiled_together,
+    dot_precision,
+    launch,
+    on_its_device,
+    power_of_two,
+)
 from householder.ops.path_attention.cache.records import BLOCK, Held, Options, Tokens
 from householder.ops.path_attention.cache.triton.step import (
     attend_kernel,
@@ -65,7 +72,25 @@ def value_precision(x: Tensor) -> str:
     return "fp16" if x.dtype == torch.float16 else dot_precision(x)
 
 
+def _kind(
+    counts: Tensor,
+    tokens: Tokens,
+    options: Options,
+    held: Held,
+    new: Tensor | None,
+    num_tokens: int,
+) -> Hashable:
+    """Return what the programs of `decode` depend on."""
+    N, HQ, K = tokens.q.shape[1:]
+    H, V = tokens.v.shape[2:]
+    dtypes = tuple(None if x is None else x.dtype for x in (*tokens, options.sinks))
+    num_rows = N if N == 1 or N * (HQ // H) <= 8 else power_of_two(N * (HQ // H))
+    sizes = (num_rows, N * (HQ // H) <= 4, HQ // H, K, V, held.ty.shape[2], held.w.shape[2])
+    return (counts.device, dtypes, sizes, options.window is None, new is None)
+
+
 @on_its_device
+@compiled_together(_kind)
 def decode(
     counts: Tensor,
     tokens: Tokens,
@@ -136,7 +161,8 @@ def decode(
         "OVERLAP": overlap, "num_stages": 1,
     }  # fmt: skip
     early = {"launch_pdl": True} if overlap else {}
-    enter_kernel[(B * H * num_entering,)](
+    launch(
+        enter_kernel, (B * H * num_entering,),
         q, k, v, w, beta, g, counts, new, held.ready,
         keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
         queries, along, wk, decays, shifts,
@@ -148,7 +174,8 @@ def decode(
         HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
         maxnreg=FEW_REGISTERS if half and not wide and not single else None,
     )  # fmt: skip
-    attend_kernel[(num_parts, B * H * chunks)](
+    launch(
+        attend_kernel, (num_parts, B * H * chunks),
         keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready,
         queries, along, wk, decays, shifts, parts, tops,
         0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
@@ -159,7 +186,8 @@ def decode(
         num_warps=2 * WARPS if wide else WARPS,
         maxnreg=ATTEND_REGISTERS if half and not wide and BG == 16 else None, **early,
     )  # fmt: skip
-    finish_kernel[(B * HQ * N,)](
+    launch(
+        finish_kernel, (B * HQ * N,),
         parts, tops, sinks, counts, new, held.ready, o, B, H, N, num_parts,
         G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
         WITH_SINKS=sinks is not None, OVERLAP=overlap,
