@@ -169,7 +169,8 @@ def decode(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
         scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
-        BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES,
+        # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
+        BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES if BK >= 64 else 1,
         # For both halves of wider heads there is no room in registers.
         HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
         maxnreg=FEW_REGISTERS if half and not wide and not single else None,
