@@ -36,17 +36,13 @@ from householder.ops.path_attention.cache.triton.step import (
 OVERLAP = EARLY = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
-# Tiles and warps, measured on an H200: recent tokens that one token meets at a time, and that
-# several do; columns of a path; recent tokens, and others, that are attended to at a time; and the
-# registers of a program where more come than fit, of those for one token and for several.
+# Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
+# path; recent tokens, and others, that are attended to at a time.
 ONE_BC, FEW_BC = 16, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
-RECENT_TILE = 32
-TILE, STAGES, WARPS = 64, 3, 4
-FINISH_WARPS = 1
 ENTER_WARPS = 4
-PACKED = True
-FEW_REGISTERS = ATTEND_REGISTERS = None
+RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
+FINISH_WARPS = 1  # of queries of several tokens
 LOG2_E = 1.4426950408889634
 
 
@@ -133,7 +129,7 @@ def decode(
     tile, recent_tile = TILE, RECENT_TILE
     if wide or not half:
         tile, recent_tile = TILE // 2, RECENT_TILE // 2
-    packed = PACKED and half and N * G <= 8
+    packed = half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
 
@@ -173,7 +169,6 @@ def decode(
         BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES if BK >= 64 else 1,
         # For both halves of wider heads there is no room in registers.
         HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
-        maxnreg=FEW_REGISTERS if half and not wide and not single else None,
     )  # fmt: skip
     launch(
         attend_kernel, (num_parts, B * H * chunks),
@@ -184,8 +179,7 @@ def decode(
         TILE=tile, WINDOWED=window is not None, PACKED=packed,
         VALUE_PRECISION=value_precision(values),
         STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
-        num_warps=2 * WARPS if wide else WARPS,
-        maxnreg=ATTEND_REGISTERS if half and not wide and BG == 16 else None, **early,
+        num_warps=2 * WARPS if wide else WARPS, **early,
     )  # fmt: skip
     launch(
         finish_kernel, (B * HQ * N,),
