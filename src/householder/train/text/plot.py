@@ -91,7 +91,7 @@ def _draw_published(
             )
     if published.keys() & set(titles):
         (key,) = axes.plot([], [], markeredgecolor=INK, markeredgewidth=1.5, **ring)
-        axes.legend([key], ["published, other models and text"], frameon=False, loc="upper left")
+        axes.legend([key], ["published, other models and text"], frameon=False, loc="center left")
 
 
 def _name_ends(axes: Axes, ends: Sequence[float], names: Sequence[str]) -> None:
