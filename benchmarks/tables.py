@@ -176,6 +176,7 @@ VARIANTS = {
     "householder-compiled": "householder",
     "householder": "householder, not compiled",
     "householder-keeping-compiled": "householder, nothing made anew",
+    "fla": "fla",
     "fla-tf32": "fla, TF32 allowed",
 }
 
@@ -190,14 +191,16 @@ def training_table() -> str:
     """Training steps of language models."""
     rows = read("language-model-gpu.csv")
     lines = []
-    for (case, variant), row in sorted(rows.items(), key=lambda item: item[0][0]):
+    order = list(VARIANTS)
+    for case, variant in sorted(rows, key=lambda key: (key[0], order.index(key[1]))):
+        row = rows[case, variant]
         if not row["tokens_per_second"]:
             continue
         peer = rows.get((case, "fla"))
         ratio = "–"
         if peer and peer["tokens_per_second"] and variant != "fla":
             ratio = f"{float(row['tokens_per_second']) / float(peer['tokens_per_second']):.2f}"
-        name = VARIANTS.get(variant, variant)
+        name = VARIANTS[variant]
         speed = f"{int(row['tokens_per_second']):,}"
         bold = f"**{speed}**" if variant == "householder-compiled" else speed
         lines.append(
@@ -320,12 +323,6 @@ README_GPU = (
 )
 
 
-# What has changed since a row was measured, by case and commit.
-OUTDATED = {
-    ("frame-n1024-r1024", "40ce887"): ", before its triangles were solved in float64",
-}
-
-
 def readme_cpu_table() -> str:
     """Forward + backward on a CPU."""
     lines = []
@@ -350,7 +347,6 @@ def readme_gpu_table() -> str:
         rows = read(file)
         others = "; ".join(f"{name} {readme_figures(rows[case, v])}" for v, name in peers)
         ours = rows[case, "householder"]
-        what += OUTDATED.get((case, ours["commit"]), "")
         lines.append([what, readme_figures(ours), others])
     return markdown("| householder | peers", lines)
 
@@ -376,6 +372,8 @@ def readme_language_model_table() -> str:
         cells = [
             f"{rounded(r['tokens_per_second'])}, {float(r['peak_gib']):.0f} GiB" for r in found
         ]
+        if with_tf32 := training.get((case, "fla-tf32")):
+            cells[1] += f"; {rounded(with_tf32['tokens_per_second'])} with TF32 allowed"
         lines.append([f"training steps, {MIXERS[mixer]}", *cells])
     for batch in (1, 256):
         case = f"decode-340m-gated_delta_net-batch-{batch}"

@@ -25,7 +25,7 @@ BELOW = {
     "ops": {"ops"},
     "maps": {"maps", "ops"},
     "nn": {"nn", "maps", "ops"},
-    "models": {"models", "nn", "maps", "ops"},
+    "models": {"models", "storage", "nn", "maps", "ops"},
     # Writing a file whole or not at all: no mathematics, and needed by adapters and train.
     "storage": {"storage"},
     "adapters": {"adapters", "storage", "nn", "maps", "ops"},

@@ -603,6 +603,8 @@ def test_what_cannot_be_done_says_why():
     model = adapters.attach(Dense(), HRAConfig(targets="first"))
     with pytest.raises(AdapterError, match="has an adapter 'default' already"):
         adapters.attach(model, HRAConfig(targets="first"))
+    with pytest.raises(AdapterError, match="`config` must be a settings object, got dict; make"):
+        adapters.attach(model, {"targets": "first"})
     for name in ("", "a.b", "keys"):
         with pytest.raises(AdapterError, match="`name` must be a word"):
             adapters.attach(model, HRAConfig(targets="first"), name)

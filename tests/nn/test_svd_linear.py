@@ -181,6 +181,8 @@ def test_wrong_arguments_are_named() -> None:
         SVDLinear(3, 5, 4)
     with pytest.raises(ValueError, match=r"^SVDLinear: `bounds` must be \(lowest, highest\)"):
         SVDLinear(3, 5, bounds=(2.0, 1.0))
+    with pytest.raises(TypeError, match=r"^SVDLinear: `bounds` must be a pair .* got 1\.0"):
+        SVDLinear(3, 3, bounds=1.0)  # type: ignore[arg-type]
     for layer in (SVDLinear(3, 5), SVDLinear(4, 4, 3)):
         with pytest.raises(ValueError, match=r"^SVDLinear.inverse: needs a square W of full rank"):
             layer.inverse(torch.zeros(1, layer.out_features))

@@ -115,9 +115,12 @@ def test_every_step_projects_or_reflects(strength, dtype, kernels):
         2, 300, 2, 2, 128, 128, HV=4, decay=None, strength=strength, dtype=dtype, device="cuda"
     )
     expected = run(chunk, inputs, torch.float64)
+    # Reflections let nothing fade, nor what tensor cores cut off their sums, 4e-7 a chunk: in
+    # float32 4.1e-6 on an H200 (the plain recurrence: 8e-7).
+    limit = LIMITS[dtype] * (2 if dtype == torch.float32 and strength == 2.0 else 1)
     for label, a, e in zip(OUTPUTS, run(kernels, inputs), expected, strict=True):
         if e is not None:
-            assert relative_error(a, e) < LIMITS[dtype], label
+            assert relative_error(a, e) < limit, label
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from householder.ops import (
     gated_rms_norm,
@@ -202,6 +203,20 @@ def check_kept(device):
     torch.testing.assert_close(*results)
 
 
+def check_checkpointed(device):
+    """What is made anew gives the same gradients, and is asked for once."""
+    cases = ((convolution, "history"), (norm, "heads"), (gated, "few"), (multiplied, "multiplied"))
+    for make, name in cases:
+        function, tensors, options, dy = make(name, torch.float32, device)
+        leaves = [x.requires_grad_() for x in tensors]
+        plain = torch.autograd.grad(function(*leaves, impl="triton", **options), leaves, dy)
+        for early in (True, False):
+            with set_checkpoint_early_stop(early):
+                y = checkpoint(function, *leaves, impl="triton", use_reentrant=False, **options)
+            again = torch.autograd.grad(y, leaves, dy)
+            assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+
+
 def check_frozen_weight(device):
     function, (gate, up, weight), _, dy = multiplied("multiplied", torch.float32, device)
     gate.requires_grad_()
@@ -308,6 +323,7 @@ def compute() -> dict[str, str]:
     for n in MULTIPLIED:
         jobs[n] = lambda n=n: check(multiplied(n, torch.float32, "cpu"))
     jobs["kept"] = lambda: check_kept("cpu")
+    jobs["checkpointed"] = lambda: check_checkpointed("cpu")
     jobs["frozen weight"] = lambda: check_frozen_weight("cpu")
     jobs["step"] = lambda: check_step(torch.float32, "cpu")
     jobs["transforms"] = lambda: check_transforms("cpu")
@@ -339,6 +355,11 @@ def test_kernels_are_as_accurate_as_the_definitions(name, dtype):
     kinds = ((CONVOLUTIONS, convolution), (NORMS, norm), (GATED, gated), (MULTIPLIED, multiplied))
     make = next(make for names, make in kinds if name in names)
     check(make(name, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+def test_checkpointed_on_a_gpu():
+    check_checkpointed("cuda")
 
 
 @pytest.mark.gpu

@@ -78,6 +78,11 @@ def attach(
         >>> adapters.num_parameters(model)
         32
     """
+    if not isinstance(config, AdapterConfig):
+        raise AdapterError(
+            f"adapters.attach: `config` must be a settings object, got {type(config).__name__}; "
+            "make an HRAConfig, an HTAConfig or a TwoSidedConfig"
+        )
     apart = choose(model, "train_also", config.train_also) if config.train_also else {}
     layers = choose_layers(model, config.targets, config.exclude, apart.keys())
     return install(

@@ -22,10 +22,10 @@ MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid")
 
 CHUNK, RECURRENT = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 
-# Up to version 5.13 a layer keeps the two functions, or flash-linear-attention's, itself.
+# Up to version 5.14 a layer keeps the two functions, or flash-linear-attention's, itself.
 _IN_LAYERS = {CHUNK: "chunk_gated_delta_rule", RECURRENT: "recurrent_gated_delta_rule"}
 
-# Since version 5.14 the convolutions in front of the recurrence are functions of the module too.
+# Since version 5.15 the convolutions in front of the recurrence are functions of the module too.
 _CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "causal_conv1d_update": causal_conv1d_update,
@@ -172,7 +172,7 @@ def _places(module: ModuleType, ours: dict[str, Callable[..., Any]]) -> Iterator
     """Yield where the models of a module look the two functions up."""
     layers = [c for c in vars(module).values() if isinstance(c, type) and _keeps_functions(c)]
     for name, function in ours.items():
-        if not layers and hasattr(module, name):
+        if not layers and callable(getattr(module, name, None)):
             yield _Place(module, name, getattr(module, name), function)
         for layer in layers if name in _IN_LAYERS else ():
             kept = _IN_LAYERS[name]
@@ -180,7 +180,8 @@ def _places(module: ModuleType, ours: dict[str, Callable[..., Any]]) -> Iterator
 
 
 def _keeps_functions(layer: type) -> bool:
-    code = getattr(inspect.unwrap(vars(layer).get("forward", print)), "__code__", None)
+    # Where it is made: `forward` may be behind a decorator that hides what it calls.
+    code = getattr(inspect.unwrap(vars(layer).get("__init__", print)), "__code__", None)
     return code is not None and _IN_LAYERS[CHUNK] in code.co_names
 
 

@@ -167,7 +167,10 @@ class Block(nn.Module):
     ) -> Any:
         """Run the block on whole sequences; arguments and results as in the mixer's `forward`."""
         options = {"state": state, "cu_seqlens": cu_seqlens, "mask": mask}
-        recompute = self.recompute and x.is_cuda and torch.compiler.is_compiling()
+        # Attention may have to read the bounds of packed sequences, where a compiler breaks off; a
+        # checkpoint around that would go through all operations one by one, at every step.
+        whole = cu_seqlens is None or isinstance(self.mixer, DeltaProductMixer)
+        recompute = self.recompute and whole and x.is_cuda and torch.compiler.is_compiling()
         if recompute and state is None and not return_state:
             return keeping_the_dear(self._run, x, **options)
         return self._run(x, **options, return_state=return_state)

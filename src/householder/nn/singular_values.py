@@ -18,6 +18,11 @@ def check_bounds(where: str, bounds: Bounds | None) -> None:
     """Raise unless `bounds` is `None` or a pair 0 ≤ lowest < highest of finite numbers."""
     if bounds is None:
         return
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(
+            f"{where}: `bounds` must be a pair (lowest, highest), got {bounds!r}; "
+            "pass None for free singular values"
+        )
     lowest, highest = bounds
     if not (0 <= lowest < highest and math.isfinite(highest)):
         raise ValueError(

@@ -52,7 +52,7 @@ def prepare_kernel(
     That is F and (I + M)⁻¹, the sum of its gates, Q←, K→ and the sums of gates that go with them;
     with DIAGONAL also o and log₂ Σ 2^logit of its rows, over its own keys. K and V are
     worked through in tiles of BK and BV, so that whatever they are the same few tiles are held.
-    PRODUCTS is the precision of what makes F.
+    PRODUCTS is the precision of what makes F, and of what passes reflectors.
     """
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = tl.program_id(0) // H
@@ -124,12 +124,12 @@ def prepare_kernel(
                 b_z = cast_operand(dot(b_inverse, b_z, PRODUCTS), PRECISION)
                 if queries_rise:
                     b_q = load_tile(p_q, o_c * q_t, m_c, i_k, K, BK).to(tl.float32)
-                    b_q = (b_q - dot(b_x, b_z, PRECISION)) * scale
+                    b_q = (b_q - dot(b_x, b_z, PRODUCTS)) * scale
                     store_tile(p_qs, o_c * K, everywhere, i_k, b_q, K, BK)
                 if i == 0:
                     if keys_rise:
                         b_k = load_tile(p_k, o_c * k_t, m_c, i_k, K, BK).to(tl.float32)
-                        b_k -= dot(tl.trans(b_e), b_w, PRECISION)
+                        b_k -= dot(tl.trans(b_e), b_w, PRODUCTS)
                         store_tile(p_ks, o_c * K, everywhere, i_k, b_k, K, BK)
                     for i_r in range(0, K, BK):
                         b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_r, K, BK), PRECISION)

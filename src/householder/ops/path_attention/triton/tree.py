@@ -336,6 +336,7 @@ def climb(p: Problem, tree: Tree, with_queries: bool) -> None:
     parameters = config.climb_launch(K, p.precision)
     programs = HQ + H if with_queries else H
     constants = {name: x for name, x in p.constants.items() if name != "GATED"}
+    constants["PRECISION"] = p.product_precision
     launch(
         climb_kernel, (p.chunks * programs,),
         tree.q, tree.k, tree.f, *p.packing, T, H, p.rows, programs, **constants,

@@ -10,13 +10,20 @@ the batch, so that a row's output does not depend on the others.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from householder.ops._triton import dot_precision, on_its_device, power_of_two
+from householder.ops._triton import (
+    compiled_together,
+    dot_precision,
+    launch,
+    on_its_device,
+    power_of_two,
+)
 from householder.ops.path_attention.cache.records import BLOCK, Held, Options, Tokens
 from householder.ops.path_attention.cache.triton.step import (
     attend_kernel,
@@ -29,17 +36,13 @@ from householder.ops.path_attention.cache.triton.step import (
 OVERLAP = EARLY = True
 # Query heads of a key head for which sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
-# Tiles and warps, measured on an H200: recent tokens that one token meets at a time, and that
-# several do; columns of a path; recent tokens, and others, that are attended to at a time; and the
-# registers of a program where more come than fit, of those for one token and for several.
+# Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
+# path; recent tokens, and others, that are attended to at a time.
 ONE_BC, FEW_BC = 16, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
-RECENT_TILE = 32
-TILE, STAGES, WARPS = 64, 3, 4
-FINISH_WARPS = 1
 ENTER_WARPS = 4
-PACKED = True
-FEW_REGISTERS = ATTEND_REGISTERS = None
+RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
+FINISH_WARPS = 1  # of queries of several tokens
 LOG2_E = 1.4426950408889634
 
 
@@ -65,7 +68,25 @@ def value_precision(x: Tensor) -> str:
     return "fp16" if x.dtype == torch.float16 else dot_precision(x)
 
 
+def _kind(
+    counts: Tensor,
+    tokens: Tokens,
+    options: Options,
+    held: Held,
+    new: Tensor | None,
+    num_tokens: int,
+) -> Hashable:
+    """Return what the programs of `decode` depend on."""
+    N, HQ, K = tokens.q.shape[1:]
+    H, V = tokens.v.shape[2:]
+    dtypes = tuple(None if x is None else x.dtype for x in (*tokens, options.sinks))
+    num_rows = N if N == 1 or N * (HQ // H) <= 8 else power_of_two(N * (HQ // H))
+    sizes = (num_rows, N * (HQ // H) <= 4, HQ // H, K, V, held.ty.shape[2], held.w.shape[2])
+    return (counts.device, dtypes, sizes, options.window is None, new is None)
+
+
 @on_its_device
+@compiled_together(_kind)
 def decode(
     counts: Tensor,
     tokens: Tokens,
@@ -108,7 +129,7 @@ def decode(
     tile, recent_tile = TILE, RECENT_TILE
     if wide or not half:
         tile, recent_tile = TILE // 2, RECENT_TILE // 2
-    packed = PACKED and half and N * G <= 8
+    packed = half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
     chunks = -(-N * G // BG)
 
@@ -136,19 +157,21 @@ def decode(
         "OVERLAP": overlap, "num_stages": 1,
     }  # fmt: skip
     early = {"launch_pdl": True} if overlap else {}
-    enter_kernel[(B * H * num_entering,)](
+    launch(
+        enter_kernel, (B * H * num_entering,),
         q, k, v, w, beta, g, counts, new, held.ready,
         keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
         queries, along, wk, decays, shifts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
         scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
-        BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES,
+        # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
+        BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES if BK >= 64 else 1,
         # For both halves of wider heads there is no room in registers.
         HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
-        maxnreg=FEW_REGISTERS if half and not wide and not single else None,
     )  # fmt: skip
-    attend_kernel[(num_parts, B * H * chunks)](
+    launch(
+        attend_kernel, (num_parts, B * H * chunks),
         keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready,
         queries, along, wk, decays, shifts, parts, tops,
         0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
@@ -156,10 +179,10 @@ def decode(
         TILE=tile, WINDOWED=window is not None, PACKED=packed,
         VALUE_PRECISION=value_precision(values),
         STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
-        num_warps=2 * WARPS if wide else WARPS,
-        maxnreg=ATTEND_REGISTERS if half and not wide and BG == 16 else None, **early,
+        num_warps=2 * WARPS if wide else WARPS, **early,
     )  # fmt: skip
-    finish_kernel[(B * HQ * N,)](
+    launch(
+        finish_kernel, (B * HQ * N,),
         parts, tops, sinks, counts, new, held.ready, o, B, H, N, num_parts,
         G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
         WITH_SINKS=sinks is not None, OVERLAP=overlap,
