@@ -24,7 +24,13 @@ from householder.ops._triton import (
     on_its_device,
     power_of_two,
 )
-from householder.ops.path_attention.cache.records import BLOCK, Held, Options, Tokens
+from householder.ops.path_attention.cache.records import (
+    BLOCK,
+    MAX_SUMMED,
+    Held,
+    Options,
+    Tokens,
+)
 from householder.ops.path_attention.cache.triton.step import (
     attend_kernel,
     enter_kernel,
@@ -34,8 +40,6 @@ from householder.ops.path_attention.cache.triton.step import (
 # Whether a kernel starts while the one before it ends, and whether programs that wait for others
 # read ahead: both from Hopper on.
 OVERLAP = EARLY = True
-# Query heads of a key head for which sums are faster than the sixteen rows of a product.
-MAX_SUMMED = 4
 # Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
 # path; recent tokens, and others, that are attended to at a time.
 ONE_BC, FEW_BC = 16, 32
