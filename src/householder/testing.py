@@ -242,11 +242,12 @@ def delta_product_inputs(
     draw = _Draw(seed)
     HV = H if HV is None else HV
     S = B if num_sequences is None else num_sequences
+    k, beta = draw.unit(B, T, N, H, K), draw.beta(strength, B, T, N, HV)
     inputs = {
-        "k": draw.unit(B, T, N, H, K),
-        "beta": draw.beta(strength, B, T, N, HV),
         "q": draw.normal(B, T, H, K),
+        "k": k,
         "v": draw.normal(B, T, N, HV, V),
+        "beta": beta,
         "g": draw.gates(decay, B, T, HV),
     }
     made = {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}
@@ -298,12 +299,13 @@ def path_attention_inputs(
     """
     draw = _Draw(seed)
     HQ = H if HQ is None else HQ
+    w, beta = draw.unit(B, T, H, K), draw.beta(strength, B, T, H)
     inputs = {
-        "w": draw.unit(B, T, H, K),
-        "beta": draw.beta(strength, B, T, H),
         "q": draw.normal(B, T, HQ, K),
         "k": draw.normal(B, T, H, K),
         "v": draw.normal(B, T, H, V),
+        "w": w,
+        "beta": beta,
         "g": draw.gates(decay, B, T, HQ),
         "sinks": draw.normal(HQ) if with_sinks else None,
     }

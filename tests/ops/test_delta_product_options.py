@@ -228,6 +228,7 @@ def test_transforms():
 
 @pytest.mark.parametrize("step", [False, True])
 def test_compiles_without_graph_breaks(step):
+    torch.compiler.reset()  # What other tests compiled counts towards the limit of recompilations.
     arguments = projections(OPTIONS["all"], torch.float32)
     k = arguments["k"].clone().requires_grad_()
     if step:
