@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 # Before anything imports matplotlib: pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -31,3 +36,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_seed() -> None:
     """Start every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[[str], Any]:
+    """Run a test file as a script under Triton's interpreter; return the JSON that it prints last.
+
+    Whether kernels are interpreted is settled when they are imported: it takes another process.
+    """
+
+    def run(file: str) -> Any:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, file], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

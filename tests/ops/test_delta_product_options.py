@@ -7,10 +7,6 @@ as a script: whether kernels are interpreted is settled when they are imported.
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -472,14 +468,9 @@ def compute_unasked() -> dict[str, str]:
     return broken
 
 
-def test_kernels_are_as_accurate_as_the_definition():
+def test_kernels_are_as_accurate_as_the_definition(interpreted):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {}
+    assert interpreted(__file__) == {}
 
 
 def test_interpreted_kernels_are_not_trivially_right():

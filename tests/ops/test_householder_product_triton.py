@@ -5,10 +5,6 @@ script in a process of its own, where the cases are computed; the tests look at 
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -177,13 +173,8 @@ def compute_orthogonality() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, dict[str, str]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def answers(interpreted) -> dict[str, dict[str, str]]:
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,10 +6,6 @@ GPU the tests run them in every dtype.
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -338,14 +334,9 @@ def compute() -> dict[str, str]:
     return broken
 
 
-def test_interpreted_kernels_are_as_accurate_as_the_definitions():
+def test_interpreted_kernels_are_as_accurate_as_the_definitions(interpreted):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {}
+    assert interpreted(__file__) == {}
 
 
 @pytest.mark.gpu

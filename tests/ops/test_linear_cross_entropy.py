@@ -4,10 +4,6 @@ As a script, in a process where Triton interprets, it compares the kernel with t
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -165,14 +161,9 @@ def compute_interpreted() -> dict[str, str]:
     return broken
 
 
-def test_kernel_gives_what_the_chunked_form_gives():
+def test_kernel_gives_what_the_chunked_form_gives(interpreted):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {}
+    assert interpreted(__file__) == {}
 
 
 @pytest.mark.gpu

@@ -5,10 +5,6 @@ script in a process of its own, where the cases are computed; the test looks at 
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -104,14 +100,8 @@ def compute(case: dict) -> str:
     return ""
 
 
-def test_new_tokens_are_as_accurate_as_the_whole():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve())],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+def test_new_tokens_are_as_accurate_as_the_whole(interpreted):
+    answers = interpreted(__file__)
     assert answers == dict.fromkeys(CASES, "")
 
 

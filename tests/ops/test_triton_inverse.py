@@ -5,10 +5,7 @@ script in a process of its own.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,13 +63,8 @@ def measure() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def errors(interpreted) -> dict[str, float]:
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize("precision", LIMITS)

@@ -6,10 +6,6 @@ this file also runs as a script in a process of its own.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -70,13 +66,8 @@ def measure() -> dict[str, tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, tuple[float, float]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def found(interpreted) -> dict[str, tuple[float, float]]:
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize("case", ["orthogonal", "any size"])
