@@ -219,14 +219,13 @@ def _backward_fake(
     )
 
 
-# Kernels of the CPU are the same ones under Triton's interpreter.
+# On a CPU it is Triton's interpreter that runs these kernels.
 FORWARD = register(
     "delta_product_activate",
     "(Tensor q, Tensor k, Tensor beta, Tensor? g, Tensor? A_log, Tensor? dt_bias, float? qk_eps, "
     "float? beta_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=_forward,
-    cuda=_forward,
+    kernel=_forward,
 )
 BACKWARD = register(
     "delta_product_activate_backward",
@@ -234,8 +233,7 @@ BACKWARD = register(
     "Tensor k_factor, Tensor beta, Tensor? g, Tensor? A_log, Tensor? dt_bias, float? beta_scale) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 activate_op = torch.ops.householder.delta_product_activate.default
 activate_backward_op = torch.ops.householder.delta_product_activate_backward.default

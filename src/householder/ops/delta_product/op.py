@@ -162,16 +162,14 @@ FORWARD = register(
     f"({_INPUTS}, bool save, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=_forward,
-    cuda=_forward,
+    kernel=_forward,
 )
 BACKWARD = register(
     "delta_product_backward",
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, {_SAVED}, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 # Leaves the gradient of v where `u` was, which has its shape and dtype, and something else where
 # `ut` was.
@@ -181,8 +179,7 @@ BACKWARD_OVER_U = register(
     "Tensor maps, Tensor growth, Tensor table, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_over_u_fake,
-    cpu=_backward_over_u,
-    cuda=_backward_over_u,
+    kernel=_backward_over_u,
 )
 # For a forward pass that kept nothing: makes that anew.
 BACKWARD_ANEW = register(
@@ -190,8 +187,7 @@ BACKWARD_ANEW = register(
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward_anew,
-    cuda=_backward_anew,
+    kernel=_backward_anew,
 )
 _STEP_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scale"
 _STEP_OPTIONS = (
@@ -201,15 +197,13 @@ STEP = register(
     "delta_product_step",
     f"({_STEP_INPUTS}, Tensor state, {_STEP_OPTIONS}) -> (Tensor, Tensor)",
     fake=_step_fake,
-    cpu=_step,
-    cuda=_step,
+    kernel=_step,
 )
 STEP_INPLACE = register(
     "delta_product_step_",
     f"({_STEP_INPUTS}, Tensor(a!) state, {_STEP_OPTIONS}) -> Tensor",
     fake=_step_inplace_fake,
-    cpu=_step_inplace,
-    cuda=_step_inplace,
+    kernel=_step_inplace,
 )
 delta_product_op = torch.ops.householder.delta_product.default
 delta_product_backward_op = torch.ops.householder.delta_product_backward.default

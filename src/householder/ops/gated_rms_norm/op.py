@@ -54,20 +54,18 @@ def _backward_fake(
     return contiguous_like(x), contiguous_like(gate), contiguous_like(weight)
 
 
-# Kernels of the CPU are the same ones under Triton's interpreter.
+# On a CPU it is Triton's interpreter that runs these kernels.
 FORWARD = register(
     "gated_rms_norm",
     "(Tensor x, Tensor gate, Tensor weight, float eps) -> Tensor",
     fake=_forward_fake,
-    cpu=_forward,
-    cuda=_forward,
+    kernel=_forward,
 )
 BACKWARD = register(
     "gated_rms_norm_backward",
     "(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 gated_rms_norm_op = torch.ops.householder.gated_rms_norm.default
 gated_rms_norm_backward_op = torch.ops.householder.gated_rms_norm_backward.default

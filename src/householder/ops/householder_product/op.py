@@ -153,8 +153,7 @@ FORWARD = register(
     f"({_INPUTS}, int rows, bool transpose, bool save, str form) "
     f"-> ({', '.join(['Tensor'] * (1 + NUM_SAVED))})",
     fake=_forward_fake,
-    cpu=_forward,
-    cuda=_forward,
+    kernel=_forward,
 )
 # Where no gradient is wanted: empty tensors in place of what is saved take the host as long as a
 # launch.
@@ -162,15 +161,13 @@ ALONE = register(
     "householder_product_alone",
     f"({_INPUTS}, int rows, bool transpose, str form) -> Tensor",
     fake=_forward_alone_fake,
-    cpu=_forward_alone,
-    cuda=_forward_alone,
+    kernel=_forward_alone,
 )
 BACKWARD = register(
     "householder_product_backward",
     f"(Tensor dy, {_INPUTS}, bool transpose, {_SAVED}, str form) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 householder_product_op = torch.ops.householder.householder_product.default
 householder_product_alone_op = torch.ops.householder.householder_product_alone.default

@@ -50,8 +50,7 @@ SOFTMAX_GRADIENT = register(
     "softmax_gradient_",
     "(Tensor(a!) logits, Tensor labels, int ignore, bool gradient, str form) -> Tensor",
     fake=_softmax_gradient_fake,
-    cpu=_softmax_gradient,
-    cuda=_softmax_gradient,
+    kernel=_softmax_gradient,
 )
 softmax_gradient_op = torch.ops.householder.softmax_gradient_.default
 

@@ -77,16 +77,14 @@ FORWARD = register(
     "path_attention",
     f"({_INPUTS}, str form) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=_forward,
-    cuda=_forward,
+    kernel=_forward,
 )
 BACKWARD = register(
     "path_attention_backward",
     f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 path_attention_op = torch.ops.householder.path_attention.default
 path_attention_backward_op = torch.ops.householder.path_attention_backward.default

@@ -63,23 +63,21 @@ def _backward_fake(
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? history, Tensor? position, bool silu"
-# Kernels of the CPU are the same ones under Triton's interpreter.
+# On a CPU it is Triton's interpreter that runs these kernels.
 FORWARD = register(
-    "short_convolution", f"({_INPUTS}) -> Tensor", fake=_forward_fake, cpu=_forward, cuda=_forward
+    "short_convolution", f"({_INPUTS}) -> Tensor", fake=_forward_fake, kernel=_forward
 )
 BACKWARD = register(
     "short_convolution_backward",
     f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 STEP = register(
     "short_convolution_step_",
     "(Tensor x, Tensor weight, Tensor(a!) state, bool silu) -> Tensor",
     fake=_forward_fake,
-    cpu=_step,
-    cuda=_step,
+    kernel=_step,
 )
 short_convolution_op = torch.ops.householder.short_convolution.default
 short_convolution_backward_op = torch.ops.householder.short_convolution_backward.default

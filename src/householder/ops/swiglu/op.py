@@ -73,27 +73,24 @@ def _backward_and_forward_fake(
     return contiguous_like(gate), contiguous_like(up), contiguous_like(up)
 
 
-# Kernels of the CPU are the same ones under Triton's interpreter.
+# On a CPU it is Triton's interpreter that runs these kernels.
 FORWARD = register(
     "swiglu",
     "(Tensor gate, Tensor up) -> Tensor",
     fake=_forward_fake,
-    cpu=_forward,
-    cuda=_forward,
+    kernel=_forward,
 )
 BACKWARD = register(
     "swiglu_backward",
     "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward,
-    cuda=_backward,
+    kernel=_backward,
 )
 BACKWARD_AND_FORWARD = register(
     "swiglu_backward_and_forward",
     "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)",
     fake=_backward_and_forward_fake,
-    cpu=_backward_and_forward,
-    cuda=_backward_and_forward,
+    kernel=_backward_and_forward,
 )
 swiglu_op = torch.ops.householder.swiglu.default
 swiglu_backward_op = torch.ops.householder.swiglu_backward.default
