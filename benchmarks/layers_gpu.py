@@ -103,16 +103,26 @@ def measure_weight(layer: nn.Module, dW: torch.Tensor) -> Row:
 
     with torch.no_grad():
         error = orthogonality_error(layer.weight) / 2**-23 / dW.shape[0] ** 0.5
-        forward_ms = median_ms(lambda: layer.weight)
-        device_forward_ms = captured_ms(lambda: layer.weight)
+    row = measure(parameters, lambda: layer.weight, step, gradients=step)
+    return row | {"error": f"{error:.2f}"}
+
+
+def measure(
+    trained: list[nn.Parameter],
+    forward: Callable[[], torch.Tensor],
+    step: Callable[[], object],
+    gradients: Callable[[], object],
+) -> Row:
+    """Time a forward pass and a step as called, and on the device the pass and its gradients."""
+    with torch.no_grad():
+        forward_ms, device_forward_ms = median_ms(forward), captured_ms(forward)
     return {
         "forward_ms": forward_ms,
         "step_ms": median_ms(step),
         "device_forward_ms": device_forward_ms,
-        "device_step_ms": captured_ms(step),
+        "device_step_ms": captured_ms(gradients),
         "peak_mib": round(peak_memory(step)),
-        "trained": sum(p.numel() for p in parameters),
-        "error": f"{error:.2f}",
+        "trained": sum(p.numel() for p in trained),
     }
 
 
@@ -150,17 +160,7 @@ def measure_method(model: nn.Module) -> Row:
     def gradients() -> object:
         return torch.autograd.grad(F.cross_entropy(forward().float(), labels), trained)
 
-    with torch.no_grad():
-        forward_ms = median_ms(forward)
-        device_forward_ms = captured_ms(forward)
-    return {
-        "forward_ms": forward_ms,
-        "step_ms": median_ms(step),
-        "device_forward_ms": device_forward_ms,
-        "device_step_ms": captured_ms(gradients),
-        "peak_mib": round(peak_memory(step)),
-        "trained": sum(p.numel() for p in trained),
-    }
+    return measure(trained, forward, step, gradients)
 
 
 def adapt(model: nn.Module, kind: str, size: int) -> nn.Module:

@@ -126,7 +126,8 @@ class Store:
             # On an H200 (Triton 3.6) several tokens of heads of 16, after a roll-back of up to 100,
             # ended in a misaligned address, and what brought it about is not known. One token
             # without roll-backs, and so with few recent ones, is right.
-            small = small and num_tokens == 1 and G <= MAX_SUMMED and self.recent_room <= 80
+            rolls_back = self.recent_room > BLOCK + MAX_NEW
+            small = small and num_tokens == 1 and G <= MAX_SUMMED and not rolls_back
         return self.keys.is_cuda and self.dtype == torch.float32 and small
 
     def decode(
