@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before anything imports matplotlib: pictures are drawn to files.
@@ -54,3 +56,27 @@ def interpreted() -> Callable[[str], Any]:
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill fresh memory with NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Collect the names of the threads that compile kernels, with nothing compiled before."""
+    import triton
+
+    threads = []
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        threads.append(threading.current_thread().name)
+        assert not cache_hit, src.name
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    return threads
