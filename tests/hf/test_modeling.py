@@ -227,12 +227,27 @@ def test_logits_to_keep(model):
     torch.testing.assert_close(model(batch, logits_to_keep=chosen).logits, whole[:, chosen])
 
 
-def test_packed_sequences_stay_apart(model):
-    batch = tokens(1, 9)
-    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
-    packed = model(batch, cu_seq_lens_q=bounds).logits
-    alone = torch.cat([model(part).logits for part in batch.split([4, 5], dim=1)], 1)
-    torch.testing.assert_close(packed, alone)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_flash_attn_kwargs": True},
+        {"return_position_ids": False, "return_seq_idx": True},
+        {},
+    ],
+    ids=["bounds", "numbers", "positions"],
+)
+def test_packed_sequences_stay_apart(model, options):
+    """In each of the ways in which transformers' collator may say where they begin."""
+    parts = tokens(1, 9).split([4, 1, 4], dim=1)
+    collate = transformers.DataCollatorWithFlattening(**options)
+    packed = collate([{"input_ids": part[0]} for part in parts])
+    alone = torch.cat([model(part).logits for part in parts], 1)
+    torch.testing.assert_close(model(**packed).logits, alone)
+
+
+def test_positions_that_go_on_are_of_no_account():
+    model, batch = make("delta,rope"), tokens(2, 9)
+    assert torch.equal(model(batch, position_ids=torch.arange(5, 14)).logits, model(batch).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -304,6 +319,16 @@ def test_config_is_json_and_keeps_every_field(tmp_path):
             lambda m: m(tokens(1, 3), attention_mask=torch.tensor([[1, 1, 0]]), use_cache=True),
             ValueError,
             "pad on the left",
+        ),
+        (
+            lambda m: m(tokens(1, 3), seq_idx=torch.tensor([[0, 0, 1]]), use_cache=True),
+            NotImplementedError,
+            "packed sequences must begin and end in one call, got 2 of them and a cache",
+        ),
+        (
+            lambda m: m(tokens(2, 3), position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]])),
+            ValueError,
+            "the batch must be packed as B = 1, got B = 2",
         ),
         (
             lambda m: m.generate(tokens(1, 3), cache_implementation="static", **GREEDY),
