@@ -1,4 +1,4 @@
-"""What holds for every test: fixed seeds, no window, and GPU tests that skip without a GPU."""
+"""What holds for every test: no window, GPU tests that skip without a GPU, files interpreted."""
 
 from __future__ import annotations
 
@@ -33,12 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    """Start every test from the same random state, whatever ran before it."""
-    torch.manual_seed(0)
 
 
 class InterpretedFiles:

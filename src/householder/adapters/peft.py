@@ -54,6 +54,17 @@ def load_peft(
 
     Raises:
         AdapterError: it is no HRA adapter, is damaged, or does not fit the model.
+
+    Examples:
+        >>> import tempfile
+        >>> from householder import adapters
+        >>> model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+        >>> config = adapters.HRAConfig(targets="0", num_householder=2, init="random")
+        >>> before = adapters.attach(model, config)(x)
+        >>> folder = adapters.save_peft(model, tempfile.mkdtemp())  # as peft itself writes it
+        >>> after = adapters.load_peft(adapters.detach(model), folder)(x)
+        >>> torch.allclose(after, before, atol=1e-6)
+        True
     """
     folder = Path(folder)
     settings, tensors = _read(folder)

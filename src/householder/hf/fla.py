@@ -53,6 +53,16 @@ def from_fla(folder: Path | str) -> CausalLM:
     Raises:
         ConversionError: the folder holds no such model, or one that has something ours has not.
 
+    Examples:
+        >>> import tempfile
+        >>> from householder.models import CausalLMConfig
+        >>> config = CausalLMConfig(64, d_model=32, num_layers=1, head_dim=16, pattern="delta")
+        >>> model, folder = CausalLM(config), tempfile.mkdtemp()
+        >>> to_fla(model, folder)  # as theirs is saved
+        >>> tokens = torch.randint(64, (1, 5))
+        >>> torch.equal(from_fla(folder)(tokens), model(tokens))
+        True
+
     References:
         flash-linear-attention, https://github.com/fla-org/flash-linear-attention
     """

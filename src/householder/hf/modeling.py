@@ -39,7 +39,7 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         >>> from householder.hf.modeling import HouseholderConfig
         >>> config = HouseholderConfig(vocab_size=64, d_model=32, num_layers=2, head_dim=16)
         >>> model = AutoModelForCausalLM.from_config(config)
-        >>> prompt = torch.randint(64, (1, 5))
+        >>> prompt = torch.randint(1, 64, (1, 5))
         >>> model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 9])
     """
