@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -237,6 +238,23 @@ def test_reflectors_are_unit_vectors_whatever_the_dtype():
     torch.testing.assert_close(w.norm(dim=-1), torch.ones(2, 9, 3), rtol=1e-3, atol=1e-3)
     assert ((beta > 0) & (beta < 2)).all()
     assert (g < 0).all()
+
+
+@torch.no_grad()
+def test_weak_gates_count_after_a_strong_one():
+    """The first gates sum to −3e6, beside which float32 does not see the others."""
+    layer = ForgettingAttention(8, num_heads=2, init_std=1.0)
+    layer.f_proj.weight.zero_()
+    layer.f_proj.weight[:, 0] = 1.0
+    x = torch.randn(1, 12, 8)
+    x[:, :, 0] = torch.tensor([-1e6] * 3 + [0.0] * 9)
+    exact = copy.deepcopy(layer).double()(x.double())
+    torch.testing.assert_close(layer(x), exact.float(), rtol=1e-3, atol=1e-4)
+    _, state = layer(x[:, :6], return_state=True)
+    state, outputs = layer.reserve(state, 12), []
+    for token in x[:, 6:].unbind(1):
+        outputs.append(layer.step_(token, state))
+    torch.testing.assert_close(torch.stack(outputs, 1), exact[:, 6:].float(), rtol=1e-3, atol=1e-4)
 
 
 def test_rotation_keeps_lengths_and_sees_only_differences():
