@@ -30,6 +30,8 @@ CASES = {
             "qk_norm": True,
             "use_forget_gate": True,
             "w_rank": 5,
+            "w_activation": "relu",
+            "gate_scale": 0.3,
             "conv_size": 4,
             "max_rollback": 3,
             "use_sinks": True,
@@ -89,6 +91,7 @@ def expected_output(layer, x):
     g = torch.zeros(T, HQ, dtype=x.dtype)
     if getattr(layer, "f_proj", None) is not None:
         g = (F.linear(x, layer.f_proj.weight, layer.f_proj.bias)).sigmoid().log()
+        g = g * getattr(layer, "gate_scale", 1.0)
     between = torch.eye(K, dtype=x.dtype).expand(T, H, K, K)
     if isinstance(layer, PaTHAttention):
         w = x @ layer.w_down_proj.weight.T @ layer.w_up_proj.weight.T
@@ -96,7 +99,7 @@ def expected_output(layer, x):
             size = layer.w_conv1d.kernel_size
             padded = torch.cat([w.new_zeros(size - 1, w.shape[1]), w])
             w = sum(padded[i : i + T] * layer.w_conv1d.weight[:, 0, i] for i in range(size))
-        w = F.silu(w).view(T, H, K)
+        w = getattr(F, layer.w_activation)(w).view(T, H, K)
         w = w / (w.square().sum(-1, keepdim=True) + layer.norm_eps).sqrt()
         beta = 2 * F.linear(x, layer.b_proj.weight, layer.b_proj.bias).sigmoid()
         between = between - beta[..., None, None] * w[..., None] * w[..., None, :]
