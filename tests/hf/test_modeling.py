@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from householder.models import CausalLM, save_causal_lm
+from householder.models import CausalLM, load_causal_lm, save_causal_lm
 
 transformers = pytest.importorskip("transformers")
 
@@ -261,6 +261,22 @@ def test_saved_and_loaded_by_transformers(tmp_path, tied):
     torch.testing.assert_close(loaded(batch).logits, model(batch).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_can_be_resized(tmp_path, tied):
+    model = make("delta", tie_embeddings=tied)
+    batch = tokens(2, 9)
+    before = model(batch).logits
+    model.resize_token_embeddings(V + 4, mean_resizing=False)
+    after = model(batch).logits
+    torch.testing.assert_close(after[..., :V], before)
+    assert after.shape[-1] == V + 4
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(loaded(batch).logits, after)
+    save_causal_lm(model.model, tmp_path / "ours")
+    assert torch.equal(load_causal_lm(tmp_path / "ours")(batch), after)
+
+
 def test_what_training_on_text_writes_is_loaded(tmp_path):
     model = make("delta,path").model
     save_causal_lm(model, tmp_path)
@@ -269,8 +285,6 @@ def test_what_training_on_text_writes_is_loaded(tmp_path):
     torch.testing.assert_close(loaded(batch).logits, model(batch), rtol=0, atol=0)
     # And the other way round.
     loaded.save_pretrained(tmp_path / "again")
-    from householder.models import load_causal_lm
-
     ours = load_causal_lm(tmp_path / "again")
     assert isinstance(ours, CausalLM)
     torch.testing.assert_close(ours(batch), model(batch), rtol=0, atol=0)

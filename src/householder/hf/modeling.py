@@ -5,6 +5,7 @@ Importing this module registers them with `AutoConfig` and `AutoModelForCausalLM
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch.nn.functional as F
@@ -69,6 +70,9 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the embeddings; with tied embeddings the head's weight too."""
         self.model.embeddings = value
+        # As `resize_token_embeddings` asks for; it tells the config of transformers itself.
+        size = value.weight.shape[0]
+        self.model.config = dataclasses.replace(self.model.config, vocab_size=size)
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """Return the head, or `None` where the embeddings are its weight."""
