@@ -136,6 +136,17 @@ def test_forgotten_tokens_leave_no_trace(model):
 
 
 @torch.no_grad()
+def test_tokens_forgotten_of_a_prompt_leave_what_fills_rows_up(model):
+    batch, mask = tokens(2, 12), torch.ones(2, 8, dtype=torch.int64)
+    mask[0, :3] = 0
+    cache = model(batch[:, :8], attention_mask=mask, use_cache=True).past_key_values
+    cache.crop(-2)
+    logits = model(batch[:, 6:], past_key_values=cache).logits
+    alone = torch.cat([model(batch[:1, 3:]).logits[:, 3:], model(batch[1:]).logits[:, 6:]])
+    torch.testing.assert_close(logits, alone)
+
+
+@torch.no_grad()
 def test_crop_refuses_what_it_cannot():
     model = make("delta")
     cache = model(tokens(1, 6), use_cache=True).past_key_values

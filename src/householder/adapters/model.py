@@ -171,7 +171,7 @@ def _make(
         if shape.layer == "conv2d" and (reason := not_dense(module)):
             raise AdapterError(
                 f"adapters.attach: `targets` cannot have {module_name}: an adapter of a "
-                f"convolution changes its kernel, but {reason}"
+                f"convolution changes its kernel, but {reason}; leave it out with `exclude`"
             )
         layer = make_layer(config, shape, module_name)
         made[module_name] = layer.to(device_of(module), parameter_dtype(module, dtype))

@@ -218,7 +218,10 @@ def export_lora(model: nn.Module, folder: str | Path, name: str | None = None) -
 def _low_rank_change(name: str, module: nn.Module, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """Return B and A in the shapes of LoRA's parameters for this layer."""
     if reason := not_dense(module):
-        raise AdapterError(f"adapters.export_lora: needs the weight of {name}, but {reason}")
+        raise AdapterError(
+            f"adapters.export_lora: needs the weight of {name}, but {reason}; adapters.save keeps "
+            "the adapter as it is"
+        )
     B, A = layer.change(read_weight(module))
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:

@@ -87,6 +87,7 @@ def from_fla(folder: Path | str) -> CausalLM:
     except RuntimeError as error:
         raise ConversionError(
             f"from_fla: the weights in {folder} must be those of its config, and are not: {error}"
+            "; give both of one model"
         ) from error
     return model.eval()
 
@@ -159,7 +160,8 @@ def convert(source: Path, target: Path) -> str:
         except ValueError as error:
             raise ConversionError(
                 f"convert: `source` must hold a model of householder, or of flash-linear-attention "
-                f"({', '.join(READERS)}), {source} does not, of model_type {kind!r}: {error}"
+                f"({', '.join(READERS)}), {source} does not, of model_type {kind!r}: {error}; "
+                "give the folder of one"
             ) from error
         done = f"{source} -> {target}: {_write_theirs(model, ids, target)}"
     for name in _COMPANIONS:
