@@ -168,8 +168,13 @@ def test_batch_rows_do_not_depend_on_one_another(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_tokens(case: str) -> None:
-    """An empty segment leaves the state as it is, and an empty batch row gives nothing."""
+    """An empty segment leaves the state as it is, and an empty batch gives nothing."""
     mixer = make_mixer(case)
+    y, state = mixer(make_input(0, 5).requires_grad_(), return_state=True)
+    assert y.shape == (0, 5, mixer.d_model)
+    assert len(state.matrix) == 0
+    y.sum().backward()
+    assert not mixer.o_proj.weight.grad.any()
     _, state = mixer(make_input(2, 3), return_state=True)
     y, same = mixer(make_input(2, 0), state=state, return_state=True)
     assert y.shape == (2, 0, mixer.d_model)

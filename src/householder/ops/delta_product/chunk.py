@@ -118,6 +118,8 @@ class Layout:
             self.segments = list(self._packed(cu.tolist()))
 
     def _dense(self) -> Iterator[Segment]:
+        if self.B == 0:
+            return
         n = -(-self.T // self.C)
         per_segment = max(1, self.target_chunks // self.B)
         for lo in range(0, n, per_segment):
