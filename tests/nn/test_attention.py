@@ -361,6 +361,16 @@ def test_compiles_without_graph_breaks(case):
     agree(traced, torch.autograd.grad(layer(x).sin().sum(), weight))
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("case", ["path, forgetting", "rotary", "forgetting"])
+def test_exports_for_sequences_of_any_length(case):
+    layer, sizes = make(case), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(layer, (make_input(2, 40),), dynamic_shapes=(sizes,))
+    x = make_input(3, 17)
+    agree(program.module()(x), layer(x))
+
+
 @every_layer
 def test_a_copy_has_the_same_parameters(case):
     layer, copy = make(case), make(case)

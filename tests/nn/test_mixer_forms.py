@@ -243,6 +243,18 @@ def test_compile_without_graph_breaks(case: str) -> None:
     assert_states_agree(next_state, expected_state)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_exports_for_sequences_of_any_length() -> None:
+    mixer, sizes = (
+        make_mixer("gated_delta_product"),
+        {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},
+    )
+    program = torch.export.export(mixer, (make_input(2, 40),), dynamic_shapes=(sizes,))
+    x = make_input(3, 17)
+    assert_agree(program.module()(x), mixer(x))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compile_packed_without_graph_breaks() -> None:

@@ -309,7 +309,8 @@ def causal_attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None and num_queries > 1,
+        # A bool where the number is a symbol too, as torch.export has it for lengths that vary.
+        is_causal=mask is None and bool(num_queries > 1),
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)
