@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
 from householder.nn.key_value_buffer import KeyValueBuffer
-from householder.nn.softmax_attention import SoftmaxAttention
+from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops.wy import compute_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from householder.nn.softmax_attention import AttentionOptions
 
 
 class KeyValueState(NamedTuple):
