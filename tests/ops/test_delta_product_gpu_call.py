@@ -169,7 +169,6 @@ def test_packed_sequences_are_those_alone():
 
 @pytest.mark.parametrize("N", [1, 2, 3, 8])
 def test_lengths_around_a_chunk(N):
-    """Of 64 // N tokens; every length runs the same programs."""
     C = 64 // N
     for T in (2, C - 1, C, C + 1, 2 * C - 1, 2 * C + 1):
         inputs = arrange(2, T, N, 2, 64, 64)
