@@ -118,3 +118,18 @@ def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     return threads
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Collect what kernels are launched with, by module and name, in place of launching them."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(self: Any, *_: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        module = self.fn.__module__.rpartition(".")[-1]
+        launches.append((f"{module}.{self.fn.__name__}", constants))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return launches
