@@ -40,6 +40,14 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_recordings() -> None:
+    """Let no test repeat the launches of another one, which may have changed what is launched."""
+    recording = sys.modules.get("householder.ops._recording")
+    if recording is not None:
+        recording.forget_recordings()
+
+
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[[str], Any]:
     """Run a test file as a script under Triton's interpreter; return the JSON that it prints last.
