@@ -90,6 +90,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.stash[INTERPRETED].stop()
 
 
+@pytest.fixture(autouse=True)
+def _no_recordings() -> None:
+    """Let no test repeat the launches of another one, which may have changed what is launched."""
+    recording = sys.modules.get("householder.ops._recording")
+    if recording is not None:
+        recording.forget_recordings()
+
+
 @pytest.fixture(scope="session")
 def interpreted(pytestconfig: pytest.Config) -> Callable[[str], Any]:
     """Return what a test file printed, as JSON, when it ran under Triton's interpreter."""
