@@ -90,6 +90,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.stash[INTERPRETED].stop()
 
 
+@pytest.fixture(autouse=True)
+def _no_recordings() -> None:
+    """Let no test repeat the launches of another one, which may have changed what is launched."""
+    recording = sys.modules.get("householder.ops._recording")
+    if recording is not None:
+        recording.forget_recordings()
+
+
 @pytest.fixture(scope="session")
 def interpreted(pytestconfig: pytest.Config) -> Callable[[str], Any]:
     """Return what a test file printed, as JSON, when it ran under Triton's interpreter."""
@@ -118,3 +126,18 @@ def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     return threads
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Collect what kernels are launched with, by module and name, in place of launching them."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(self: Any, *_: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        module = self.fn.__module__.rpartition(".")[-1]
+        launches.append((f"{module}.{self.fn.__name__}", constants))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return launches

@@ -200,6 +200,16 @@ def test_help_says_what_there_is(run):
     for flag in ("--num-householder", "--resume", "--overwrite", "--config", "--out", "--seed"):
         assert flag in out, flag
     assert "Default: 0.9" in out
+    # The same setting may have another default with --text.
+    words = " ".join(out.replace("│", " ").split())
+    for default in (
+        "Default: 0.002; with --text: 0.001.",
+        "Default: 1,2; with --text: 2.",
+        "Width of the residual stream. Default: 64; with --text: the preset's.",
+        "or what epochs come to. With --text: 1000.",
+        "One layer with N = 2 learns to multiply them and goes on to four times",
+    ):
+        assert default in words, default
 
 
 @pytest.mark.parametrize(
