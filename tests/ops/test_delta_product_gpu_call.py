@@ -260,6 +260,30 @@ def test_any_scale(scale, T):
         assert relative_error(a, e) < 1.2e-2
 
 
+@pytest.mark.parametrize("N", [1, 2])
+def test_function_transforms(N):
+    """Per-sample gradients, and a gradient through a batched call, are those one by one."""
+    inputs = {
+        n: x.detach() for n, x in arrange(2, 130, N, 2, 64, 64, HV=4).items() if x is not None
+    }
+    given = tuple(inputs[n] for n in (*ORDER, "initial_state"))
+
+    def loss(q, k, v, beta, g, initial_state):
+        o, state = delta_product(
+            q, k, v, beta, g, initial_state=initial_state, output_final_state=True, impl="triton"
+        )
+        return o.float().sin().sum() + state.sin().sum()
+
+    each = torch.func.grad(loss, argnums=tuple(range(6)))
+    stacked = [torch.stack([x, x.flip(0)]) for x in given]
+    together = torch.func.vmap(each)(*stacked)
+    for i in range(2):
+        for a, b in zip(together, each(*(x[i] for x in stacked)), strict=True):
+            assert relative_error(a[i], b.double()) < 1e-2
+    through = torch.func.grad(lambda k: torch.func.vmap(loss)(stacked[0], k, *stacked[2:]).sum())
+    assert relative_error(through(stacked[1]), together[1].double()) < 1e-2
+
+
 def test_packed_options_compile_into_one_graph():
     """What a layer calls in training on documents, with the gradients of its parameters."""
     inputs = arrange(1, 700, 2, 2, 64, 64, num_sequences=9, decay=0.5)
