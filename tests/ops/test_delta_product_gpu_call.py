@@ -244,7 +244,12 @@ def test_cotangents_that_are_views_count_as_what_they_show(T):
 @pytest.mark.parametrize("T", [300, 9000])
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-6, 1e5])
 def test_any_scale(scale, T):
-    """Some kernels divide by it."""
+    """Some kernels divide by it.
+
+    Where it is next to nothing, gradients come from the last state alone: through all chunks, and
+    rounded at each.
+    """
+    limit = 1.2e-2 if abs(scale) > 1e-3 else 3e-2
     inputs = arrange(1, T, 2, 1, 64, 64, decay=0.01)
     wide = {n: x if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()}
     (o, state), (exact, exact_state) = (
@@ -257,7 +262,7 @@ def test_any_scale(scale, T):
     assert relative_error(o, exact) < 1.2e-2
     actual, expected = gradients((o, state), inputs), gradients((exact, exact_state), wide)
     for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < 1.2e-2
+        assert relative_error(a, e) < limit
 
 
 @pytest.mark.parametrize("N", [1, 2])
