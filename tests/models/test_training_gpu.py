@@ -79,7 +79,9 @@ def test_making_anew_keeps_less_and_changes_no_gradient(pattern, compiled, preci
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("pattern", ["gated_delta", "rope"])
+@pytest.mark.parametrize(
+    "pattern", ["delta", "gated_delta", "delta_product", "path", "path_fox", "rope", "fox"]
+)
 def test_compiled_blocks_take_packed_sequences(pattern):
     """Rotary attention in float32 reads where they begin, and so breaks a graph in two."""
     torch._dynamo.reset()

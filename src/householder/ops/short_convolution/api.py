@@ -148,5 +148,6 @@ def short_convolution_step_(
 def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     """Return how many tokens of its sequence are before each of T packed tokens, int32 `[T]`."""
     token = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    # Not among cu_seqlens[1:]: what PyTorch 2.11 compiles for a GPU forgets where a view begins.
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return token - cu_seqlens[sequence]
