@@ -129,7 +129,7 @@ class ShortConvolution(nn.Module):
         num_sequences, T = cu_seqlens.numel() - 1, x.shape[1]
         past = self.kernel_size - 1
         token = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
-        # Not among cu_seqlens[1:]: what PyTorch 2.11 compiles for a GPU forgets where a view begins.
+        # Not among cu_seqlens[1:]: PyTorch 2.11, compiling for a GPU, forgets where a view begins.
         sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
         token_row = token + (sequence + 1) * past
 
