@@ -62,6 +62,15 @@ def test_train_writes_where_it_says(run, config, tmp_path):
         assert word in out, word
 
 
+def test_help_is_as_wide_as_the_terminal(run):
+    """Lines of a docstring are no lines of the help."""
+    code, out, err = run("reproduce", "recall", "--help")
+    assert (code, err) == (0, "")
+    (line,) = (line for line in out.splitlines() if "Settings given here override" in line)
+    assert len(line.strip()) > 150
+    assert "householder-recall-<size>" in out
+
+
 def test_flags_override_the_file(run, config, tmp_path):
     words = ["--steps", 3, "--num-householder", "2", "--num-householder", "3", "--use-short-conv"]
     code, _, err = run("train", "--config", config, "--out", tmp_path / "out", *words)

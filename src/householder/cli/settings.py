@@ -31,6 +31,22 @@ Overwrite = Annotated[
 ]
 
 
+class App(typer.Typer):
+    """A Typer whose help is as wide as the terminal: its docstrings' lines are joined."""
+
+    def command(  # type: ignore[override] # the options that are used here
+        self, name: str, **options: Any
+    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Register a command, described by its docstring."""
+
+        def register(function: Callable[..., None]) -> Callable[..., None]:
+            paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+            help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return typer.Typer.command(self, name, help=help, **options)(function)
+
+        return register
+
+
 def with_settings(
     config: type[Settings],
     *more: type[Settings],

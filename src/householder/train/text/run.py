@@ -171,7 +171,10 @@ class _Run:
                 "has as many windows"
             )
         if config.cuda_graphs and processes.several:
-            raise ConfigError("`cuda_graphs` must be left out with torchrun: it is for one process")
+            raise ConfigError(
+                "`cuda_graphs` must be left out with torchrun, got several processes; steps are "
+                "recorded in one process alone"
+            )
         tokenizer = make_tokenizer(config.tokenizer)
         corpus = open_corpus(tokens)
         if corpus.summary["tokenizer"] != tokenizer.identity:
