@@ -92,7 +92,7 @@ def attend_kernel(
     From level to level the queries are multiplied by the products that they cross, in registers
     where a product can be held.
     """
-    CARRIED: tl.constexpr = BK <= (64 if PRECISION == "tf32x3" else 128)
+    CARRIED: tl.constexpr = BK <= 64 or (BK <= 128 and PRECISION != "tf32x3")
     # A head's chunks run together, so that they find its keys in the cache; long ones first.
     HQ = H * GROUP
     per_row = 2 * (num_tiles if PACKED else tl.cdiv(T, 128))

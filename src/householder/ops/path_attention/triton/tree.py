@@ -142,7 +142,7 @@ def climb_kernel(
     they are carried in float32 on the way.
     """
     # Products of float32 are in six parts: with K = 128 most of them would be spilled.
-    CARRIED: tl.constexpr = BK <= (64 if PRECISION == "fp32" else 128)
+    CARRIED: tl.constexpr = BK <= 64 or (BK <= 128 and PRECISION != "fp32")
     i_chunk = tl.program_id(0) // programs
     i_h = (tl.program_id(0) % programs).to(tl.int64)
     _, _, length, tile = locate_tile(i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED)
