@@ -256,7 +256,8 @@ def test_errors_grow_slowly_with_the_length(dtype, wide, portable, kernels, monk
     arguments[:4] = *(x.to(dtype) for x in arguments[:3]), w
     o, _ = kernels.forward(*arguments, *others)
     expected, _ = exact(arguments, others)
-    assert relative_error(o[:, -64:], expected[:, -64:]) < 8e-3
+    in_one_half = portable and dtype == torch.float16 and not wide
+    assert relative_error(o[:, -64:], expected[:, -64:]) < (2e-2 if in_one_half else 8e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
