@@ -20,6 +20,7 @@ from householder.ops._dispatch import remember
 from householder.ops._triton import (
     Launcher,
     addressable,
+    cast_operand,
     dot,
     dot_precision,
     has_wide_rows,
@@ -55,6 +56,15 @@ NOTHING = tl.constexpr(-88.0)
 # The least part of a chunk in a sum of such logarithms. Less would cost the sum its digits
 # and change nothing.
 LEAST_PART = tl.constexpr(-256.0)
+
+
+@triton.constexpr_function
+def carried(precision):
+    """Return the precision of products that a state passes through, one chunk after the other.
+
+    Where every step reflects nothing fades, and what the tensor cores cut off their sums adds up.
+    """
+    return "bf16x6" if precision == "tf32x3" else precision
 
 
 @triton.jit
@@ -138,6 +148,17 @@ def attention(
         # A query's gates are those of its token's rows; past the chunk's end there is no query.
         b_a *= pair_decay(table, tl.minimum(o_c, C - 1) * N, o_r, seen, R)
     return tl.where(seen, b_a, 0.0)
+
+
+@triton.jit
+def writes(residual, beta, b_ut, PRECISION: tl.constexpr):
+    """Return Uᵀ = (T diag(β) R)ᵀ in float32, of residuals Rᵀ `[BV, R]` and T."""
+    if PRECISION == "tf32x3":
+        # A row of T diag(β) is as small as its β from end to end, and so keeps its digits: the
+        # gradient of β is made of U / β.
+        return dot(residual, tl.trans(b_ut * beta[None, :]), carried(PRECISION))
+    else:
+        return dot(cast_operand(residual * beta[None, :], PRECISION), tl.trans(b_ut), PRECISION)
 
 
 @triton.jit

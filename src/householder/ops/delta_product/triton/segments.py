@@ -42,6 +42,7 @@ from householder.ops.delta_product.triton.carry import carry_back_kernel, carry_
 from householder.ops.delta_product.triton.chunks import (
     Problem,
     Saved,
+    carried,
     strides,
     suits_hopper,
 )
@@ -210,7 +211,7 @@ def _chain_launcher(p: Problem, s: Segments, reverse: bool) -> Launcher:
         T=p.v.shape[1], HV=p.heads, K=K, V=V, C=sizes["C"],
         GATED=p.g is not None, PACKED=s.first is not None,
         # Between segments TF32 rounds far less than bfloat16 did at every chunk.
-        PRECISION="tf32" if p.precision == "bf16" else p.precision,
+        PRECISION="tf32" if p.precision == "bf16" else carried(p.precision),
         SEGMENT=s.chunks, REVERSE=reverse, BK=launch.block, BV=config.CHAIN_COLUMNS,
         **launch.options,
     )  # fmt: skip
