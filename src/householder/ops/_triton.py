@@ -505,7 +505,8 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "fp32":
         rest = tl.where(o_r[:, None] == o_r[None, :], 1.0, 0.0) - x
         rest -= dot(m, x, PRECISION)
-        x = dot_add(cast_operand(x, "tf32"), cast_operand(rest, "tf32"), x, "tf32")
+        # Not onto X, which the tensor cores would cut off.
+        x += dot(cast_operand(x, "tf32"), cast_operand(rest, "tf32"), "tf32")
     if not IN_FLOAT32:
         right = x.to(tl.float16)
         x = right.to(tl.float32)

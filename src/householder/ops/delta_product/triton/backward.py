@@ -65,6 +65,7 @@ from householder.ops.delta_product.triton.chunks import (
     kind_of_call,
     locate_sequence,
     make_problem,
+    own_columns,
     row_offsets,
     strides,
 )
@@ -88,11 +89,7 @@ def walk_back_kernel(
 ):  # fmt: skip
     """Carry columns `[BV]` of dS from a sequence's end to its start; write each chunk's dS', D."""
     CARRIED: tl.constexpr = carried(PRECISION)
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )

@@ -28,6 +28,7 @@ from householder.ops.delta_product.triton.chunks import (
     TOKEN_FROM_START,
     carried,
     locate_sequence,
+    own_columns,
     pair_decay,
     row_offsets,
     writes,
@@ -77,11 +78,7 @@ def carry_kernel(
     is kept like that.
     """
     CARRIED: tl.constexpr = carried(PRECISION)
-    num_blocks: tl.constexpr = (V + K + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_blocks) * BV
-    i_sh = (tl.program_id(0) // num_blocks).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    i_v, i_sh, i_s, i_h = own_columns(HV, V + K, BV)
     i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
     if index + 1 >= count:
         return
@@ -161,11 +158,7 @@ def carry_back_kernel(
 ):  # fmt: skip
     """Find columns `[BV]` of one segment's and head's Δ', kept with the end before it."""
     CARRIED: tl.constexpr = carried(PRECISION)
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
     if index == 0:
         return

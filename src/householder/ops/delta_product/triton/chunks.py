@@ -89,6 +89,32 @@ def locate_chunk(
 
 
 @triton.jit
+def own_chunk(
+    T, HV, cu_seqlens, chunk_sequence, first_chunk, C: tl.constexpr, PACKED: tl.constexpr
+):
+    """Return the chunk and value head that a program has, and what `locate_chunk` says of it.
+
+    Heads run side by side: together they read whole rows of memory.
+    """
+    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = (tl.program_id(0) % HV).to(tl.int64)
+    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    return i_chunk, i_h, batch, start, n
+
+
+@triton.jit
+def own_columns(HV, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first column that a program has, and its sequence and value head.
+
+    Before these two comes the number of both among all.
+    """
+    blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    column = (tl.program_id(0) % blocks) * BLOCK
+    i_sh = (tl.program_id(0) // blocks).to(tl.int64)
+    return column, i_sh, i_sh // HV, i_sh % HV
+
+
+@triton.jit
 def locate_sequence(
     i_s, T, cu_seqlens, first_chunk, C: tl.constexpr, PACKED: tl.constexpr, SEGMENT: tl.constexpr
 ):

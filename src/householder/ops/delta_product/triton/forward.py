@@ -47,10 +47,11 @@ from householder.ops.delta_product.triton.chunks import (
     carried,
     empty_table,
     kind_of_call,
-    locate_chunk,
     locate_sequence,
     make_problem,
     make_table,
+    own_chunk,
+    own_columns,
     pair_decay,
     row_offsets,
     steps_of_coefficients,
@@ -78,10 +79,9 @@ def prepare_kernel(
 
     To `growth`, if there, goes the logarithm of a bound on the norm of the chunk's reflections.
     """
-    # Heads run side by side: together they read whole rows of memory.
-    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
-    i_h = (tl.program_id(0) % HV).to(tl.int64)
-    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    i_chunk, i_h, batch, start, n = own_chunk(
+        T, HV, cu_seqlens, chunk_sequence, first_chunk, C, PACKED
+    )
     if n <= 0:
         return
     CARRIED: tl.constexpr = carried(PRECISION)
@@ -118,11 +118,7 @@ def walk_kernel(
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
     CARRIED: tl.constexpr = carried(PRECISION)
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )
