@@ -80,7 +80,7 @@ def append_in_parts(cache, inputs, options, lo, sizes):
 def test_new_tokens_are_as_accurate_as_the_whole(name, dtype, poisoned):
     inputs, options, cache = arrange(name, dtype)
     cache.append(*part(inputs, 0, PROMPT), **options)
-    assert cache._store.has_kernels() == (name != "narrowest, long roll-back")
+    assert cache._store.has_kernels()
     o = append_in_parts(cache, inputs, options, PROMPT, STEPS)
     assert o.dtype == dtype
     assert cache.lengths == [T] * cache.batch_size
@@ -220,7 +220,7 @@ def test_kernels_and_products_agree(dtype, monkeypatch):
         o = cache.append(*part(inputs, lo, lo + n), **options)
         with monkeypatch.context() as patch:
             if i % 2:
-                patch.setattr(Store, "has_kernels", lambda self, num_tokens=1: False)
+                patch.setattr(Store, "has_kernels", lambda self: False)
             expected = other.append(*part(inputs, lo, lo + n), **options)
         # The errors of both: in float32 each is about 3e-7.
         assert relative_error(o, expected) < 8 * torch.finfo(dtype).eps

@@ -312,7 +312,7 @@ class PathCache:
             max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
             max(recent + n for recent, n in zip(self._recent, new, strict=True)),
         )
-        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels(q.shape[1]):
+        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels():
             return self._append_few(store, tokens, options, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
@@ -372,7 +372,7 @@ class PathCache:
         """Launch the kernels for as many tokens of every row, without counting them."""
         num_tokens, room = tokens.q.shape[1], store.room() - max(self.lengths)
         fits = 0 < num_tokens <= min(MAX_NEW, room) and min(new) == num_tokens
-        if not (fits and self._counts_known and store.has_kernels(num_tokens)):
+        if not (fits and self._counts_known and store.has_kernels()):
             raise RuntimeError(
                 f"PathCache.append: what a CUDA graph captures must be 1 to {MAX_NEW} tokens, as "
                 "many for every sequence, after some that were not captured, and with room, got "

@@ -34,6 +34,7 @@ from householder.ops.path_attention.cache.records import (
 from householder.ops.path_attention.cache.triton.step import (
     attend_kernel,
     enter_kernel,
+    enter_one_kernel,
     finish_kernel,
 )
 
@@ -42,9 +43,10 @@ from householder.ops.path_attention.cache.triton.step import (
 OVERLAP = EARLY = True
 # Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
 # path; recent tokens, and others, that are attended to at a time.
-ONE_BC, FEW_BC = 16, 32
+ONE_BC, FEW_BC = 32, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
-ENTER_WARPS = 4
+ONE_WARPS, ENTER_WARPS = 8, 4
+ONE_REGISTERS: int | None = None
 RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
 FINISH_WARPS = 1  # of queries of several tokens
 LOG2_E = 1.4426950408889634
@@ -121,7 +123,8 @@ def decode(
     keys, values, ty = held.keys, held.values, held.ty
     room, recent_room, triangle_room = keys.shape[2], held.w.shape[2], ty.shape[2]
     gated, half = g is not None, keys.element_size() == 2
-    BK, BV = power_of_two(K), power_of_two(V)
+    # For tiles of 16 columns Triton 3.6 counts the columns of a product wrongly: see docs/log.md.
+    BK, BV = power_of_two(K, least=32), power_of_two(V, least=32)
     hopper = is_from_hopper_on(q.device)
     overlap = OVERLAP and hopper
 
@@ -140,46 +143,61 @@ def decode(
     single = N == 1 and MAX_SUMMED >= G
     recents, columns = (ONE_BC, ONE_COLUMNS) if single else (FEW_BC, FEW_COLUMNS)
     columns = min(columns // 2 if wide else columns, BK)
-    recents = recents // 2 if wide and not single else recents
+    recents = recents // 2 if wide else recents
     # The queries as they come, for the newest block, and for others that any row may have.
     num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
     num_queries = 2 + num_paths
-    num_entering = 3 + num_paths * (BK // columns) if single else 2 - (-N * G // 16)
 
     memory = partial(q.new_empty, dtype=torch.float32)
-    queries = memory(B, H, num_queries, N * G, K)
-    along = memory(2 if gated else 1, B, H, N * G, triangle_room)
-    wk = memory(B, H, 16, triangle_room)
-    decays, shifts = (along[1], memory(B, H, N * G)) if gated else (None, None)
     parts = memory(B, H, N * G, num_parts, V)
     tops = memory(2, B, H, N * G, num_parts)
     o = v.new_empty(B, N, HQ, V)
+    queries = wk = decays = shifts = None
 
     sizes: dict[str, Any] = {
-        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "KC": columns,
-        "SINGLE": single, "GATED": gated, "HALF": half, "EARLY": EARLY and hopper,
-        "OVERLAP": overlap, "num_stages": 1,
+        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "GATED": gated,
+        "EARLY": EARLY and hopper, "OVERLAP": overlap, "num_stages": 1,
     }  # fmt: skip
     early = {"launch_pdl": True} if overlap else {}
-    launch(
-        enter_kernel, (B * H * num_entering,),
-        q, k, v, w, beta, g, counts, new, held.ready,
-        keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
-        queries, along, wk, decays, shifts,
+    strides = [
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
-        # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
-        BC=recents, BR=power_of_two(triangle_room), STAGES=STAGES if BK >= 64 else 1,
-        # For both halves of wider heads there is no room in registers.
-        HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
-    )  # fmt: skip
+    ]  # fmt: skip
+    BR = power_of_two(triangle_room)
+    if single:
+        along = memory(B, H, G + 1, 2, triangle_room)
+        launch(
+            enter_one_kernel, (B * H * (4 + num_paths * (BK // columns)),),
+            q, k, v, w, beta, g, counts, new, held.steps, held.mail,
+            keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
+            along, parts, tops, *strides, scale * LOG2_E, 0 if window is None else window,
+            B, H, num_paths, num_parts, room, recent_room, triangle_room, **sizes,
+            BC=recents, BR=BR, BL=min(recents, (1 << 13) // BR), KC=columns,
+            WINDOWED=window is not None, num_warps=ONE_WARPS, maxnreg=ONE_REGISTERS,
+        )  # fmt: skip
+    else:
+        queries = memory(B, H, num_queries, N * G, K)
+        along = memory(2 if gated else 1, B, H, N * G, triangle_room)
+        wk = memory(B, H, 16, triangle_room)
+        decays, shifts = (along[1], memory(B, H, N * G)) if gated else (None, None)
+        launch(
+            enter_kernel, (B * H * (2 - (-N * G // 16)),),
+            q, k, v, w, beta, g, counts, new, held.ready,
+            keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
+            queries, along, wk, decays, shifts, *strides,
+            scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
+            HALF=half, BC=recents, BR=BR, KC=columns,
+            # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
+            STAGES=STAGES if BK >= 64 else 1,
+            # For both halves of wider heads there is no room in registers.
+            HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+        )  # fmt: skip
     launch(
         attend_kernel, (num_parts, B * H * chunks),
-        keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready,
-        queries, along, wk, decays, shifts, parts, tops,
+        keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready, held.steps,
+        held.mail, queries, along, wk, decays, shifts, parts, tops,
         0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
-        **sizes, BG=BG, RECENT=recent_tile, SPAN=SPAN, LEVELS=levels,
+        **sizes, SINGLE=single, HALF=half, BG=BG, RECENT=recent_tile, SPAN=SPAN, LEVELS=levels,
         TILE=tile, WINDOWED=window is not None, PACKED=packed,
         VALUE_PRECISION=value_precision(values),
         STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
@@ -187,7 +205,7 @@ def decode(
     )  # fmt: skip
     launch(
         finish_kernel, (B * HQ * N,),
-        parts, tops, sinks, counts, new, held.ready, o, B, H, N, num_parts,
+        parts, tops, sinks, counts, new, held.ready, held.steps, o, B, H, N, num_parts,
         G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
         WITH_SINKS=sinks is not None, OVERLAP=overlap,
         num_warps=4 if N * G <= 4 else FINISH_WARPS,
