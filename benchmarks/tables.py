@@ -176,14 +176,10 @@ def decoding_table() -> str:
             newest.setdefault((N, B, T), {})[row["variant"]] = float(row["us"])
     lines = []
     for (N, B, T), us in sorted(newest.items()):
-        ours, *peers = (us.get(name) for name in names)
-        assert ours is not None
-        times = [three_digits(str(x)) if x else "–" for x in peers]
-        ratios = [f"{ours / x:.2f}" if x else "–" for x in peers]
-        lines.append(
-            [str(N), str(B), f"{T:,}", f"**{three_digits(str(ours))}**"]
-            + [cell for pair in zip(times, ratios, strict=True) for cell in pair]
-        )
+        times = [f"{us[x]:,.{us[x] < 100:d}f}" if x in us else "–" for x in names]
+        ratios = [f"{us[names[0]] / us[x]:.2f}" if x in us else "–" for x in names]
+        cells = [f"**{times[0]}**", times[1], ratios[1], times[2], ratios[2]]
+        lines.append([str(N), str(B), f"{T:,}", *cells])
     return markdown(
         "N | B | T | path_attention, µs | SDPA, cached | ratio | SDPA alone | ratio", lines
     )
