@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.flop_counter import FlopCounterMode
 
 from householder.models import PRESETS, CausalLM, CausalLMConfig
 from householder.models._recompute import keeping_the_dear
@@ -204,13 +205,35 @@ def test_loss_never_holds_all_logits(monkeypatch):
 
 def test_checkpointing_changes_no_gradient():
     model, tokens = make(), some_tokens(2, 8)
-    gradients = []
+    gradients, runs = [], []
+    model.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
     for model.checkpoint_activations in (False, True):
         model.zero_grad()
         model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for plain, saved in zip(*gradients, strict=True):
         torch.testing.assert_close(saved, plain)
+    assert len(runs) == 3  # once, and then once more in the backward pass
+
+
+def test_operations_per_token():
+    """Linear layers as PyTorch counts them, and beside them attention and recurrences."""
+    tokens = some_tokens(2, 8)
+    for tied in (False, True):
+        model = make("delta", tie_embeddings=tied)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens)
+        state = 4 * 8 * 8  # heads of 8 × 8
+        recurrence = 2 * state * (2 * 1 + 1)
+        assert model.flops_per_token(8) == counter.get_total_flops() / 16 + recurrence
+    for pattern, seen in (("delta", 0), ("delta_product", 0), ("rope", 100), ("swa", 0)):
+        model = make(pattern)
+        more = model.flops_per_token(1000) - model.flops_per_token(800)
+        assert more == 4 * 32 * seen, pattern
+    one, two = (make("delta_product", num_householder=n) for n in (1, 2))
+    weights = sum(p.numel() for p in two.parameters() if p.dim() == 2)
+    weights -= sum(p.numel() for p in one.parameters() if p.dim() == 2)
+    assert two.flops_per_token(8) - one.flops_per_token(8) == 2 * weights + 2 * state * 2
 
 
 def test_recurrences_know_whether_to_make_their_states_anew():

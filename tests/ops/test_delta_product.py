@@ -89,6 +89,14 @@ def test_any_length(T, N):
         assert torch.equal(state, inputs["initial_state"])
 
 
+@pytest.mark.parametrize("impl", ["chunk", "reference"])
+def test_an_empty_batch(impl):
+    results = run(delta_product_inputs(B=0, T=70), impl)
+    assert results["o"].shape == (0, 70, 2, 6)
+    assert results["dk"].shape == (0, 70, 2, 2, 8)
+    assert results["dinitial_state"].shape == results["final_state"].shape == (0, 2, 8, 6)
+
+
 @pytest.mark.parametrize("strength", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("decay", [None, 0.01])
 def test_identities_projections_and_reflections(strength, decay):

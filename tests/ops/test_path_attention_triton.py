@@ -227,12 +227,13 @@ def test_levels_of_the_tree(T, levels):
 def test_tiles_are_where_their_sequence_has_them():
     import torch
 
-    from householder.ops.path_attention.triton.problem import make_problem
+    from householder.ops.path_attention.triton.problem import make_problem, number_tiles
 
     lengths = [0, 0, 130, 128, 1, 129, 0, 300, 0]
     x = torch.zeros(1, sum(lengths), 1, 16)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    p = make_problem(x, x, x, x, x[..., 0], None, None, 1.0, None, cu_seqlens)
+    tables = number_tiles(cu_seqlens, sum(lengths))
+    p = make_problem(x, x, x, x, x[..., 0], None, None, 1.0, None, *tables)
     expected = [i for i, length in enumerate(lengths) for _ in range(-(-length // 128))]
     assert p.tile_sequence[: len(expected)].tolist() == expected
     assert p.num_tiles >= len(expected)

@@ -48,20 +48,23 @@ COMPILERS = 8
 
 
 class _ThisThread(threading.local):
-    """Whether launches of this thread only compile their kernels; see `compiled_together`."""
+    """What becomes of this thread's launches besides."""
 
-    only_compiles = False
+    only_compiles = False  # they only compile their kernels; see `compiled_together`
+    recording: Any = None  # where they are noted; see `_recording.py`
 
 
-_this_thread = _ThisThread()
+this_thread = _ThisThread()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Launch a kernel once; see `Launcher` for what is launched often."""
-    if _this_thread.only_compiles:
+    """Launch a kernel once; see `Launcher`, and `_recording.py`, for what is launched often."""
+    if this_thread.only_compiles:
         kernel.warmup(*args, grid=grid, **kwargs)
-    else:
-        kernel[grid](*args, **kwargs)
+        return
+    compiled = kernel[grid](*args, **kwargs)
+    if this_thread.recording is not None:
+        this_thread.recording.add_launch(kernel, compiled, grid, args, kwargs)
 
 
 class Launcher:
@@ -81,7 +84,7 @@ class Launcher:
 
     def __call__(self, *leading: Tensor | None) -> None:
         """Launch the kernel on the current device, which must always be the same."""
-        if _this_thread.only_compiles:
+        if this_thread.only_compiles:
             self.kernel.warmup(*leading, grid=self.grid, **self.others)
             return
         if self.run is not None and self._is_compiled_for(leading):
@@ -162,13 +165,13 @@ def compiled_together(kind: Callable[..., Hashable]) -> Callable[[Function], Fun
             this_kind = kind(*args, **kwargs)
             if this_kind not in known:
                 known.add(this_kind)
-                if _has_compiler() and not _this_thread.only_compiles:
-                    _this_thread.only_compiles = True
+                if _has_compiler() and not this_thread.only_compiles:
+                    this_thread.only_compiles = True
                     try:
                         with _Compilers() as compilers, triton.AsyncCompileMode(compilers):
                             function(*args, **kwargs)
                     finally:
-                        _this_thread.only_compiles = False
+                        this_thread.only_compiles = False
             return function(*args, **kwargs)
 
         return wrapped  # type: ignore[return-value]

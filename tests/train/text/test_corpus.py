@@ -53,6 +53,14 @@ def test_every_document_is_in_one_part(tmp_path):
     assert 0.3 <= len(corpus.validation) / corpus.summary["tokens"] < 0.4
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_no_document_more_is_held_out_than_the_share_needs(tmp_path, share):
+    corpus = build(tmp_path / "corpus", ["x" * 2**i for i in range(12)], validation=share)
+    lengths = [1 + len(text) for text in split_documents(corpus.validation)]
+    wanted = share * corpus.summary["tokens"]
+    assert sum(lengths[1:]) <= wanted < sum(lengths)
+
+
 def test_slices_cross_documents(tmp_path):
     corpus = build(tmp_path / "corpus", [f"{i:03d}" for i in range(50)])
     whole = np.asarray(corpus.train[0 : len(corpus.train)])
@@ -129,6 +137,10 @@ def test_windows_of_an_epoch_cover_the_text_once_and_epochs_differ():
         epochs.append([int(row[0]) for row in rows])
     assert epochs[0] != epochs[1]
     assert epochs[0] != sorted(epochs[0])
+    begins = {
+        int(windows.batch(epoch * windows.per_epoch, 1).tokens[0, 0]) % 10 for epoch in range(9)
+    }
+    assert len(begins) > 3  # the first token of a window is another one in every epoch
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from householder.ops import _checks
-from householder.ops._dispatch import apply, check_impl, runs_triton
+from householder.ops._dispatch import apply, check_impl, examined, runs_triton
 from householder.ops.path_attention import reference
 from householder.ops.path_attention.op import PathAttention, why_not_triton
 
 IMPLS = ("triton", "chunk", "reference")
+# Calls whose arguments have been examined, by shapes, dtypes and devices.
+_KNOWN_CALLS: dict[Any, str] = {}
 
 
 def path_attention(
@@ -96,18 +100,40 @@ def path_attention(
         - Forgetting Transformer: Softmax Attention with a Forget Gate (Lin et al., 2025),
           https://arxiv.org/abs/2503.02130
     """
-    check_impl("path_attention", impl, IMPLS)
-    check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
+    tensors = (q, k, v, w, beta, g, sinks, cu_seqlens)
+    form = examined(_KNOWN_CALLS, _examine, tensors, (window, impl))
+    if cu_seqlens is not None:
+        _checks.check_cu_seqlens("path_attention", cu_seqlens, *q.shape[:2])
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    if impl == "reference":
+    if form == "reference":
         return reference.forward(*args)
+    o, _ = apply(PathAttention, *args, form)
+    return o.to(v.dtype)
+
+
+def _examine(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    impl: str,
+) -> str:
+    """Check the arguments of `path_attention` and return the form that runs."""
+    check_impl("path_attention", impl, IMPLS)
+    check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
+    if impl == "reference":
+        return impl
     others = {"w": w, "beta": beta, "g": g, "sinks": sinks}
     kernels = runs_triton(
         "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **others)
     )
-    o, _ = apply(PathAttention, *args, "triton" if kernels else "chunk")
-    return o.to(v.dtype)
+    return "triton" if kernels else "chunk"
 
 
 def check_inputs(

@@ -9,6 +9,7 @@ The last documents of a fixed shuffle are held out for validation.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sysconfig
@@ -122,6 +123,14 @@ def _shortened(line: str, most: int = 80) -> str:
     return repr(line if len(line) <= most else f"{line[:most]}…")
 
 
+def require_datasets(name: str) -> None:
+    """Raise ConfigError if the library is missing that reads a dataset of this name."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            f"`dataset` {name}: reading it needs the datasets library; pip install datasets"
+        )
+
+
 def dataset_documents(name: str) -> Iterator[str]:
     """Yield the texts of a Hugging Face dataset's training split, as they arrive.
 
@@ -131,12 +140,9 @@ def dataset_documents(name: str) -> Iterator[str]:
     Raises:
         ConfigError: the library `datasets` is missing, or the dataset cannot be had.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"`dataset` {name}: reading it needs the datasets library; pip install datasets"
-        ) from error
+    require_datasets(name)
+    import datasets
+
     path, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(path, configuration or None, split="train", streaming=True)

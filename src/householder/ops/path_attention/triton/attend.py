@@ -8,12 +8,14 @@ are all tokens before it.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from householder.ops._recording import recorded, room
 from householder.ops._triton import (
     cast_operand,
     compiled_together,
@@ -34,6 +36,7 @@ from householder.ops.path_attention.triton.problem import (
     locate_tile,
     lowest_bit,
     make_problem,
+    number_tiles,
     strides,
 )
 from householder.ops.path_attention.triton.tree import build_tree_and_begin, multiply_rows
@@ -184,15 +187,7 @@ def attend_kernel(
     tl.store(lse + of_token + o_m * HQ, (b_top + tl.log2(b_total)) * LN_2, mask=m_m)
 
 
-def _kind(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
-    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None,
-) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
-
-
 @on_its_device
-@compiled_together(_kind)
 def forward(
     q: Tensor,
     k: Tensor,
@@ -211,11 +206,26 @@ def forward(
         o `[B, T, HQ, V]` in v's dtype, and the logarithms of the softmax's denominators
         `[B, T, HQ]` in float32.
     """
-    p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    B, T, HQ, K = q.shape
-    H, V = v.shape[2:]
-    o = v.new_empty(B, T, HQ, V)
-    lse = v.new_empty(B, T, HQ, dtype=torch.float32)
+    packing = number_tiles(cu_seqlens, q.shape[1])
+    return _attend(q, k, v, w, beta, g, sinks, scale, window, *packing)
+
+
+def _kind(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
+    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None, *_: Any,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+
+
+@recorded
+@compiled_together(_kind)
+def _attend(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Do what `forward` does, for a batch whose tiles are numbered."""
+    p = make_problem(*inputs)
+    B, T, HQ, K = p.q.shape
+    H, V = p.v.shape[2:]
+    o = room((B, T, HQ, V), p.v.dtype, p.v.device)
+    lse = room((B, T, HQ), torch.float32, p.v.device)
     tree = build_tree_and_begin(p, o, lse)
     if o.numel() and p.suits_roles:
         from householder.ops.path_attention.triton import hopper_attend

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from householder.ops._recording import recorded, room, room_like
 from householder.ops._triton import (
     addressable,
     compiled_together,
@@ -41,6 +42,7 @@ from householder.ops.path_attention.triton.problem import (
     has_near_heads,
     kind_of_call,
     make_problem,
+    number_tiles,
     strides,
 )
 from householder.ops.path_attention.triton.tree import Tree, build_tree
@@ -71,10 +73,10 @@ class Climbed(NamedTuple):
 def make_rows(p: Problem, o: Tensor, lse: Tensor, do: Tensor) -> Rows:
     """Bring lse to the tiles' rows, and make δ."""
 
-    def room() -> Tensor:
-        return torch.empty(p.heads, p.rows, dtype=torch.float32, device=o.device)
+    def numbers() -> Tensor:
+        return room((p.heads, p.rows), torch.float32, o.device)
 
-    rows = Rows(room(), room(), None if p.sinks is None else room())
+    rows = Rows(numbers(), numbers(), None if p.sinks is None else numbers())
     launch(
         rows_kernel, (p.chunks * p.heads,),
         o, do, lse, p.sinks, *rows, *p.packing, o.shape[1], p.num_tiles, p.heads, *o.stride()[:3],
@@ -89,17 +91,17 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
     H, K = p.k.shape[2:]
     HQ, V, L, T = p.heads, p.v.shape[-1], p.num_levels, p.q.shape[1]
 
-    def room(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=do.device)
+    def numbers(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return room(shape, dtype, do.device)
 
-    dq_levels = room(L, HQ, p.rows, K)
+    dq_levels = numbers(L, HQ, p.rows, K)
     x = Climbed(
         dq_levels=dq_levels,
-        dk_levels=dq_levels if H == HQ else room(L, H, p.rows, K),
-        dq=room(HQ, p.rows, K),
-        dk=room(H, p.rows, K),
-        dv=room(H, p.rows, V),
-        sums=None if p.g is None else room(L, HQ, p.rows, dtype=torch.float32),
+        dk_levels=dq_levels if H == HQ else numbers(L, H, p.rows, K),
+        dq=numbers(HQ, p.rows, K),
+        dk=numbers(H, p.rows, K),
+        dv=numbers(H, p.rows, V),
+        sums=None if p.g is None else numbers(L, HQ, p.rows, dtype=torch.float32),
     )
     if p.suits_roles and dtype == torch.bfloat16 and max(K, V) > 64:
         from householder.ops.path_attention.triton import hopper_key_back, hopper_query_back
@@ -133,7 +135,7 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     """Return W dF and W dFᵀ `[H, rows, K]` of all chunks whose product F has a gradient."""
     H, K = p.k.shape[2:]
     B, T, L = p.q.shape[0], p.q.shape[1], p.num_levels
-    wdf, wdft = torch.empty_like(x.dk), torch.empty_like(x.dk)
+    wdf, wdft = (room_like(x.dk) for _ in range(2))
     # Without three chunks no product has one between its ends.
     if L < 2:
         return wdf, wdft
@@ -147,7 +149,7 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
 
     blocks = config.product_blocks(K, p.precision)
     group = p.heads // H
-    df = x.dk.new_empty(H, p.chunks, K, K)
+    df = room((H, p.chunks, K, K), x.dk.dtype, x.dk.device)
     pieces = -(-K // blocks.first)
     at_level = [B * (-(-T // CHUNK_TOKENS) >> level) for level in range(L)]
     if p.cu_seqlens is not None:
@@ -205,7 +207,7 @@ def finish_chunks(
         return
 
     def pairs(heads: int) -> Tensor:
-        return torch.empty(heads, p.rows, 64, dtype=x.dq.dtype, device=do.device)
+        return room((heads, p.rows, 64), x.dq.dtype, do.device)
 
     p_pairs, x_pairs, da_pairs, dx_pairs, r_pairs = (pairs(HQ) for _ in range(5))
     e_pairs, de_pairs, n_pairs = (pairs(H) for _ in range(3))
@@ -250,7 +252,7 @@ def finish_chunks(
     if dg is not None and x.sums is not None:
         # Levels that a chunk has no sums of are not read.
         number = x.sums.numel() // CHUNK_TOKENS
-        totals = x.sums.new_empty(number)
+        totals = room((number,), x.sums.dtype, x.sums.device)
         if number:
             launch(
                 totals_kernel, (-(-number // TOTALS_BLOCK),),
@@ -264,15 +266,7 @@ def finish_chunks(
         )  # fmt: skip
 
 
-def _kind(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
-    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None, *_: Tensor,
-) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
-
-
 @on_its_device
-@compiled_together(_kind)
 def backward(
     do: Tensor,
     q: Tensor,
@@ -289,14 +283,35 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
-    p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    dq, dk, dw = (x.new_empty(x.shape) for x in (q, k, w))
-    dv, dbeta = v.new_empty(v.shape), beta.new_empty(beta.shape)
-    dg = None if g is None else g.new_empty(g.shape)
+    packing = number_tiles(cu_seqlens, q.shape[1])
+    lse = lse.contiguous()
+    grads = _differentiate(do, o, lse, q, k, v, w, beta, g, sinks, scale, window, *packing)
+    dsinks = None
+    if sinks is not None:
+        dsinks = torch.zeros_like(sinks) if grads[6] is None else grads[6].sum(1).to(sinks.dtype)
+    return *grads[:6], dsinks
+
+
+def _kind(
+    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor,
+    g: Tensor | None, sinks: Tensor | None, scale: float, window: int | None,
+    cu_seqlens: Tensor | None, *_: Any,
+) -> Hashable:  # fmt: skip
+    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+
+
+@recorded
+@compiled_together(_kind)
+def _differentiate(
+    do: Tensor, o: Tensor, lse: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients, and in place of that of sinks what each row gives to it."""
+    p = make_problem(*inputs)
+    dq, dk, dv, dw, dbeta = (room_like(x) for x in inputs[:5])
+    dg = None if p.g is None else room_like(p.g)
     if p.num_tiles == 0 or p.heads == 0:
-        dsinks = None if sinks is None else torch.zeros_like(sinks)
-        return dq, dk, dv, dw, dbeta, dg, dsinks
-    do, o, lse = addressable(do), addressable(o), lse.contiguous()
+        return dq, dk, dv, dw, dbeta, dg, None
+    do, o = addressable(do), addressable(o)
     if p.suits_hopper:
         suitable = (has_wide_rows(x) and has_near_heads(x) for x in (do, o))
         do, o = (x if ok else x.contiguous() for x, ok in zip((do, o), suitable, strict=True))
@@ -306,7 +321,4 @@ def backward(
     rows = make_rows(p, o, lse, do)
     x = climb_down(p, tree, rows, do, dtype)
     finish_chunks(p, tree, rows, x, o, lse, do, (dq, dk, dv, dw, dbeta, dg))
-    dsinks = None
-    if sinks is not None and rows.dsinks is not None:
-        dsinks = rows.dsinks.sum(1).to(sinks.dtype)
-    return dq, dk, dv, dw, dbeta, dg, dsinks
+    return dq, dk, dv, dw, dbeta, dg, rows.dsinks

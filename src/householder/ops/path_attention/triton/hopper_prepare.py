@@ -26,7 +26,7 @@ from householder.ops._gluon import (
 from householder.ops.path_attention.triton.hopper_squares import (
     copy_squares,
     in_float16,
-    round_squares,
+    split_squares,
     squares,
     turn_into_float16,
 )
@@ -36,11 +36,14 @@ from householder.ops.path_attention.triton.problem import LOG2_E, SIZES
 @gluon.jit
 def product(a, b, NUMBER: gl.constexpr, layout: gl.constexpr):
     """Start to multiply the rows of `a` by those of `b`, which both lie in squares."""
-    acc = gl.zeros([64, 64], gl.float32, layout=layout)
+    return add_product(a, b, gl.zeros([64, 64], gl.float32, layout=layout), NUMBER)
+
+
+@gluon.jit
+def add_product(a, b, acc, NUMBER: gl.constexpr):
+    """Start to add that product."""
     for i in gl.static_range(NUMBER):
-        acc = warpgroup_mma(
-            a.index(i), b.index(i).permute([1, 0]), acc, use_acc=i > 0, is_async=True
-        )
+        acc = warpgroup_mma(a.index(i), b.index(i).permute([1, 0]), acc, is_async=True)
     return acc
 
 
@@ -85,7 +88,7 @@ def invert_unit_lower(minus):
 
 @gluon.jit
 def refine(s_x, minus, o_r, o_c, layout: gl.constexpr):
-    """Return (I − m)⁻¹ in float16, for m strictly lower, from one in shared memory.
+    """Return (I − m)⁻¹ in float32, for m strictly lower, from one in float16 in shared memory.
 
     One step of Newton's iteration, X + X (I − X + m X) with both halves of m's bits. Joins in
     float16 alone are off by 1e-2 where reflectors are nearly parallel and β is 2.
@@ -106,7 +109,13 @@ def refine(s_x, minus, o_r, o_c, layout: gl.constexpr):
     s_m.index(0).store(rest.to(gl.float16))
     fence_async_shared()
     barrier()
-    return warpgroup_mma(s_n, s_m.index(0), b_x).to(gl.float16)
+    return warpgroup_mma(s_n, s_m.index(0), b_x)
+
+
+@gluon.jit
+def rest_in_float16(x):
+    """Return what is lost where a float32 tile is rounded to float16, in float16."""
+    return (x - x.to(gl.float16).to(gl.float32)).to(gl.float16)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -122,6 +131,9 @@ def prepare_kernel(
 
     NK and NV squares hold 64 rows of K and of V columns. WIDE says that reflectors are float32
     beside half keys and queries: then all of them are multiplied in float16.
+
+    Errors of F add up along the sequence: whatever it is made of, reflectors if WIDE, the triangle
+    and Z, is multiplied in two float16 halves.
     """
     warps: gl.constexpr = gl.num_warps()
     half: gl.constexpr = q_levels.dtype.element_ty
@@ -162,7 +174,8 @@ def prepare_kernel(
         copy_squares(s_q, p_q, n, q_t, K, NK)
         if WIDE:
             async_copy.commit_group()
-            round_squares(s_w, p_w, n, w_t, K, NK)
+            s_rest = squares(NK, gl.float16)
+            split_squares(s_w, s_rest, p_w, n, w_t, K, NK)
         else:
             copy_squares(s_w, p_w, n, w_t, K, NK)
             async_copy.commit_group()
@@ -185,6 +198,9 @@ def prepare_kernel(
         fence_async_shared()
         barrier()
         b_m = product(s_w, s_w, NK, pairs)
+        if WIDE:
+            b_m = add_product(s_w, s_rest, b_m, NK)
+            b_m = add_product(s_rest, s_w, b_m, NK)
         b_y = product(s_w, s_kx, NK, pairs)
         b_x = product(s_qx, s_w, NK, pairs)
         b_a = product(s_qx, s_kx, NK, pairs)
@@ -195,12 +211,6 @@ def prepare_kernel(
             for i in gl.static_range(NK):
                 s_wh.index(i).store(s_w.index(i).load(load).to(gl.float16))
         b_m, b_y, b_x, b_a = warpgroup_mma_wait(0, [b_m, b_y, b_x, b_a])
-        # Nothing reads the copy of W any more, and V may take its place.
-        s_v = squares(NV, half)
-        if DIAGONAL:
-            barrier()
-            copy_squares(s_v, p_v, n, v_t, V, NV)
-        async_copy.commit_group()
         s_y = squares(1, gl.float16).index(0)
         s_y.store(gl.where(below, b_y, 0.0).to(gl.float16))
         b_x = gl.convert_layout(gl.where(not_above, b_x, 0.0).to(gl.float16), operand)
@@ -208,20 +218,27 @@ def prepare_kernel(
         b_t = refine(invert_unit_lower(b_m), gl.where(below, b_m, 0.0), o_r, o_c, pairs)
         if inverse is not None:
             s_inverse = squares(1, gl.float16).index(0)
-            s_inverse.store(b_t)
+            s_inverse.store(b_t.to(gl.float16))
             p_inverse = inverse + (row // 64) * 4096
             store_rows(p_inverse, s_inverse, 64, 64, 64, 64, 64, 64, load)
-        b_t = gl.convert_layout(b_t, operand).to(gl.float32)
+        b_t = gl.convert_layout(b_t, operand)
         b_t *= gl.convert_layout(b_beta, gl.SliceLayout(0, operand))[None, :]
+        b_t_rest = rest_in_float16(b_t)
         b_t = b_t.to(gl.float16)
 
         fence_async_shared()
         barrier()
         s_e = squares(1, gl.float16).index(0)
         s_z = squares(NK, gl.float16)
+        s_z_rest = squares(NK, gl.float16)
         s_e.store(multiply(b_t, s_y, pairs).to(gl.float16))
         for i in gl.static_range(NK):
-            s_z.index(i).store(multiply(b_t, s_wh.index(i), pairs).to(gl.float16))
+            b_z = multiply(b_t, s_wh.index(i), pairs)
+            b_z = warpgroup_mma(b_t_rest, s_wh.index(i), b_z)
+            if WIDE:
+                b_z = warpgroup_mma(b_t, s_rest.index(i), b_z)
+            s_z.index(i).store(b_z.to(gl.float16))
+            s_z_rest.index(i).store(rest_in_float16(b_z))
         fence_async_shared()
         barrier()
 
@@ -246,10 +263,21 @@ def prepare_kernel(
             s_k.index(i).store(b_k.to(half))
             store_rows(p_qs + 64 * i, s_q.index(i), n_q, K, K - 64 * i, K, 64, 64, load)
             store_rows(p_ks + 64 * i, s_k.index(i), n_k, K, K - 64 * i, K, 64, 64, load)
+        # Nobody reads the keys any more, and V may take their place.
+        s_v = s_k
+        if NV > NK:
+            s_v = squares(NV, half)
+        barrier()
+        if DIAGONAL:
+            copy_squares(s_v, p_v, n, v_t, V, NV)
+        async_copy.commit_group()
         s_f = squares(1, gl.float16).index(0)
         for j in gl.static_range(NK):
             for i in gl.static_range(NK):
                 b_f = multiply(s_wh.index(j).permute([1, 0]), s_z.index(i), pairs)
+                b_f = warpgroup_mma(s_wh.index(j).permute([1, 0]), s_z_rest.index(i), b_f)
+                if WIDE:
+                    b_f = warpgroup_mma(s_rest.index(j).permute([1, 0]), s_z.index(i), b_f)
                 if i == j:
                     b_f = gl.where(o_r[:, None] == o_c[None, :], 1.0 - b_f, -b_f)
                 else:

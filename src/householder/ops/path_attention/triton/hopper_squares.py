@@ -71,6 +71,17 @@ def round_squares(to, pointer, n, stride, D: gl.constexpr, NUMBER: gl.constexpr)
 
 
 @gluon.jit
+def split_squares(to, rest, pointer, n, stride, D: gl.constexpr, NUMBER: gl.constexpr):
+    """Do what `round_squares` does with float32, and put what is lost into `rest`."""
+    layout: gl.constexpr = row_layout(64, 8, gl.num_warps())
+    for i in gl.static_range(NUMBER):
+        b_x = load_part(pointer, n, stride, 64 * i, D, layout)
+        b_high = b_x.to(to.dtype)
+        to.index(i).store(b_high)
+        rest.index(i).store((b_x - b_high.to(gl.float32)).to(rest.dtype))
+
+
+@gluon.jit
 def publish():
     """Make what threads stored and copied visible to the products of all of them."""
     fence_async_shared()

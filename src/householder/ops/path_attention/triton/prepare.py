@@ -37,6 +37,12 @@ from householder.ops.path_attention.triton.problem import (
 )
 
 
+@triton.jit
+def rest_in_float16(x):
+    """Return what is lost where a tile is rounded to float16, in float16."""
+    return (x.to(tl.float32) - x.to(tl.float16).to(tl.float32)).to(tl.float16)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     q, k, v, w, beta, g, q_levels, k_levels, f, inverse, decay, gate_sums, o, lse,
@@ -53,7 +59,12 @@ def prepare_kernel(
     with DIAGONAL also o and log₂ Σ 2^logit of its rows, over its own keys. K and V are
     worked through in tiles of BK and BV, so that whatever they are the same few tiles are held.
     PRODUCTS is the precision of what makes F, and of what passes reflectors.
+
+    Errors of F add up along the sequence: in float16 whatever it is made of, reflectors if they are
+    float32, the triangle and Z, is multiplied in two halves.
     """
+    HALVES: tl.constexpr = PRODUCTS == "fp16"
+    WIDE: tl.constexpr = HALVES and w.dtype.element_ty == tl.float32
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = tl.program_id(0) // H
     i_h = (tl.program_id(0) % H).to(tl.int64)
@@ -82,17 +93,26 @@ def prepare_kernel(
     m = tl.zeros((64, 64), tl.float32)
     b_y = tl.zeros((64, 64), tl.float32)
     for i_k in range(0, K, BK):
-        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_k, K, BK), PRECISION)
+        b_w = load_tile(p_w, o_c * w_t, m_c, i_k, K, BK)
+        b_w_rest = rest_in_float16(b_w)
+        b_w = cast_operand(b_w, PRECISION)
         b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i_k, K, BK), PRECISION)
         m = dot_add(b_w, tl.trans(b_w), m, PRODUCTS)
+        if WIDE:
+            m = dot_add(b_w, tl.trans(b_w_rest), m, PRODUCTS)
+            m = dot_add(b_w_rest, tl.trans(b_w), m, PRODUCTS)
         b_y = dot_add(b_w, tl.trans(b_k), b_y, PRECISION)
     m = tl.where(below, m * b_beta[:, None], 0.0)
     b_y = cast_operand(tl.where(below, b_y * b_beta[:, None], 0.0), PRECISION)
-    b_inverse = cast_operand(inverse_unit_lower(m, 64, PRODUCTS), PRECISION)
+    b_t = inverse_unit_lower(m, 64, PRODUCTS)
+    b_inverse = cast_operand(b_t, PRECISION)
     if inverse is not None:
         p_inverse = inverse + (i_h * (num_rows // 64) + i_chunk) * 4096
         store_tile(p_inverse, o_c * 64, everywhere, 0, b_inverse, 64, 64)
     b_e = cast_operand(dot(b_inverse, b_y, PRECISION), PRECISION)
+    b_t *= b_beta[None, :]
+    b_t_rest = rest_in_float16(b_t)
+    b_t = cast_operand(b_t, PRECISION)
 
     queries_rise = (chunk > 0) & (num_levels > 0)
     query_level = lowest_bit(chunk).to(tl.int64)
@@ -119,9 +139,16 @@ def prepare_kernel(
         if num_levels > 0:
             p_qs = q_levels + (query_level * of_level + of_head) * K
             for i_k in range(0, K, BK):
-                b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_k, K, BK), PRECISION)
-                b_z = cast_operand(b_w.to(tl.float32) * b_beta[:, None], PRECISION)
-                b_z = cast_operand(dot(b_inverse, b_z, PRODUCTS), PRECISION)
+                b_w = load_tile(p_w, o_c * w_t, m_c, i_k, K, BK)
+                b_w_rest = rest_in_float16(b_w)
+                b_w = cast_operand(b_w, PRECISION)
+                b_z = dot(b_t, b_w, PRODUCTS)
+                if HALVES:
+                    b_z = dot_add(b_t_rest, b_w, b_z, PRODUCTS)
+                if WIDE:
+                    b_z = dot_add(b_t, b_w_rest, b_z, PRODUCTS)
+                b_z_rest = rest_in_float16(b_z)
+                b_z = cast_operand(b_z, PRECISION)
                 if queries_rise:
                     b_q = load_tile(p_q, o_c * q_t, m_c, i_k, K, BK).to(tl.float32)
                     b_q = (b_q - dot(b_x, b_z, PRODUCTS)) * scale
@@ -132,10 +159,17 @@ def prepare_kernel(
                         b_k -= dot(tl.trans(b_e), b_w, PRODUCTS)
                         store_tile(p_ks, o_c * K, everywhere, i_k, b_k, K, BK)
                     for i_r in range(0, K, BK):
-                        b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_r, K, BK), PRECISION)
+                        b_w = load_tile(p_w, o_c * w_t, m_c, i_r, K, BK)
+                        b_w_rest = rest_in_float16(b_w)
+                        b_w = cast_operand(b_w, PRECISION)
                         o_r = i_r + tl.arange(0, BK)
                         eye = tl.where(o_r[:, None] == i_k + tl.arange(0, BK)[None, :], 1.0, 0.0)
-                        b_f = eye - dot(tl.trans(b_w), b_z, PRODUCTS)
+                        b_f = dot(tl.trans(b_w), b_z, PRODUCTS)
+                        if HALVES:
+                            b_f = dot_add(tl.trans(b_w), b_z_rest, b_f, PRODUCTS)
+                        if WIDE:
+                            b_f = dot_add(tl.trans(b_w_rest), b_z, b_f, PRODUCTS)
+                        b_f = eye - b_f
                         store_tile(p_f, o_r * K, o_r < K, i_k, b_f, K, BK)
         if GATED:
             b_g = load_gates(g + batch * g_b + start * g_t + i_hq * g_h, g_t, n)

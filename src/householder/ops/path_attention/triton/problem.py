@@ -238,6 +238,22 @@ class Problem(NamedTuple):
         return {"V": V, "BV": key_block(V, self.precision)}
 
 
+def number_tiles(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, ...]:
+    """Return the tables of a packed batch (see `Problem.packing`); all None otherwise."""
+    if cu_seqlens is None:
+        return None, None, None
+    S = cu_seqlens.shape[0] - 1
+    # Every sequence may end in one tile that is not full.
+    num_tiles = T // TILE_TOKENS + S
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    first_tile = torch.zeros_like(cu_seqlens)
+    tiles = (cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS
+    torch.cumsum(tiles, 0, dtype=torch.int32, out=first_tile[1:])
+    numbers = torch.arange(num_tiles, device=cu_seqlens.device, dtype=torch.int32)
+    tile_sequence = torch.searchsorted(first_tile[1:], numbers, right=True, out_int32=True)
+    return cu_seqlens, tile_sequence.clamp_(max=S - 1), first_tile
+
+
 def make_problem(
     q: Tensor,
     k: Tensor,
@@ -249,22 +265,12 @@ def make_problem(
     scale: float,
     window: int | None,
     cu_seqlens: Tensor | None,
+    tile_sequence: Tensor | None = None,
+    first_tile: Tensor | None = None,
 ) -> Problem:
-    """Bring the inputs to what the kernels can read and number the tiles."""
+    """Bring the inputs, with what `number_tiles` made, to what the kernels can read."""
     B, T = q.shape[:2]
-    tile_sequence = first_tile = None
-    num_tiles = B * -(-T // TILE_TOKENS)
-    if cu_seqlens is not None:
-        S = cu_seqlens.shape[0] - 1
-        # Every sequence may end in one tile that is not full.
-        num_tiles = T // TILE_TOKENS + S
-        cu_seqlens = cu_seqlens.to(torch.int32)
-        first_tile = torch.zeros_like(cu_seqlens)
-        tiles = (cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS
-        torch.cumsum(tiles, 0, dtype=torch.int32, out=first_tile[1:])
-        numbers = torch.arange(num_tiles, device=q.device, dtype=torch.int32)
-        tile_sequence = torch.searchsorted(first_tile[1:], numbers, right=True, out_int32=True)
-        tile_sequence.clamp_(max=S - 1)
+    num_tiles = B * -(-T // TILE_TOKENS) if tile_sequence is None else tile_sequence.shape[0]
     # float16 products in TF32, which `dot_precision` names, would double the time of attention.
     # Reflectors may be float32 beside half queries, keys and values, as the layer has them.
     precision = dot_precision(q, k, v)

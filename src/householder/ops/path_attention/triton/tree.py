@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from householder.ops._recording import room
 from householder.ops._triton import cast_operand, dot, dot_add, launch, load_tile, store_tile
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.gates import climb_gates_kernel, join_gates_kernel
@@ -245,17 +246,17 @@ def _build(p: Problem, inverse: bool, o: Tensor | None, lse: Tensor | None) -> T
     H, K = p.k.shape[2:]
     HQ, L, device = p.heads, p.num_levels, p.q.device
 
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return room(shape, dtype, device)
 
-    q = room(L, HQ, p.rows, K, dtype=p.operand)
+    q = numbers(L, HQ, p.rows, K, dtype=p.operand)
     tree = Tree(
         q=q,
-        k=q if H == HQ else room(L, H, p.rows, K, dtype=p.operand),
-        f=room(H, 2 * p.chunks if L else 0, K, K, dtype=p.product),
-        inverse=room(H, p.chunks, 64, 64, dtype=p.product) if inverse else None,
-        decay=None if p.g is None else room(L, HQ, p.rows),
-        gate_sums=None if p.g is None else room(HQ, 2 * p.chunks),
+        k=q if H == HQ else numbers(L, H, p.rows, K, dtype=p.operand),
+        f=numbers(H, 2 * p.chunks if L else 0, K, K, dtype=p.product),
+        inverse=numbers(H, p.chunks, 64, 64, dtype=p.product) if inverse else None,
+        decay=None if p.g is None else numbers(L, HQ, p.rows),
+        gate_sums=None if p.g is None else numbers(HQ, 2 * p.chunks),
     )
     if p.num_tiles:
         prepare(p, tree, o, lse)
