@@ -8,10 +8,11 @@ Latency: `PathCache.append` of N tokens beside plain attention, PyTorch's
 `scaled_dot_product_attention` of N queries over as many keys, which has no positions to keep: once
 alone ("torch SDPA"), and once with what a decoded token does before it, putting N keys and values
 into a cache of its own at a position that the device holds ("torch SDPA, cached"). Ours always puts
-them. The cache holds about T tokens, few short of a power of two: there is a block of every size and, on a GPU, the most
-recent tokens there can be, which is when a token costs most. There the calls are replayed from a
-CUDA graph with the L2 cache cleared in between (`us`), and called as they are (`called_us`); on a
-CPU they take turns. `error` is that of tokens decoded after 300, against float64.
+them. The cache holds about T tokens, few short of a power of two: there is a block of every size
+and, on a GPU, the most recent tokens there can be, which is when a token costs most. There the
+calls are replayed from a CUDA graph with the L2 cache cleared in between (`us`), and called as they
+are (`called_us`); on a CPU they take turns. `error` is that of tokens decoded after 300, against
+float64.
 
 Drift: reflections (β = 2), bfloat16, 16 heads of 64, each a sequence of its own. Errors against
 float64 of the outputs of the 128 tokens before T, decoded one by one, after a prefill in one go,

@@ -11,12 +11,13 @@ the batch, so that a row's output does not depend on the others.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from householder.ops._recording import recorded
+from householder.ops._recording import room as room_for
 from householder.ops._triton import (
     compiled_together,
     dot_precision,
@@ -47,6 +48,7 @@ ONE_BC, FEW_BC = 32, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
 ONE_WARPS, ENTER_WARPS = 8, 4
 ONE_REGISTERS: int | None = None
+PATH_PROGRAMS = 512  # about so many bring one token's queries to other blocks than the newest
 RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
 FINISH_WARPS = 1  # of queries of several tokens
 LOG2_E = 1.4426950408889634
@@ -74,25 +76,7 @@ def value_precision(x: Tensor) -> str:
     return "fp16" if x.dtype == torch.float16 else dot_precision(x)
 
 
-def _kind(
-    counts: Tensor,
-    tokens: Tokens,
-    options: Options,
-    held: Held,
-    new: Tensor | None,
-    num_tokens: int,
-) -> Hashable:
-    """Return what the programs of `decode` depend on."""
-    N, HQ, K = tokens.q.shape[1:]
-    H, V = tokens.v.shape[2:]
-    dtypes = tuple(None if x is None else x.dtype for x in (*tokens, options.sinks))
-    num_rows = N if N == 1 or N * (HQ // H) <= 8 else power_of_two(N * (HQ // H))
-    sizes = (num_rows, N * (HQ // H) <= 4, HQ // H, K, V, held.ty.shape[2], held.w.shape[2])
-    return (counts.device, dtypes, sizes, options.window is None, new is None)
-
-
 @on_its_device
-@compiled_together(_kind)
 def decode(
     counts: Tensor,
     tokens: Tokens,
@@ -110,13 +94,37 @@ def decode(
         options: how they attend.
         held: the store's tensors, contiguous, with room for N more tokens.
         new: int32 `[B]`: how many of the N tokens a row gets; all if None.
-        num_tokens: no row has more tokens in blocks.
+        num_tokens: no row has more tokens in blocks. With the same number calls cost the host less.
 
     Returns:
         o `[B, N, HQ, V]` in v's dtype, zero where there is no token.
     """
-    q, k, v, w = (with_vectors(x) for x in tokens[:4])
-    beta, g, (scale, sinks, window) = tokens.beta, tokens.g, options
+    vectors = [with_vectors(x) for x in tokens[:4]]
+    (o,) = _decode(num_tokens, counts, new, *vectors, *tokens[4:], *options, *held)
+    return o
+
+
+def _unflatten(arguments: tuple[Any, ...]) -> tuple[Tokens, Options, Held]:
+    """Put together again what `decode` takes apart."""
+    return Tokens(*arguments[:6]), Options(*arguments[6:9]), Held(*arguments[9:])
+
+
+def _kind(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -> Hashable:
+    """Return what the programs of `_decode` depend on."""
+    tokens, options, held = _unflatten(others)
+    N, HQ, K = tokens.q.shape[1:]
+    H, V = tokens.v.shape[2:]
+    dtypes = tuple(None if x is None else x.dtype for x in (*tokens, options.sinks))
+    num_rows = N if N == 1 or N * (HQ // H) <= 8 else power_of_two(N * (HQ // H))
+    sizes = (num_rows, N * (HQ // H) <= 4, HQ // H, K, V, held.ty.shape[2], held.w.shape[2])
+    return (counts.device, dtypes, sizes, options.window is None, new is None)
+
+
+@recorded
+@compiled_together(_kind)
+def _decode(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -> tuple[Tensor]:
+    """Do what `decode` does, for tokens whose vectors are contiguous."""
+    (q, k, v, w, beta, g), (scale, sinks, window), held = _unflatten(others)
     B, N, HQ, K = q.shape
     H, V = k.shape[2], v.shape[3]
     G = HQ // H
@@ -148,10 +156,12 @@ def decode(
     num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
     num_queries = 2 + num_paths
 
-    memory = partial(q.new_empty, dtype=torch.float32)
+    def memory(*shape: int) -> Tensor:
+        return room_for(shape, torch.float32, q.device)
+
     parts = memory(B, H, N * G, num_parts, V)
     tops = memory(2, B, H, N * G, num_parts)
-    o = v.new_empty(B, N, HQ, V)
+    o = room_for((B, N, HQ, V), v.dtype, v.device)
     queries = wk = decays = shifts = None
 
     sizes: dict[str, Any] = {
@@ -166,20 +176,23 @@ def decode(
     BR = power_of_two(triangle_room)
     if single:
         along = memory(B, H, G + 1, 2, triangle_room)
+        # Programs of small batches run at once, one for each path.
+        path_programs = min(num_paths, max(1, PATH_PROGRAMS // (B * H)))
         launch(
-            enter_one_kernel, (B * H * (4 + num_paths * (BK // columns)),),
+            enter_one_kernel, (B * H * (4 + path_programs * (BK // columns)),),
             q, k, v, w, beta, g, counts, new, held.steps, held.mail,
             keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
             along, parts, tops, *strides, scale * LOG2_E, 0 if window is None else window,
-            B, H, num_paths, num_parts, room, recent_room, triangle_room, **sizes,
+            B, H, path_programs, num_parts, room, recent_room, triangle_room, **sizes,
             BC=recents, BR=BR, BL=min(recents, (1 << 13) // BR), KC=columns,
             WINDOWED=window is not None, num_warps=ONE_WARPS, maxnreg=ONE_REGISTERS,
         )  # fmt: skip
     else:
         queries = memory(B, H, num_queries, N * G, K)
-        along = memory(2 if gated else 1, B, H, N * G, triangle_room)
+        along = memory(B, H, N * G, triangle_room)
         wk = memory(B, H, 16, triangle_room)
-        decays, shifts = (along[1], memory(B, H, N * G)) if gated else (None, None)
+        if gated:
+            decays, shifts = memory(B, H, N * G, triangle_room), memory(B, H, N * G)
         launch(
             enter_kernel, (B * H * (2 - (-N * G // 16)),),
             q, k, v, w, beta, g, counts, new, held.ready,
@@ -211,4 +224,4 @@ def decode(
         num_warps=4 if N * G <= 4 else FINISH_WARPS,
         **early,
     )  # fmt: skip
-    return o
+    return (o,)

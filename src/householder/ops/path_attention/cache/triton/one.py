@@ -19,7 +19,7 @@ from householder.ops.path_attention.cache.triton.signals import read_mail, send,
 
 @triton.jit
 def load_within(pointer, rows, room, o_d, D: tl.constexpr):
-    """Load rows of `[room, D]`, whatever they hold: so loads need not wait for how many there are."""
+    """Load rows of `[room, D]`, whatever they hold: it need not wait for their number."""
     mask = (rows < room)[:, None] & (o_d < D)[None, :]
     return tl.load(pointer + rows[:, None] * D + o_d[None, :], mask=mask, other=0.0)
 
@@ -31,9 +31,7 @@ def keep_rows(x, m_rows):
 
 
 @triton.jit
-def first_recent(
-    p_ws, p_tw, recent_room, triangle_room, o_k, K: tl.constexpr, BC: tl.constexpr
-):
+def first_recent(p_ws, p_tw, recent_room, triangle_room, o_k, K: tl.constexpr, BC: tl.constexpr):
     """Load the first rows of W and T W: they are on their way before anything else is there."""
     o_c = tl.arange(0, BC)
     ws = load_within(p_ws, o_c, recent_room, o_k, K)
@@ -84,20 +82,25 @@ def queries_of_one(
 
 @triton.jit
 def queries_behind(
-    p_paths, p_scales, p_mail, s_mail, step, i_path, column, row,
+    p_paths, p_scales, p_mail, s_mail, step, first, stop, stride, column, head, heads,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Bring one token's queries from the newest block to another, some columns of them."""
+    """Bring one token's queries from the newest block to each `stride`-th other, some columns."""
     o_k, o_c = tl.arange(0, BK), column + tl.arange(0, KC)
-    # On its way before the queries are there.
-    path = load_path(p_paths + row * K * K, o_k, o_c, K)
-    scales = load_scale(p_scales, row, o_c, K)
+    # On its way before the queries are there, and the next one before this one is multiplied.
+    path = load_path(p_paths + (head + first * heads) * K * K, o_k, o_c, K)
     for i_g in range(G):
-        p_row = p_mail + i_g * (K + 1)
-        wait_for_mail(p_row + o_k, step, o_k < K, EARLY)
-        q = read_mail(p_row + o_k, o_k < K)
-        q = tl.sum(path.to(tl.float32) * q[:, None], 0) * scales
-        send(p_row + (1 + i_path) * s_mail + o_c, q, step, o_c < K, EARLY)
+        wait_for_mail(p_mail + i_g * (K + 1) + o_k, step, o_k < K, EARLY)
+    for i_path in range(first, stop, stride):
+        following = head + tl.minimum(i_path + stride, stop - 1) * heads
+        next_path = load_path(p_paths + following * K * K, o_k, o_c, K)
+        scales = load_scale(p_scales, head + i_path * heads, o_c, K)
+        for i_g in range(G):
+            p_row = p_mail + i_g * (K + 1)
+            q = read_mail(p_row + o_k, o_k < K)
+            q = tl.sum(path.to(tl.float32) * q[:, None], 0) * scales
+            send(p_row + (1 + i_path) * s_mail + o_c, q, step, o_c < K, EARLY)
+        path = next_path
 
 
 @triton.jit

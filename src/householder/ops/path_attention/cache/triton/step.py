@@ -40,10 +40,17 @@ from householder.ops.path_attention.cache.triton.signals import (
 
 # Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
 NOT_SPECIAL = [
-    *("window", "B", "H", "N", "num_queries", "num_paths", "num_parts", "room", "recent_room"),
+    *("window", "B", "H", "N", "num_queries", "path_programs", "num_parts", "room", "recent_room"),
     *("s_bb", "s_bt", "s_bh", "s_gb", "s_gt", "s_gh"),
 ]
 NOT_SPECIAL_ENTER = [x for x in NOT_SPECIAL if x not in ("window", "num_parts")]
+
+
+@triton.jit
+def wait_for_kernel(OVERLAP: tl.constexpr):
+    """Wait until the kernel before this one has ended; who waits for this one waits for both."""
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
@@ -53,7 +60,7 @@ def enter_one_kernel(
     p_parts, p_tops,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_wb, s_wt, s_wh,
     s_bb, s_bt, s_bh, s_gb, s_gt, s_gh,
-    scale, window, B, H, num_paths, num_parts, room, recent_room, triangle_room,
+    scale, window, B, H, path_programs, num_parts, room, recent_room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BC: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, WINDOWED: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
@@ -61,8 +68,8 @@ def enter_one_kernel(
     """Program (i, row and key head): bring one token's queries to blocks, or append it.
 
     The first one brings them to the end of the newest block, those after it from there to other
-    blocks, some columns each. The next one attends to recent tokens. The last two append the token
-    and its rows of T W and T Y, which nobody reads in this step.
+    blocks, some of them and some columns each. The next one attends to recent tokens. The last two
+    append the token and its rows of T W and T Y, which nobody reads in this step.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -83,27 +90,29 @@ def enter_one_kernel(
     p_w += i_b * s_wb + i_h * s_wh
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    step = tl.load(p_steps + i_b)
+    n, step = 1, tl.load(p_steps + i_b)
     if p_new is not None:
-        if tl.load(p_new + i_b) == 0:
-            return
+        n = tl.load(p_new + i_b)
+    if n == 0:
+        return
     old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
     # Replays of a graph that nobody counted must not write outside.
     r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
     SLICES: tl.constexpr = BK // KC
     i_path, i_slice = (i_part - 1) // SLICES, (i_part - 1) % SLICES
-    if (i_part > 0) & (i_path < num_paths):
-        if i_path < count_ones(old // BLOCK) - 1:
+    if (i_part > 0) & (i_path < path_programs):
+        num_paths = count_ones(old // BLOCK) - 1
+        if i_path < num_paths:
             queries_behind(
                 p_paths, p_scales, p_mail, tl.cast(B, tl.int64) * H * G * (K + 1), step,
-                i_path, i_slice * KC, head + i_path * B * H, G, K, BK, KC, EARLY,
+                i_path, num_paths, path_programs, i_slice * KC, head, B * H, G, K, BK, KC, EARLY,
             )  # fmt: skip
         return
     w = tl.load(p_w + o_k, mask=m_k, other=0.0).to(tl.float32)
     beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
     p_recent = p_keys + (head * room + old) * K
     p_recent_values = p_values + (head * room + old) * V
-    i_part -= num_paths * SLICES
+    i_part -= path_programs * SLICES
     if i_part <= 0:
         queries_of_one(
             p_q, s_qh, w, beta, p_g, s_gh, p_ws, p_gs, p_tw, p_mail, step, scale,
@@ -259,6 +268,10 @@ def attend_kernel(
     p_ready += head * 2 * COUNTER
     num_turning = tl.cdiv(N * G, 16)
     first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
+    if SINGLE:
+        size = tl.where(i_part == 0, 0, size)
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            wait_for_kernel(OVERLAP)
     if size == 0:
         return
     o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
@@ -278,22 +291,15 @@ def attend_kernel(
     top = tl.full((BG,), float("-inf"), tl.float32)
     total = tl.zeros((BG,), tl.float32)
     o = tl.zeros((16 if PACKED else BG, BV), tl.float32)
-    if i_part == 0:
-        if SINGLE:
-            if OVERLAP:
-                # Who waits for this kernel waits for the one before it too.
-                if tl.program_id(1) == 0:
-                    gdc_wait()
-            return
-        else:
-            wait_for(p_ready + COUNTER, 1 + num_turning, EARLY)
-            top, total, o = attend_recent(
-                top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
-                p_along + row * triangle_room, p_wk + head * 16 * triangle_room,
-                p_decays + row * triangle_room if GATED else None, window,
-                i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
-                G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
-            )  # fmt: skip
+    if not SINGLE and i_part == 0:
+        wait_for(p_ready + COUNTER, 1 + num_turning, EARLY)
+        top, total, o = attend_recent(
+            top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
+            p_along + row * triangle_room, p_wk + head * 16 * triangle_room,
+            p_decays + row * triangle_room if GATED else None, window,
+            i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
+            G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
+        )  # fmt: skip
     else:
         p_keys += (head * room + first) * K
         p_values += (head * room + first) * V
@@ -307,7 +313,8 @@ def attend_kernel(
             p_block_decay + head * G * room + first if GATED else None,
             p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
             p_query + (i_path if SINGLE else 1 + i_path) * s_path, p_shifts,
-            p_ready, num_turning + GATED, step, old + r - first, begin, size, window, o_g, i_n, m_g, room,
+            p_ready, num_turning + GATED, step, old + r - first, begin, size, window,
+            o_g, i_n, m_g, room,
             G, K, V, BK, BV, TILE, SINGLE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
             STAGES,
         )  # fmt: skip
@@ -320,9 +327,8 @@ def attend_kernel(
     tl.store(p_tops + part, top, mask=m_g)
     p_totals = p_tops + tl.cast(B, tl.int64) * H * G * N * num_parts
     tl.store(p_totals + part, total, mask=m_g)
-    if OVERLAP:
-        # Who waits for this kernel waits for the one before it too.
-        gdc_wait()
+    if not SINGLE:
+        wait_for_kernel(OVERLAP)
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "num_parts"])
@@ -344,8 +350,7 @@ def finish_kernel(
         n = tl.load(p_new + i_b)
     old = tl.load(p_counts + i_b)
     used = 1 + old // SPAN + count_ones(old % SPAN // BLOCK)
-    if OVERLAP:
-        gdc_wait()
+    wait_for_kernel(OVERLAP)
     if (i_n == 0) & (i_g == 0):
         # Nobody waits any more.
         p_ready += (i_b * H + i_h) * 2 * COUNTER
