@@ -33,6 +33,7 @@ from householder.ops.path_attention.cache.records import (
     Tokens,
 )
 from householder.ops.path_attention.cache.triton.step import (
+    append_one_kernel,
     attend_kernel,
     enter_kernel,
     enter_one_kernel,
@@ -47,9 +48,11 @@ OVERLAP = EARLY = True
 ONE_BC, FEW_BC = 32, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
 ONE_WARPS, ENTER_WARPS = 8, 4
-ONE_REGISTERS: int | None = None
+ONE_REGISTERS: int | None = 64
+APPEND_LAST = True
 PATH_PROGRAMS = 512  # about so many bring one token's queries to other blocks than the newest
 RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
+ONE_FINISH, ONE_FINISH_WARPS = 1 << 13, 4
 FINISH_WARPS = 1  # of queries of several tokens
 LOG2_E = 1.4426950408889634
 
@@ -68,6 +71,11 @@ def is_from_hopper_on(device: torch.device) -> bool:
 def with_vectors(x: Tensor) -> Tensor:
     """Return `x`, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides_by_head(*tensors: Tensor | None) -> list[int]:
+    """Return how far it is to the next row of the batch and to the next head, of each tensor."""
+    return [x for y in tensors for x in ((0, 0) if y is None else (y.stride(0), y.stride(2)))]
 
 
 def value_precision(x: Tensor) -> str:
@@ -169,24 +177,36 @@ def _decode(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -
         "EARLY": EARLY and hopper, "OVERLAP": overlap, "num_stages": 1,
     }  # fmt: skip
     early = {"launch_pdl": True} if overlap else {}
-    strides = [
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
-        *((0, 0, 0) if g is None else g.stride()),
-    ]  # fmt: skip
     BR = power_of_two(triangle_room)
     if single:
         along = memory(B, H, G + 1, 2, triangle_room)
         # Programs of small batches run at once, one for each path.
         path_programs = min(num_paths, max(1, PATH_PROGRAMS // (B * H)))
+        one: dict[str, Any] = {
+            "G": G, "K": K, "BK": BK, "BC": recents, "BR": BR, "GATED": gated, "OVERLAP": overlap,
+            "num_warps": ONE_WARPS,
+        }  # fmt: skip
         launch(
-            enter_one_kernel, (B * H * (4 + path_programs * (BK // columns)),),
-            q, k, v, w, beta, g, counts, new, held.steps, held.mail,
-            keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
-            along, parts, tops, *strides, scale * LOG2_E, 0 if window is None else window,
-            B, H, path_programs, num_parts, room, recent_room, triangle_room, **sizes,
-            BC=recents, BR=BR, BL=min(recents, (1 << 13) // BR), KC=columns,
-            WINDOWED=window is not None, num_warps=ONE_WARPS, maxnreg=ONE_REGISTERS,
+            enter_one_kernel, (B * H * (1 + path_programs * (BK // columns)),),
+            q, w, beta, g, counts, new, held.steps, held.mail, held.w, held.g, held.tw,
+            held.paths, held.path_scales, *strides_by_head(q, w, beta, g),
+            scale * LOG2_E, B, H, path_programs, room, recent_room, triangle_room, **one,
+            KC=columns, BLOCK=BLOCK, EARLY=EARLY and hopper,
+            maxnreg=ONE_REGISTERS if half and not wide else None,
         )  # fmt: skip
+
+        def append() -> None:
+            launch(
+                append_one_kernel, (B * H * 3,),
+                q, k, v, w, beta, g, counts, new, keys, values, held.w, held.beta, held.g,
+                held.tw, ty, along, parts, tops, *strides_by_head(q, k, v, w, beta, g),
+                scale * LOG2_E, 0 if window is None else window, B, H, num_parts,
+                room, recent_room, triangle_room, **one, V=V, BV=BV,
+                BL=min(recents, (1 << 13) // BR), WINDOWED=window is not None, **early,
+            )  # fmt: skip
+
+        if not APPEND_LAST:
+            append()
     else:
         queries = memory(B, H, num_queries, N * G, K)
         along = memory(B, H, N * G, triangle_room)
@@ -197,7 +217,9 @@ def _decode(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -
             enter_kernel, (B * H * (2 - (-N * G // 16)),),
             q, k, v, w, beta, g, counts, new, held.ready,
             keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
-            queries, along, wk, decays, shifts, *strides,
+            queries, along, wk, decays, shifts,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
+            *((0, 0, 0) if g is None else g.stride()),
             scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
             HALF=half, BC=recents, BR=BR, KC=columns,
             # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
@@ -216,12 +238,14 @@ def _decode(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -
         STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
         num_warps=2 * WARPS if wide else WARPS, **early,
     )  # fmt: skip
+    if single and APPEND_LAST:
+        append()
     launch(
         finish_kernel, (B * HQ * N,),
         parts, tops, sinks, counts, new, held.ready, held.steps, o, B, H, N, num_parts,
-        G=G, V=V, BV=BV, PARTS=(1 << 13 if N * G <= 4 else 1 << 11) // BV, SPAN=SPAN, BLOCK=BLOCK,
-        WITH_SINKS=sinks is not None, OVERLAP=overlap,
-        num_warps=4 if N * G <= 4 else FINISH_WARPS,
+        G=G, V=V, BV=BV, PARTS=(ONE_FINISH if N * G <= 4 else 1 << 11) // BV,
+        SPAN=SPAN, BLOCK=BLOCK, WITH_SINKS=sinks is not None, OVERLAP=overlap,
+        num_warps=ONE_FINISH_WARPS if N * G <= 4 else FINISH_WARPS,
         **early,
     )  # fmt: skip
     return (o,)

@@ -1,4 +1,4 @@
-"""The three kernels of a decoded step."""
+"""The kernels of a decoded step."""
 
 from __future__ import annotations
 
@@ -55,41 +55,24 @@ def wait_for_kernel(OVERLAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
 def enter_one_kernel(
-    p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new, p_steps, p_mail,
-    p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty, p_paths, p_scales, p_along,
-    p_parts, p_tops,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_wb, s_wt, s_wh,
-    s_bb, s_bt, s_bh, s_gb, s_gt, s_gh,
-    scale, window, B, H, path_programs, num_parts, room, recent_room, triangle_room,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, WINDOWED: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    p_q, p_w, p_beta, p_g, p_counts, p_new, p_steps, p_mail, p_ws, p_gs, p_tw, p_paths, p_scales,
+    s_qb, s_qh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
+    scale, B, H, path_programs, room, recent_room, triangle_room,
+    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    KC: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, row and key head): bring one token's queries to blocks, or append it.
+    """Program (i, row and key head): bring one token's queries to blocks.
 
-    The first one brings them to the end of the newest block, those after it from there to other
-    blocks, some of them and some columns each. The next one attends to recent tokens. The last two
-    append the token and its rows of T W and T Y, which nobody reads in this step.
+    The first one brings them to the end of the newest block, the others from there to other
+    blocks, some of them and some columns each.
     """
     if OVERLAP:
         gdc_launch_dependents()
     # One kind of programs after the other: so those waited for have started before.
     i_part, head = tl.program_id(0) // (B * H), (tl.program_id(0) % (B * H)).to(tl.int64)
     i_b, i_h = head // H, head % H
-    p_ws += head * recent_room * K
-    p_tw += head * triangle_room * K
-    p_ty += head * triangle_room * triangle_room
     p_mail += head * G * (K + 1)
-    p_along += head * (G + 1) * 2 * triangle_room
-    p_q += i_b * s_qb + i_h * G * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
-    if GATED:
-        p_g += i_b * s_gb + i_h * G * s_gh
-        p_gs += head * G * recent_room
-    p_w += i_b * s_wb + i_h * s_wh
-    o_k = tl.arange(0, BK)
-    m_k = o_k < K
     n, step = 1, tl.load(p_steps + i_b)
     if p_new is not None:
         n = tl.load(p_new + i_b)
@@ -98,58 +81,103 @@ def enter_one_kernel(
     old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
     # Replays of a graph that nobody counted must not write outside.
     r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
-    SLICES: tl.constexpr = BK // KC
-    i_path, i_slice = (i_part - 1) // SLICES, (i_part - 1) % SLICES
-    if (i_part > 0) & (i_path < path_programs):
+    if i_part == 0:
+        o_k = tl.arange(0, BK)
+        w = tl.load(p_w + i_b * s_wb + i_h * s_wh + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
+        if GATED:
+            p_g += i_b * s_gb + i_h * G * s_gh
+            p_gs += head * G * recent_room
+        queries_of_one(
+            p_q + i_b * s_qb + i_h * G * s_qh, s_qh, w, beta, p_g, s_gh,
+            p_ws + head * recent_room * K, p_gs, p_tw + head * triangle_room * K, p_mail, step,
+            scale, r, recent_room, triangle_room, G, K, BK, BC, BR, GATED, EARLY,
+        )  # fmt: skip
+    else:
+        SLICES: tl.constexpr = BK // KC
+        i_path, i_slice = (i_part - 1) // SLICES, (i_part - 1) % SLICES
         num_paths = count_ones(old // BLOCK) - 1
         if i_path < num_paths:
             queries_behind(
                 p_paths, p_scales, p_mail, tl.cast(B, tl.int64) * H * G * (K + 1), step,
                 i_path, num_paths, path_programs, i_slice * KC, head, B * H, G, K, BK, KC, EARLY,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
+def append_one_kernel(
+    p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
+    p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty, p_along, p_parts, p_tops,
+    s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
+    scale, window, B, H, num_parts, room, recent_room, triangle_room,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
+    GATED: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program (i, row and key head): attend to recent tokens with one token, or append it.
+
+    The first one attends. The others append the token with its row of T Y, and its row of T W;
+    nobody reads what they write in this step.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    i_part, head = tl.program_id(0) // (B * H), (tl.program_id(0) % (B * H)).to(tl.int64)
+    i_b, i_h = head // H, head % H
+    n = 1
+    if p_new is not None:
+        n = tl.load(p_new + i_b)
+    if tl.program_id(0) == 0:
+        wait_for_kernel(OVERLAP)
+    if n == 0:
         return
-    w = tl.load(p_w + o_k, mask=m_k, other=0.0).to(tl.float32)
+    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
+    r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
+    o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    p_ws += head * recent_room * K
+    p_tw += head * triangle_room * K
+    p_ty += head * triangle_room * triangle_room
+    p_along += head * (G + 1) * 2 * triangle_room
+    p_k += i_b * s_kb + i_h * s_kh
+    p_v += i_b * s_vb + i_h * s_vh
+    p_keys += (head * room + old) * K
+    p_values += (head * room + old) * V
+    if GATED:
+        p_g += i_b * s_gb + i_h * G * s_gh
+        p_gs += head * G * recent_room
+    w = tl.load(p_w + i_b * s_wb + i_h * s_wh + o_k, mask=m_k, other=0.0).to(tl.float32)
     beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
-    p_recent = p_keys + (head * room + old) * K
-    p_recent_values = p_values + (head * room + old) * V
-    i_part -= path_programs * SLICES
-    if i_part <= 0:
-        queries_of_one(
-            p_q, s_qh, w, beta, p_g, s_gh, p_ws, p_gs, p_tw, p_mail, step, scale,
-            r, recent_room, triangle_room, G, K, BK, BC, BR, GATED, EARLY,
-        )  # fmt: skip
-    elif i_part == 1:
-        o_v = tl.arange(0, BV)
+    if i_part == 0:
         for i_g in range(G):
             top, total, o = attend_recent_one(
-                p_q + i_g * s_qh, w, beta, p_k, p_v, p_g + i_g * s_gh if GATED else None,
-                p_ws, p_recent, p_recent_values, p_gs + i_g * recent_room if GATED else None,
-                p_ty, p_along + i_g * 2 * triangle_room, scale, window, r, recent_room,
-                triangle_room, K, V, BK, BV, BC, BR, BL, GATED, WINDOWED,
+                p_q + i_b * s_qb + (i_h * G + i_g) * s_qh, w, beta, p_k, p_v,
+                p_g + i_g * s_gh if GATED else None, p_ws, p_keys, p_values,
+                p_gs + i_g * recent_room if GATED else None, p_ty,
+                p_along + i_g * 2 * triangle_room, scale, window, r, recent_room, triangle_room,
+                K, V, BK, BV, BC, BR, BL, GATED, WINDOWED,
             )  # fmt: skip
             part = (head * G + i_g) * num_parts
-            tl.store(p_parts + part * V + o_v, o, mask=o_v < V)
+            tl.store(p_parts + part * V + o_v, o, mask=m_v)
             tl.store(p_tops + part, top)
             tl.store(p_tops + tl.cast(B, tl.int64) * H * G * num_parts + part, total)
-    elif i_part == 2:
-        ws, tw = first_recent(p_ws, p_tw, recent_room, triangle_room, o_k, K, BC)
-        row = turn_one(w, ws, tw, p_ws, p_tw, r, recent_room, triangle_room, o_k, K, BC) * beta
-        tl.store(p_tw + r * K + o_k, row, mask=m_k)
-    else:
+    elif i_part == 1:
         row_of_ty(
-            w, beta, p_ws, p_recent, p_ty, p_along + G * 2 * triangle_room,
+            w, beta, p_ws, p_keys, p_ty, p_along + G * 2 * triangle_room,
             r, recent_room, triangle_room, o_k, K, BC, BR, BL,
         )  # fmt: skip
         k = tl.load(p_k + o_k, mask=m_k, other=0.0)
-        tl.store(p_recent + r * K + o_k, as_held(k, p_keys.dtype.element_ty), mask=m_k)
+        v = tl.load(p_v + o_v, mask=m_v, other=0.0)
+        tl.store(p_keys + r * K + o_k, as_held(k, p_keys.dtype.element_ty), mask=m_k)
+        tl.store(p_values + r * V + o_v, v, mask=m_v)
         tl.store(p_ws + r * K + o_k, w, mask=m_k)
         tl.store(p_betas + head * recent_room + r, beta)
-        o_v = tl.arange(0, BV)
-        v = tl.load(p_v + o_v, mask=o_v < V, other=0.0)
-        tl.store(p_recent_values + r * V + o_v, v, mask=o_v < V)
         if GATED:
             for i_g in range(G):
                 tl.store(p_gs + i_g * recent_room + r, tl.load(p_g + i_g * s_gh).to(tl.float32))
+    else:
+        ws, tw = first_recent(p_ws, p_tw, recent_room, triangle_room, o_k, K, BC)
+        row = turn_one(w, ws, tw, p_ws, p_tw, r, recent_room, triangle_room, o_k, K, BC) * beta
+        tl.store(p_tw + r * K + o_k, row, mask=m_k)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
@@ -248,7 +276,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Program (i, row and key head and part of the queries): attend to a part of the keys.
 
-    Part 0 are the recent tokens; those of a single token `enter_one_kernel` has attended to.
+    Part 0 are the recent tokens; to them a single token attends in `append_one_kernel`.
     """
     if OVERLAP:
         gdc_launch_dependents()
