@@ -123,6 +123,27 @@ def test_a_row_does_not_depend_on_the_others(n):
             assert torch.equal(o[0], steps[i][b])
 
 
+def test_bits_do_not_depend_on_which_program_brings_queries_to_a_block(monkeypatch):
+    """In small batches there is one for each block, in large ones one for several."""
+    from householder.ops._recording import forget_recordings
+    from householder.ops.path_attention.cache import triton as kernels
+
+    inputs, options, _ = arrange("grouped heads, gates, sinks", torch.bfloat16)
+    prompt = 64 * 7  # three blocks, two of which are not the newest
+
+    def run():
+        forget_recordings()
+        cache = PathCache(2)
+        cache.append(*part(inputs, 0, prompt), **options)
+        return append_in_parts(cache, inputs, options, prompt, [1] * 3)
+
+    for_each = run()
+    monkeypatch.setattr(kernels, "PATH_PROGRAMS", 1)
+    for_all = run()
+    forget_recordings()
+    assert torch.equal(for_all, for_each)
+
+
 def test_rows_get_as_many_tokens_as_they_are_given(poisoned):
     """What `lengths` leaves out has no output and no effect, whatever is there."""
     inputs, options, _ = arrange("grouped heads, gates, sinks", torch.bfloat16)
