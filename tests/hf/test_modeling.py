@@ -96,6 +96,18 @@ def test_rows_filled_up_in_front_continue_as_alone(model):
     torch.testing.assert_close(whole[:1, 5:], model(short).logits)
 
 
+def test_prompts_are_read_in_parts_and_texts_continued_from_their_cache(model):
+    prompt = tokens(2, 9)
+    assert torch.equal(
+        model.generate(prompt, prefill_chunk_size=4, **GREEDY), greedy(model, prompt, 10)
+    )
+    first = model.generate(prompt, return_dict_in_generate=True, **GREEDY)
+    # Somebody answers what was written, and it goes on.
+    answered = torch.cat([first.sequences, tokens(2, 3)], dim=1)
+    second = model.generate(answered, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second, greedy(model, answered, 10))
+
+
 def test_beams_and_draws_do_not_depend_on_the_cache(model):
     prompt = tokens(2, 7)
     for options in (

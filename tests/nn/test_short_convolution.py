@@ -88,3 +88,25 @@ def test_wrong_arguments_are_named() -> None:
         conv(torch.randn(2, 5, 4), torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match=r"^ShortConvolution: `cu_seqlens` must rise from 0 to T"):
         conv(torch.randn(1, 5, 4), None, torch.tensor([0, 6], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_no_compiled_program_searches_in_a_view(continued):
+    """What PyTorch 2.11 compiles for a GPU begins such a search at the base of the view.
+
+    https://github.com/pytorch/pytorch/issues/182343
+    """
+    torch._dynamo.reset()
+    searched = []
+
+    def look(program, inputs):
+        calls = [node for node in program.graph.nodes if node.target is torch.searchsorted]
+        searched.extend(node.args[0].op for node in calls)
+        return program.forward
+
+    layer = ShortConvolution(6, 4)
+    bounds = torch.tensor([0, 2, 7], dtype=torch.int32)
+    state = torch.randn(2, 3, 6) if continued else None
+    torch.compile(layer, backend=look, fullgraph=True)(torch.randn(1, 7, 6), state, bounds)
+    assert searched
+    assert set(searched) == {"placeholder"}

@@ -150,5 +150,7 @@ def short_convolution_step_(
 def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     """Return how many tokens of its sequence are before each of T packed tokens, int32 `[T]`."""
     token = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    # Not in cu_seqlens[1:]: compiled for a GPU by PyTorch 2.11, a slice is searched from where its
+    # tensor begins, and sequences would see one another.
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return token - cu_seqlens[sequence]
