@@ -262,7 +262,9 @@ def test_any_scale(scale, T):
     assert relative_error(o, exact) < 1.2e-2
     actual, expected = gradients((o, state), inputs), gradients((exact, exact_state), wide)
     for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < limit
+        # Gates may leave less than float32 has.
+        floor = torch.finfo(torch.float32).tiny
+        assert (a.double() - e).norm() <= limit * e.norm() + floor
 
 
 @pytest.mark.parametrize("N", [1, 2])
