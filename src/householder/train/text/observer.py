@@ -52,6 +52,7 @@ class TextDisplay(TextObserver):
 
     LINES = 20
     SECONDS = 60.0
+    READING_SECONDS = 10.0
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,6 +73,7 @@ class TextDisplay(TextObserver):
         self._step_tokens = 0
         self._printed = -1
         self._printed_at = 0.0
+        self._told_at = time.monotonic()
 
     def __enter__(self) -> TextDisplay:
         self._progress.start()
@@ -79,6 +81,12 @@ class TextDisplay(TextObserver):
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def tokenizing(self, tokens: int) -> None:
+        """Print how far a long text has been read, from time to time."""
+        if (now := time.monotonic()) > self._told_at + self.READING_SECONDS:
+            self._told_at = now
+            self._print(f"reading the text: {abbreviate(tokens)} tokens so far")
 
     def skipped(self, file: str) -> None:
         """Print the file's name."""
