@@ -14,7 +14,7 @@ from householder.models import CausalLM, load_causal_lm, save_causal_lm
 
 transformers = pytest.importorskip("transformers")
 
-from householder.hf.cache import HouseholderCache  # noqa: E402
+from householder.hf.cache import MAX_ROLLBACK, HouseholderCache  # noqa: E402
 from householder.hf.modeling import HouseholderConfig, HouseholderForCausalLM  # noqa: E402
 
 V = 23
@@ -167,6 +167,9 @@ def test_crop_refuses_what_it_cannot():
         cache.crop(-2)
     with pytest.raises(ValueError, match="`tokens_to_remove` must be negative or 0, got 3"):
         cache.crop(3)
+    model(tokens(1, MAX_ROLLBACK + 1), past_key_values=cache)  # more than a PaTH layer takes back
+    with pytest.raises(RuntimeError, match=r"can forget the 0 tokens .* got 1"):
+        cache.crop(-1)
 
 
 def test_loss_is_that_of_shifted_labels_and_trains(model):

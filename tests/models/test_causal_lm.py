@@ -335,6 +335,8 @@ def test_training_step_compiles_to_one_graph(pattern, bounds):
     ("call", "error", "message"),
     [
         (lambda m: m(torch.zeros(2, 3)), TypeError, "`tokens` must be int64, got torch.float32"),
+        (lambda m: m([[1, 2]]), TypeError, "`tokens` must be a tensor, got list"),
+        (lambda m: m(some_tokens(1, 3), cu_seqlens=[0, 3]), TypeError, "`cu_seqlens` must be a te"),
         (lambda m: m(some_tokens(3)), ValueError, r"`tokens` must be \[B, T\], got shape \[3\]"),
         (
             lambda m: m.loss(some_tokens(2, 3), some_tokens(2, 4)),

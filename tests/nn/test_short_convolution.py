@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from householder.nn import ShortConvolution
+from householder.ops import short_convolution
 
 
 def torch_convolution(x: Tensor, weight: Tensor) -> Tensor:
@@ -77,6 +78,10 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^ShortConvolution: `kernel_size` must be at least 1"):
         ShortConvolution(4, 0)
     conv = ShortConvolution(4)
+    with pytest.raises(ValueError, match=r"^short_convolution: `weight` must be \[D, 1, W\]"):
+        short_convolution(torch.zeros(2, 3, 4), torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"^ShortConvolution: `x` must be a tensor, got list"):
+        ShortConvolution(4, 4)([[1.0]])
     with pytest.raises(ValueError, match=r"^ShortConvolution: `x` must be \[B, T, 4\]"):
         conv(torch.randn(2, 5, 3))
     with pytest.raises(ValueError, match=r"^ShortConvolution: `state` must be \[2, 3, 4\]"):

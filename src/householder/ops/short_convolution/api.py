@@ -71,9 +71,10 @@ def short_convolution(
             f"{op}: `x` must be [B, T, D], got shape {list(x.shape)}; put the channels last"
         )
     B, T, D = x.shape
-    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, weight.shape[-1]))
+    width = weight.shape[-1] if weight.dim() else 1
+    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, width))
     if history is not None:
-        shape = (B, weight.shape[-1] - 1, D)
+        shape = (B, width - 1, D)
         _checks.check_shape(op, "history", history, "[B, W − 1, D]", shape)
     position = None
     if cu_seqlens is not None:
@@ -125,8 +126,9 @@ def short_convolution_step_(
             f"{op}: `x` must be [B, D], got shape {list(x.shape)}; give a single token"
         )
     B, D = x.shape
-    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, weight.shape[-1]))
-    _checks.check_shape(op, "state", state, "[B, W − 1, D]", (B, weight.shape[-1] - 1, D))
+    width = weight.shape[-1] if weight.dim() else 1
+    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, width))
+    _checks.check_shape(op, "state", state, "[B, W − 1, D]", (B, width - 1, D))
     if not state.is_contiguous():
         raise ValueError(
             f"{op}: `state` must be contiguous, got strides {state.stride()}; copy it once"
