@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Interrupted as error:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
-        _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
+        _fail(
+            f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size, or --accumulate on text",
+            1,
+        )
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -53,6 +53,7 @@ class TextDisplay(TextObserver):
     LINES = 20
     SECONDS = 60.0
     READING_SECONDS = 10.0
+    SKIPPED = 5
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -74,6 +75,7 @@ class TextDisplay(TextObserver):
         self._printed = -1
         self._printed_at = 0.0
         self._told_at = time.monotonic()
+        self._skipped = 0
 
     def __enter__(self) -> TextDisplay:
         self._progress.start()
@@ -89,11 +91,15 @@ class TextDisplay(TextObserver):
             self._print(f"reading the text: {abbreviate(tokens)} tokens so far")
 
     def skipped(self, file: str) -> None:
-        """Print the file's name."""
-        self._print(f"not text, left out: {file}")
+        """Print the file's name, if it is among the first."""
+        self._skipped += 1
+        if self._skipped <= self.SKIPPED:
+            self._print(f"not text, left out: {file}")
 
     def started(self, config: TextConfig, step: int, num_parameters: int, tokens: int) -> None:
         """Say what is trained on what, and start the bar."""
+        if (more := self._skipped - self.SKIPPED) > 0:
+            self._print(f"not text, left out: {more} more")
         self._steps, self._step_tokens = config.steps, config.batch_size * config.context
         self._print(
             f"{config.pattern}: {abbreviate(num_parameters)} parameters, "
