@@ -70,10 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Interrupted as error:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
-        _fail(
-            f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size, or --accumulate on text",
-            1,
-        )
+        remedy = "try a smaller --batch-size or, on text, --accumulate"
+        _fail(f"out of memory: {str(error).splitlines()[0]}; {remedy}", 1)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -198,7 +196,8 @@ def _train_on_text(
             stop=stop,
         )
     if processes.first:
-        console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+        told = f"model: {folder / 'model'}; continue a text: householder generate {folder} TEXT"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("generate")
