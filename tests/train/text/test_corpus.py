@@ -130,6 +130,10 @@ def test_bad_lines_and_paths_are_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     with pytest.raises(ConfigError, match=r"line 2 of .*bad.jsonl must be .* got .*not.*; mend"):
         list(documents([tmp_path / "bad.jsonl"], print))
+    for line in (b'{"text": "\xff"}', b'{"text": "half \\ud800"}', b'{"text": 3}', b'["text"]'):
+        (tmp_path / "bad.jsonl").write_bytes(b"\n" + line)  # an empty line is no line
+        with pytest.raises(ConfigError, match=r"line 2 of .*bad.jsonl must be a JSON object"):
+            list(documents([tmp_path / "bad.jsonl"], print))
     with pytest.raises(ConfigError, match=r"got .*absent: there is no such path"):
         text_files([tmp_path / "absent"])
     (tmp_path / "empty").mkdir()

@@ -107,17 +107,19 @@ def documents(files: Iterable[Path], skipped: Callable[[Path], None]) -> Iterato
 
 
 def _json_lines(file: Path) -> Iterator[str]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
+                text.encode()  # JSON can name halves of characters, which are no text
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                shown = _shortened(line.strip().decode("utf-8", errors="replace"))
                 raise ConfigError(
-                    f'`text`: line {number} of {file} must be a JSON object with a string "text", '
-                    f"got {_shortened(line.strip())}; mend or remove the line"
-                )
+                    f'`text`: line {number} of {file} must be a JSON object with a string "text" '
+                    f"in UTF-8, got {shown}; mend or remove the line"
+                ) from error
             yield text
 
 
