@@ -8,8 +8,8 @@ from householder.testing import relative_error
 
 pytestmark = pytest.mark.gpu
 
-# What PyTorch says while it compiles, which as an error would stop it: of its own code, of TF32 that
-# is off, and of gradients that it looks at behind a break.
+# What PyTorch says while it compiles, which as an error would stop it: of its own code, of TF32 (it
+# is off), and of gradients that it looks at behind a break.
 WITH_A_COMPILER = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",

@@ -105,11 +105,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path):
 @pytest.mark.parametrize("max_tokens", [None, 40])
 def test_long_documents_in_pieces_give_the_same_tokens(tmp_path, monkeypatch, max_tokens):
     texts = ["one two\n\nthree\n  four five", "", "Häuser " * 9, "\n\n\n", "six"]
-    write = {
-        "validation": 0.3,
-        "source": {},
-        "max_tokens": max_tokens,
-    }
+    write = {"validation": 0.3, "source": {}, "max_tokens": max_tokens}
     write_corpus(texts, tmp_path / "whole", ByteTokenizer(), **write)
     monkeypatch.setattr(corpus, "_PIECE_CHARACTERS", 5)
     monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 12)
