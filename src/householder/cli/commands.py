@@ -82,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"{place}cannot be read or written: {error.strerror or error}{remedy}", 1)
     except (RunError, AdapterError) as error:
         _fail(str(error), 1)
+    except RuntimeError as error:
+        # Loaded where something was compiled.
+        compiler = sys.modules.get("torch._dynamo.exc")
+        if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+            raise
+        _fail(f"compiling failed: {str(error).splitlines()[0]}; go without --compile", 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail(
             "interrupted; a training run continues from its last checkpoint with --resume",
