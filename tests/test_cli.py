@@ -189,6 +189,28 @@ def test_loss_that_is_not_finite_exits_1_and_names_the_step(run, config):
     assert_one_clear_line(err)
 
 
+def test_a_compiler_that_fails_is_told_and_other_failures_are_not_hidden(run, monkeypatch):
+    import torch._dynamo.exc
+
+    from householder.cli import commands
+
+    failures = [
+        torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\n\nSet TORCH_LOGS"),
+        RuntimeError("a mistake of ours"),
+    ]
+
+    def fail(*arguments, **options):
+        raise failures.pop(0)
+
+    monkeypatch.setattr(commands, "run_text", fail)
+    code, _, error = run("train", "--text", "anything", "--compile", "--device", "cpu")
+    assert code == 1
+    assert "compiling failed: No working C++ compiler found; go without --compile" in error
+    assert_one_clear_line(error)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run("train", "--text", "anything", "--device", "cpu")
+
+
 def test_help_says_what_there_is(run):
     code, out, _ = run("--help")
     assert code == 0

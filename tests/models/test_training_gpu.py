@@ -8,6 +8,15 @@ from householder.testing import relative_error
 
 pytestmark = pytest.mark.gpu
 
+# What PyTorch says while it compiles, which as an error would stop it: of its own code, of TF32 (it
+# is off), and of gradients that it looks at behind a break.
+WITH_A_COMPILER = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:TensorFloat32 tensor cores:UserWarning",
+    "ignore:The .grad attribute:UserWarning",
+)
+
 V = 61
 
 
@@ -36,7 +45,7 @@ def differentiate(model, precision, cu_seqlens=None):
     return loss.item(), torch.cat([x.flatten().float() for x in gradients]), kept
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@WITH_A_COMPILER
 @pytest.mark.parametrize(
     "pattern", ["delta", "gated_delta", "delta_product", "gated_delta_product", "path", "rope"]
 )
@@ -51,7 +60,7 @@ def test_compiled_blocks_give_the_gradients_of_those_that_are_not(pattern):
     assert relative_error(same, gradients) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@WITH_A_COMPILER
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("pattern", "precision"), [("delta", "bfloat16"), ("gated_delta_product", "autocast")]
@@ -78,12 +87,7 @@ def test_making_anew_keeps_less_and_changes_no_gradient(pattern, compiled, preci
         assert torch.equal(same, gradients)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    # Raised by the compiler's own look at what it goes on from behind a break.
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
-)
+@WITH_A_COMPILER
 @pytest.mark.parametrize(
     "pattern", ["delta", "gated_delta", "delta_product", "path", "path_fox", "rope", "fox"]
 )

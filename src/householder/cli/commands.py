@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Interrupted as error:
         _fail(str(error), 128 + error.signum, label="stopped")
     except torch.OutOfMemoryError as error:
-        _fail(f"out of memory: {str(error).splitlines()[0]}; try a smaller --batch-size", 1)
+        remedy = "try a smaller --batch-size or, on text, --accumulate"
+        _fail(f"out of memory: {str(error).splitlines()[0]}; {remedy}", 1)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -81,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"{place}cannot be read or written: {error.strerror or error}{remedy}", 1)
     except (RunError, AdapterError) as error:
         _fail(str(error), 1)
+    except RuntimeError as error:
+        # Loaded where something was compiled.
+        compiler = sys.modules.get("torch._dynamo.exc")
+        if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+            raise
+        _fail(f"compiling failed: {str(error).splitlines()[0]}; go without --compile", 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail(
             "interrupted; a training run continues from its last checkpoint with --resume",
@@ -195,7 +202,8 @@ def _train_on_text(
             stop=stop,
         )
     if processes.first:
-        console.print(f"model: {folder / 'model'}", highlight=False, soft_wrap=True)
+        told = f"model: {folder / 'model'}; continue a text: householder generate {folder} TEXT"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("generate")

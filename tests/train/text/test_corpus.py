@@ -102,6 +102,19 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(tmp_path):
     assert open_corpus(tmp_path / "corpus").summary["documents"] == 2
 
 
+@pytest.mark.parametrize("max_tokens", [None, 40])
+def test_long_documents_in_pieces_give_the_same_tokens(tmp_path, monkeypatch, max_tokens):
+    texts = ["one two\n\nthree\n  four five", "", "Häuser " * 9, "\n\n\n", "six"]
+    write = {"validation": 0.3, "source": {}, "max_tokens": max_tokens}
+    write_corpus(texts, tmp_path / "whole", ByteTokenizer(), **write)
+    monkeypatch.setattr(corpus, "_PIECE_CHARACTERS", 5)
+    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 12)
+    write_corpus(texts, tmp_path / "pieces", ByteTokenizer(), **write)
+    for name in ("tokens.bin", "documents.npy", "corpus.json"):
+        whole, pieces = ((tmp_path / part / name).read_bytes() for part in ("whole", "pieces"))
+        assert whole == pieces, name
+
+
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_no_text_is_refused_and_leaves_nothing(tmp_path, texts):
     with pytest.raises(ConfigError, match=r"must name files with text in UTF-8, got .*; name"):
@@ -113,6 +126,10 @@ def test_bad_lines_and_paths_are_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
     with pytest.raises(ConfigError, match=r"line 2 of .*bad.jsonl must be .* got .*not.*; mend"):
         list(documents([tmp_path / "bad.jsonl"], print))
+    for line in (b'{"text": "\xff"}', b'{"text": "half \\ud800"}', b'{"text": 3}', b'["text"]'):
+        (tmp_path / "bad.jsonl").write_bytes(b"\n" + line)  # an empty line is no line
+        with pytest.raises(ConfigError, match=r"line 2 of .*bad.jsonl must be a JSON object"):
+            list(documents([tmp_path / "bad.jsonl"], print))
     with pytest.raises(ConfigError, match=r"got .*absent: there is no such path"):
         text_files([tmp_path / "absent"])
     (tmp_path / "empty").mkdir()

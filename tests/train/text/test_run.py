@@ -448,13 +448,16 @@ def test_utilisation_is_that_of_the_peak_that_is_given(texts, tmp_path):
 
 def test_without_a_terminal_lines_tell_loss_speed_and_the_time_left(texts, tmp_path):
     page = io.StringIO()
+    for i in range(6):
+        (texts / f"picture{i}.png").write_bytes(b"\xff")
     with TextDisplay(Console(file=page, width=200)) as display:
         train(texts, tmp_path / "out", observer=display, prompt="The", peak_tflops=1.0)
     lines = page.getvalue().splitlines()
-    assert lines[0].startswith("not text, left out: ")
-    assert re.match(r"delta_product,path: [\d.]+k parameters, \d+ tokens of text, 4 × 16", lines[1])
+    assert all(re.match(r"not text, left out: \S+png", line) for line in lines[:5])
+    assert lines[5] == "not text, left out: 2 more"
+    assert re.match(r"delta_product,path: [\d.]+k parameters, \d+ tokens of text, 4 × 16", lines[6])
     pattern = r"1/8  loss \d\.\d{4}  [\d.]+k? tokens/s  MFU [\d.]+%  \d:\d\d:\d\d left"
-    assert re.fullmatch(pattern, lines[2]), lines[2]
+    assert re.fullmatch(pattern, lines[7]), lines[7]
     assert any(re.match(r"step 3: validation loss \d\.\d{4}, perplexity", line) for line in lines)
     assert any(line.startswith("sample at step 3: 'The") for line in lines)
     steps = [line for line in lines if "/8  loss" in line]

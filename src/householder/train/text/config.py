@@ -162,7 +162,12 @@ class TextConfig(Settings):
         section=_RUN,
         choices=("float32", "bfloat16"),
     )
-    compile: bool = setting(False, "Compile the model.", section=_RUN, may_change=True)
+    compile: bool = setting(
+        False,
+        "Compile the blocks of layers: faster steps after a first one of a minute.",
+        section=_RUN,
+        may_change=True,
+    )
     cuda_graphs: bool = setting(
         False,
         "On a GPU, record the optimizer step once and replay it: for small models, and windows "

@@ -25,7 +25,9 @@ from householder.train.errors import ConfigError
 from householder.train.text.tokenizer import Tokenizer
 
 FORMAT = 1
-_BUFFERED_TOKENS = 1 << 22
+_TOKENS_BETWEEN_REPORTS = 1 << 22
+# A tokenizer takes hundreds of bytes per character, so long documents go through it in pieces.
+_PIECE_CHARACTERS, _BATCH_CHARACTERS = 1 << 16, 1 << 20
 _SHUFFLE_SEED = 0
 
 
@@ -105,17 +107,19 @@ def documents(files: Iterable[Path], skipped: Callable[[Path], None]) -> Iterato
 
 
 def _json_lines(file: Path) -> Iterator[str]:
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
+                text.encode()  # JSON can name halves of characters, which are no text
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                shown = _shortened(line.strip().decode("utf-8", errors="replace"))
                 raise ConfigError(
-                    f'`text`: line {number} of {file} must be a JSON object with a string "text", '
-                    f"got {_shortened(line.strip())}; mend or remove the line"
-                )
+                    f'`text`: line {number} of {file} must be a JSON object with a string "text" '
+                    f"in UTF-8, got {shown}; mend or remove the line"
+                ) from error
             yield text
 
 
@@ -178,7 +182,8 @@ def write_corpus(
     Args:
         texts: the documents.
         folder: to write; it must not exist.
-        tokenizer: turns each into tokens.
+        tokenizer: turns each into tokens; a long one in pieces that end with a line, where there is
+            one.
         validation: share of the tokens to hold out, in whole documents; of a single document, its
             end.
         source: what the documents are, to be kept in `corpus.json`.
@@ -255,25 +260,71 @@ def _write_tokens(
     max_tokens: int | None,
 ) -> list[int]:
     """Write every document behind its separator; return where each begins, and the end."""
-    starts, buffer, buffered = [0], [], 0
+    starts: list[int] = []
+    total, told = 0, 0
     separator = np.array([tokenizer.separator], dtype=dtype)
+    for begins, tokens in _document_tokens(texts, tokenizer):
+        if begins:
+            if max_tokens is not None and total >= max_tokens:
+                break
+            starts.append(total)
+            file.write(separator.data)  # unlike tofile, it says why it cannot
+            total += 1
+        file.write(tokens.astype(dtype).data)
+        total += len(tokens)
+        if total - told >= _TOKENS_BETWEEN_REPORTS:
+            told = total
+            progress(total)
+    progress(total)
+    return [*starts, total]
+
+
+def _document_tokens(
+    texts: Iterable[str], tokenizer: Tokenizer
+) -> Iterator[tuple[bool, np.ndarray[Any, Any]]]:
+    """Yield tokens piece by piece, none of them empty, and whether a document begins there."""
+    begins = False
+    for batch in _batches(texts):
+        encoded = tokenizer.encode_all([piece for _, piece in batch])
+        for (first, _), tokens in zip(batch, encoded, strict=True):
+            begins |= first
+            if len(tokens):
+                yield begins, tokens
+                begins = False
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
+    """Yield pieces of texts, and whether each is the first of its text, some at a time."""
+    batch, characters = [], 0
     for text in texts:
-        tokens = tokenizer.encode(text)
-        if not len(tokens):
-            continue
-        buffer += [separator, tokens.astype(dtype)]
-        buffered += 1 + len(tokens)
-        starts.append(starts[-1] + 1 + len(tokens))
-        if buffered >= _BUFFERED_TOKENS:
-            file.write(np.concatenate(buffer).data)  # unlike tofile, it says why it cannot
-            buffer, buffered = [], 0
-            progress(starts[-1])
-        if max_tokens is not None and starts[-1] >= max_tokens:
-            break
-    if buffer:
-        file.write(np.concatenate(buffer).data)
-    progress(starts[-1])
-    return starts
+        for number, piece in enumerate(_pieces(text, _PIECE_CHARACTERS)):
+            batch.append((number == 0, piece))
+            characters += len(piece)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str, most: int) -> Iterator[str]:
+    r"""Yield a text in pieces of so many characters at most, cut between lines where that goes.
+
+    Examples:
+        >>> list(_pieces("one\n\ntwo\n three four", 8))
+        ['one\n\n', 'two\n thr', 'ee four']
+    """
+    begin = 0
+    while len(text) - begin > most:
+        end = begin + most
+        cut = text.rfind("\n", begin, end) + 1
+        # A tokenizer may make one token of all white space between two words.
+        while cut > begin and text[cut].isspace():
+            cut = text.rfind("\n", begin, cut - 1) + 1
+        cut = cut if cut > begin else end
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
 
 
 def open_corpus(folder: Path) -> Corpus:

@@ -16,6 +16,7 @@ from householder.models import CausalLM
 from householder.train.text.batches import pack, validation_windows
 
 _TOKENS_AT_ONCE = 1 << 14
+_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def token_losses(
     device = model.head_weight.device
     count, length = windows.shape[0], windows.shape[1] - 1
     rows = max(1, _TOKENS_AT_ONCE // max(1, length))
+    at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)  # tokens whose logits are held
     losses = torch.empty(count, length)
     training = model.training
     model.eval()
@@ -67,10 +69,9 @@ def token_losses(
                 hidden = model.hidden(batch.tokens, cu_seqlens=batch.cu_seqlens)
                 hidden = hidden.flatten(0, 1)
                 labels = batch.labels.flatten()
-                # In parts, for the sake of large vocabularies.
                 parts = [
                     F.cross_entropy(model.logits(x).float(), y, reduction="none")
-                    for x, y in zip(hidden.split(4096), labels.split(4096), strict=True)
+                    for x, y in zip(hidden.split(at_once), labels.split(at_once), strict=True)
                 ]
                 losses[first : first + rows] = torch.cat(parts).reshape(-1, length).cpu()
     finally:

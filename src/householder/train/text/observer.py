@@ -52,6 +52,8 @@ class TextDisplay(TextObserver):
 
     LINES = 20
     SECONDS = 60.0
+    READING_SECONDS = 10.0
+    SKIPPED = 5
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,6 +74,8 @@ class TextDisplay(TextObserver):
         self._step_tokens = 0
         self._printed = -1
         self._printed_at = 0.0
+        self._told_at = time.monotonic()
+        self._skipped = 0
 
     def __enter__(self) -> TextDisplay:
         self._progress.start()
@@ -80,12 +84,22 @@ class TextDisplay(TextObserver):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def tokenizing(self, tokens: int) -> None:
+        """Print how far a long text has been read, from time to time."""
+        if (now := time.monotonic()) > self._told_at + self.READING_SECONDS:
+            self._told_at = now
+            self._print(f"reading the text: {abbreviate(tokens)} tokens so far")
+
     def skipped(self, file: str) -> None:
-        """Print the file's name."""
-        self._print(f"not text, left out: {file}")
+        """Print the file's name, if it is among the first."""
+        self._skipped += 1
+        if self._skipped <= self.SKIPPED:
+            self._print(f"not text, left out: {file}")
 
     def started(self, config: TextConfig, step: int, num_parameters: int, tokens: int) -> None:
         """Say what is trained on what, and start the bar."""
+        if (more := self._skipped - self.SKIPPED) > 0:
+            self._print(f"not text, left out: {more} more")
         self._steps, self._step_tokens = config.steps, config.batch_size * config.context
         self._print(
             f"{config.pattern}: {abbreviate(num_parameters)} parameters, "

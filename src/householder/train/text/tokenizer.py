@@ -35,6 +35,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray[Any, Any]:
         """Return the tokens of `text`, int64 `[n]`, without separators."""
 
+    def encode_all(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
+        """Return the tokens of several texts."""
+        return [self.encode(text) for text in texts]
+
     @abstractmethod
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Return the UTF-8 of some tokens, which may begin or end within a character."""
@@ -158,6 +162,11 @@ class FileTokenizer(Tokenizer):
         """Return the tokens of `text`."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int64)
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
+        """Return the tokens of several texts, which the library turns side by side."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode_bytes(self, tokens: list[int]) -> bytes:
         """Return the text of the tokens in UTF-8; special tokens are nothing."""
