@@ -28,16 +28,26 @@ TINY = {
 
 
 def test_settings_are_the_published_task():
-    configs = Comparison.from_settings({**recall.settings("gpu"), "d_model": 64}).configs
-    assert [c.mixer for c in configs] == recall.settings("gpu")["mixer"]
+    settings = recall.settings("gpu", 64)
+    configs = Comparison.from_settings(settings).configs
+    assert [c.mixer for c in configs] == settings["mixer"]
     assert {c.mixer: c.num_householder for c in configs}["delta_product"] == 2
     for config in configs:
         assert (config.task, config.length, config.num_samples) == ("mqar-64", 512, 100_000)
         assert (config.num_layers, config.num_heads, config.batch_size) == (2, 2, 128)
+        assert (config.d_model, config.mlp_width, config.tie_embeddings) == (64, 0, True)
     # β in (0, 1), and no convolutions; attentions know of neither.
     assert [c.allow_neg_eigval for c in configs] == [False, False, False, True, True]
     with pytest.raises(ConfigError, match=r"`size` must be one of cpu, gpu, got 'tpu'"):
-        recall.settings("tpu")
+        recall.settings("tpu", 64)
+
+
+def test_a_width_has_the_learning_rate_of_the_nearest():
+    rates = {64: 1e-3, 128: 1e-3, 256: 4.6e-4}
+    assert recall.widths("gpu") == list(rates)
+    for width, nearest in {16: 64, 64: 64, 90: 64, 100: 128, 200: 256, 1024: 256}.items():
+        chosen = recall.settings("gpu", width)
+        assert (chosen["d_model"], chosen["lr"]) == (width, rates[nearest]), width
 
 
 def test_files_and_table_hold_every_width(tmp_path):

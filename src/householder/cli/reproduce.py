@@ -138,13 +138,12 @@ def _recall(
     from householder.recipes import recall
 
     folder = out or Path(f"householder-recall-{size}")
-    chosen = recall.settings(size)
     given = given_settings(settings)
-    for width in [given["d_model"]] if "d_model" in given else recall.WIDTHS[size]:
+    for width in [given["d_model"]] if "d_model" in given else recall.widths(size):
         part = folder / f"d{width}"
         # A run that was stopped may not have come to this width.
         resuming = resume and part.exists()
-        given["d_model"] = width
+        chosen = recall.settings(size, width)
         run_chosen(chosen, given, part, resume=resuming, overwrite=overwrite)
         found = recall.read_results(folder)
         recall.write_recall(found, folder)
