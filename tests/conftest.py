@@ -1,4 +1,4 @@
-"""What holds for every test: fixed seeds, no window, and GPU tests that skip without a GPU."""
+"""What holds for every test: no window, GPU tests that skip without a GPU, files interpreted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,59 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    """Start every test from the same random state, whatever ran before it."""
-    torch.manual_seed(0)
+class InterpretedFiles:
+    """Test files run as scripts under Triton's interpreter, while other tests go on.
+
+    Whether kernels are interpreted is settled when they are imported: it takes another process. A
+    file takes up to a minute of one core, and so the first begins before the first test.
+    """
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1))
+        self._running: set[subprocess.Popen[str]] = set()
+        self._answers = {file: self._pool.submit(self._run, file) for file in files}
+
+    def answer(self, file: str) -> Any:
+        """Wait until a file has run, and return the JSON that it printed last."""
+        return self._answers[file].result()
+
+    def stop(self) -> None:
+        """End what is still running, and begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running):
+            process.kill()
+
+    def _run(self, file: str) -> Any:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            [sys.executable, file],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            self._running.add(process)
+            printed, errors = process.communicate()
+            self._running.discard(process)
+        assert process.returncode == 0, errors[-4000:]
+        return json.loads(printed.splitlines()[-1])
+
+
+INTERPRETED = pytest.StashKey[InterpretedFiles]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin with the files whose answers the chosen tests want."""
+    if not session.config.option.collectonly:
+        wanting = (i for i in session.items if "interpreted" in getattr(i, "fixturenames", ()))
+        files = dict.fromkeys(str(item.path) for item in wanting)
+        session.config.stash[INTERPRETED] = InterpretedFiles(files)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave no process behind where tests ended early."""
+    if INTERPRETED in session.config.stash:
+        session.config.stash[INTERPRETED].stop()
 
 
 @pytest.fixture(autouse=True)
@@ -49,21 +99,9 @@ def _no_recordings() -> None:
 
 
 @pytest.fixture(scope="session")
-def interpreted() -> Callable[[str], Any]:
-    """Run a test file as a script under Triton's interpreter; return the JSON that it prints last.
-
-    Whether kernels are interpreted is settled when they are imported: it takes another process.
-    """
-
-    def run(file: str) -> Any:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, file], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
+def interpreted(pytestconfig: pytest.Config) -> Callable[[str], Any]:
+    """Return what a test file printed, as JSON, when it ran under Triton's interpreter."""
+    return pytestconfig.stash[INTERPRETED].answer
 
 
 @pytest.fixture
@@ -88,3 +126,18 @@ def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     return threads
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Collect what kernels are launched with, by module and name, in place of launching them."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(self: Any, *_: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        module = self.fn.__module__.rpartition(".")[-1]
+        launches.append((f"{module}.{self.fn.__name__}", constants))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return launches

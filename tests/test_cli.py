@@ -62,6 +62,21 @@ def test_train_writes_where_it_says(run, config, tmp_path):
         assert word in out, word
 
 
+def test_help_says_both_defaults_of_what_tasks_and_texts_share(run):
+    _, out, _ = run("train", "--help")
+    (line,) = (line for line in out.splitlines() if "--warmup " in line)
+    assert "Default: 20; with --text: 50." in line
+
+
+def test_help_is_as_wide_as_the_terminal(run):
+    """Lines of a docstring are no lines of the help."""
+    code, out, err = run("reproduce", "recall", "--help")
+    assert (code, err) == (0, "")
+    (line,) = (line for line in out.splitlines() if "Settings given here override" in line)
+    assert len(line.strip()) > 150
+    assert "householder-recall-<size>" in out
+
+
 def test_flags_override_the_file(run, config, tmp_path):
     words = ["--steps", 3, "--num-householder", "2", "--num-householder", "3", "--use-short-conv"]
     code, _, err = run("train", "--config", config, "--out", tmp_path / "out", *words)
@@ -185,6 +200,16 @@ def test_help_says_what_there_is(run):
     for flag in ("--num-householder", "--resume", "--overwrite", "--config", "--out", "--seed"):
         assert flag in out, flag
     assert "Default: 0.9" in out
+    # The same setting may have another default with --text.
+    words = " ".join(out.replace("│", " ").split())
+    for default in (
+        "Default: 0.002; with --text: 0.001.",
+        "Default: 1,2; with --text: 2.",
+        "Width of the residual stream. Default: 64; with --text: the preset's.",
+        "or what epochs come to. With --text: 1000.",
+        "One layer with N = 2 learns to multiply them and goes on to four times",
+    ):
+        assert default in words, default
 
 
 @pytest.mark.parametrize(

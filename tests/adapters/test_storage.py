@@ -155,6 +155,18 @@ def test_damage_is_named_and_the_model_left_alone(what, message, tmp_path):
     assert all(p.requires_grad for p in base.parameters())
 
 
+def test_a_config_cannot_point_out_of_its_folder(tmp_path):
+    base, model = adapted("hra", Dense)
+    adapters.save(model, tmp_path / "here")
+    path = tmp_path / "here" / "adapter.json"
+    content = json.loads(path.read_text())
+    (tmp_path / "here" / content["tensors"]["file"]).rename(tmp_path / "secret.safetensors")
+    content["tensors"]["file"] = "../secret.safetensors"
+    path.write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match=r"here/secret.safetensors: cannot be read"):
+        adapters.load(base, tmp_path / "here")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

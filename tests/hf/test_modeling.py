@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from householder.models import CausalLM, save_causal_lm
+from householder.models import CausalLM, load_causal_lm, save_causal_lm
 
 transformers = pytest.importorskip("transformers")
 
-from householder.hf.cache import HouseholderCache  # noqa: E402
+from householder.hf.cache import MAX_ROLLBACK, HouseholderCache  # noqa: E402
 from householder.hf.modeling import HouseholderConfig, HouseholderForCausalLM  # noqa: E402
 
 V = 23
@@ -96,6 +96,18 @@ def test_rows_filled_up_in_front_continue_as_alone(model):
     torch.testing.assert_close(whole[:1, 5:], model(short).logits)
 
 
+def test_prompts_are_read_in_parts_and_texts_continued_from_their_cache(model):
+    prompt = tokens(2, 9)
+    assert torch.equal(
+        model.generate(prompt, prefill_chunk_size=4, **GREEDY), greedy(model, prompt, 10)
+    )
+    first = model.generate(prompt, return_dict_in_generate=True, **GREEDY)
+    # Somebody answers what was written, and it goes on.
+    answered = torch.cat([first.sequences, tokens(2, 3)], dim=1)
+    second = model.generate(answered, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second, greedy(model, answered, 10))
+
+
 def test_beams_and_draws_do_not_depend_on_the_cache(model):
     prompt = tokens(2, 7)
     for options in (
@@ -136,6 +148,17 @@ def test_forgotten_tokens_leave_no_trace(model):
 
 
 @torch.no_grad()
+def test_tokens_forgotten_of_a_prompt_leave_what_fills_rows_up(model):
+    batch, mask = tokens(2, 12), torch.ones(2, 8, dtype=torch.int64)
+    mask[0, :3] = 0
+    cache = model(batch[:, :8], attention_mask=mask, use_cache=True).past_key_values
+    cache.crop(-2)
+    logits = model(batch[:, 6:], past_key_values=cache).logits
+    alone = torch.cat([model(batch[:1, 3:]).logits[:, 3:], model(batch[1:]).logits[:, 6:]])
+    torch.testing.assert_close(logits, alone)
+
+
+@torch.no_grad()
 def test_crop_refuses_what_it_cannot():
     model = make("delta")
     cache = model(tokens(1, 6), use_cache=True).past_key_values
@@ -144,6 +167,9 @@ def test_crop_refuses_what_it_cannot():
         cache.crop(-2)
     with pytest.raises(ValueError, match="`tokens_to_remove` must be negative or 0, got 3"):
         cache.crop(3)
+    model(tokens(1, MAX_ROLLBACK + 1), past_key_values=cache)  # more than a PaTH layer takes back
+    with pytest.raises(RuntimeError, match=r"can forget the 0 tokens .* got 1"):
+        cache.crop(-1)
 
 
 def test_loss_is_that_of_shifted_labels_and_trains(model):
@@ -227,12 +253,27 @@ def test_logits_to_keep(model):
     torch.testing.assert_close(model(batch, logits_to_keep=chosen).logits, whole[:, chosen])
 
 
-def test_packed_sequences_stay_apart(model):
-    batch = tokens(1, 9)
-    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
-    packed = model(batch, cu_seq_lens_q=bounds).logits
-    alone = torch.cat([model(part).logits for part in batch.split([4, 5], dim=1)], 1)
-    torch.testing.assert_close(packed, alone)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_flash_attn_kwargs": True},
+        {"return_position_ids": False, "return_seq_idx": True},
+        {},
+    ],
+    ids=["bounds", "numbers", "positions"],
+)
+def test_packed_sequences_stay_apart(model, options):
+    """In each of the ways in which transformers' collator may say where they begin."""
+    parts = tokens(1, 9).split([4, 1, 4], dim=1)
+    collate = transformers.DataCollatorWithFlattening(**options)
+    packed = collate([{"input_ids": part[0]} for part in parts])
+    alone = torch.cat([model(part).logits for part in parts], 1)
+    torch.testing.assert_close(model(**packed).logits, alone)
+
+
+def test_positions_that_go_on_are_of_no_account():
+    model, batch = make("delta,rope"), tokens(2, 9)
+    assert torch.equal(model(batch, position_ids=torch.arange(5, 14)).logits, model(batch).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -246,6 +287,22 @@ def test_saved_and_loaded_by_transformers(tmp_path, tied):
     torch.testing.assert_close(loaded(batch).logits, model(batch).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_can_be_resized(tmp_path, tied):
+    model = make("delta", tie_embeddings=tied)
+    batch = tokens(2, 9)
+    before = model(batch).logits
+    model.resize_token_embeddings(V + 4, mean_resizing=False)
+    after = model(batch).logits
+    torch.testing.assert_close(after[..., :V], before)
+    assert after.shape[-1] == V + 4
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(loaded(batch).logits, after)
+    save_causal_lm(model.model, tmp_path / "ours")
+    assert torch.equal(load_causal_lm(tmp_path / "ours")(batch), after)
+
+
 def test_what_training_on_text_writes_is_loaded(tmp_path):
     model = make("delta,path").model
     save_causal_lm(model, tmp_path)
@@ -254,8 +311,6 @@ def test_what_training_on_text_writes_is_loaded(tmp_path):
     torch.testing.assert_close(loaded(batch).logits, model(batch), rtol=0, atol=0)
     # And the other way round.
     loaded.save_pretrained(tmp_path / "again")
-    from householder.models import load_causal_lm
-
     ours = load_causal_lm(tmp_path / "again")
     assert isinstance(ours, CausalLM)
     torch.testing.assert_close(ours(batch), model(batch), rtol=0, atol=0)
@@ -304,6 +359,16 @@ def test_config_is_json_and_keeps_every_field(tmp_path):
             lambda m: m(tokens(1, 3), attention_mask=torch.tensor([[1, 1, 0]]), use_cache=True),
             ValueError,
             "pad on the left",
+        ),
+        (
+            lambda m: m(tokens(1, 3), seq_idx=torch.tensor([[0, 0, 1]]), use_cache=True),
+            NotImplementedError,
+            "packed sequences must begin and end in one call, got 2 of them and a cache",
+        ),
+        (
+            lambda m: m(tokens(2, 3), position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]])),
+            ValueError,
+            "the batch must be packed as B = 1, got B = 2",
         ),
         (
             lambda m: m.generate(tokens(1, 3), cache_implementation="static", **GREEDY),

@@ -54,6 +54,12 @@ class TestOrthogonal:
         Q, expected = (HouseholderProduct.orthogonal(x).to_dense() for x in (k * length, k))
         torch.testing.assert_close(Q, expected, rtol=1e-5, atol=1e-6)
 
+    def test_lengths_change_by_powers_of_two_alone(self):
+        k = draw(40, 8, dtype=torch.float32) * 3.7
+        factors = HouseholderProduct.orthogonal(k).reflectors / k
+        assert (factors == factors[:, :1]).all()
+        assert (torch.frexp(factors).mantissa == 0.5).all()
+
     def test_zero_and_repeated_reflectors(self):
         k = draw(4, 8).requires_grad_()
         mask = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64).unsqueeze(-1)

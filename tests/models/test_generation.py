@@ -99,6 +99,11 @@ def test_decoder_changes_memory_that_stays_in_place():
             "`temperature` must be a number, got 'hot'",
         ),
         (
+            lambda m, d: m.generate(some_tokens(1, 2), max_new_tokens=1, num_tokens=0),
+            ValueError,
+            "`num_tokens` must be at least 1, got 0",
+        ),
+        (
             lambda m, d: m.reserve(m(some_tokens(1, 5), return_states=True)[1], 4),
             ValueError,
             "`num_tokens` must be at least 5",
@@ -127,15 +132,23 @@ def test_greedy_generation_takes_the_likeliest_token():
     assert torch.equal(generated, expected)
 
 
+def test_what_a_vocabulary_is_padded_with_is_never_drawn():
+    model, tokens = make("delta"), some_tokens(4, 3)
+    greedy = model.generate(tokens, max_new_tokens=1, temperature=0, num_tokens=4)[:, -1]
+    assert torch.equal(greedy, model(tokens)[:, -1, :4].argmax(-1))
+    drawn = model.generate(tokens, max_new_tokens=30, temperature=9.0, num_tokens=4)[:, 3:]
+    assert drawn.unique().tolist() == [0, 1, 2, 3]
+
+
 def test_generation_ends_with_the_last_sequence_and_fills_the_others_up():
     model, tokens = make("gated_delta"), some_tokens(4, 3)
     torch.manual_seed(2)
-    free = model.generate(tokens, max_new_tokens=40)[:, 3:]
+    free = model.generate(tokens, max_new_tokens=80, temperature=20.0)[:, 3:]
     torch.manual_seed(2)
-    stopped = model.generate(tokens, max_new_tokens=40, stop=0)[:, 3:]
-    lengths = [row.tolist().index(0) + 1 if 0 in row else 40 for row in free]
+    stopped = model.generate(tokens, max_new_tokens=80, temperature=20.0, stop=0)[:, 3:]
+    lengths = [row.tolist().index(0) + 1 for row in free]
     assert len(set(lengths)) > 1
-    assert stopped.shape[1] == max(lengths)
+    assert stopped.shape[1] == max(lengths) < 80
     for row, ended, length in zip(free, stopped, lengths, strict=True):
         assert torch.equal(ended[:length], row[:length])
         assert (ended[length:] == 0).all()
@@ -148,11 +161,26 @@ def test_rows_are_drawn_from_their_own_likeliest():
     assert torch.equal(draw(logits, 3.0, 1, None, None), logits.argmax(-1))
     assert torch.equal(draw(logits, 3.0, None, 1e-6, None), logits.argmax(-1))
     best = logits.topk(2).indices
-    for options in ((2, None), (None, float(logits.softmax(-1).topk(2).values[:, 0].min()) + 1e-4)):
-        drawn = torch.stack([draw(logits, 1.0, *options, None) for _ in range(50)], dim=1)
-        if options[0]:
-            assert (drawn[..., None] == best[:, None]).any(-1).all()
-        assert len(drawn.unique()) > 2
+    drawn = torch.stack([draw(logits, 1.0, 2, None, None) for _ in range(50)], dim=1)
+    assert (drawn[..., None] == best[:, None]).any(-1).all()
+    assert len(drawn.unique()) > 2
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, 1), (0.5, 2), (0.69, 2), (0.71, 3), (0.91, 4), (1.0, 4)]
+)
+def test_those_are_drawn_that_together_have_the_probability(top_p, kept):
+    probabilities = torch.tensor([0.3, 0.4, 0.1, 0.2])
+    logits = probabilities.log().expand(20_000, 4)
+    counts = draw(logits, 1.0, None, top_p, None).bincount(minlength=4) / 20_000
+    probabilities[probabilities.argsort(descending=True)[kept:]] = 0
+    torch.testing.assert_close(counts, probabilities / probabilities.sum(), atol=0.02, rtol=0)
+    assert (counts[probabilities == 0] == 0).all()
+
+
+def test_a_token_is_left_out_where_those_before_it_reach_the_probability():
+    even = torch.zeros(2_000, 4)
+    assert len(draw(even, 1.0, None, 0.5, None).unique()) == 2
 
 
 def test_drawn_tokens_have_their_probabilities():

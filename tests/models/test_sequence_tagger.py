@@ -48,12 +48,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_activation": "relu",
         "qk_norm": "sum",
     },
+    "tied, no MLP": {"d_model": 16, "num_layers": 2, "mlp_width": 0, "tie_embeddings": True},
 }
+
+
+# Of those whose labels are not five.
+NUM_CLASSES = {"tied, no MLP": 7}
 
 
 def make_model(name: str) -> SequenceTagger:
     torch.manual_seed(0)
-    return SequenceTagger(7, 5, dtype=torch.float64, **CONFIGS[name])
+    return SequenceTagger(7, NUM_CLASSES.get(name, 5), dtype=torch.float64, **CONFIGS[name])
 
 
 def make_tokens(*shape: int) -> Tensor:
@@ -75,18 +80,21 @@ def run_definition(model: SequenceTagger, tokens: Tensor) -> Tensor:
     x = p["embeddings.weight"][tokens]
     for i, layer in enumerate(model.layers):
         x = x + layer.mixer(norm(x, p[f"layers.{i}.mixer_norm.weight"]))
+        if model.config.mlp_width == 0:
+            continue
         h = norm(x, p[f"layers.{i}.mlp_norm.weight"])
         gate = h @ p[f"layers.{i}.mlp.gate_proj.weight"].T
         up = h @ p[f"layers.{i}.mlp.up_proj.weight"].T
         x = x + (gate / (1 + (-gate).exp()) * up) @ p[f"layers.{i}.mlp.down_proj.weight"].T
-    return norm(x, p["norm.weight"]) @ p["head.weight"].T
+    tied = model.config.tie_embeddings
+    return norm(x, p["norm.weight"]) @ p["embeddings.weight" if tied else "head.weight"].T
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_is_the_definition(name: str) -> None:
     model, tokens = make_model(name), make_tokens(2, 6)
     logits = model(tokens)
-    assert logits.shape == (2, 6, 5)
+    assert logits.shape == (2, 6, NUM_CLASSES.get(name, 5))
     assert_close(logits, run_definition(model, tokens))
 
 
@@ -138,13 +146,15 @@ def test_every_config_field_reaches_the_model() -> None:
         "mixer": "gated_delta_product", "num_heads": 2, "head_dim": 8, "num_value_heads": 8,
         "expand_v": 2.0, "num_householder": 2, "allow_neg_eigval": False, "use_output_gate": True,
         "use_short_conv": True, "conv_size": 5, "qk_activation": "elu", "qk_norm": "none",
-        "mlp_width": 40, "norm_eps": 1e-3, "init_std": 0.05,
+        "mlp_width": 40, "norm_eps": 1e-3, "init_std": 0.05, "tie_embeddings": True,
     }  # fmt: skip
     assert set(changes) == {field.name for field in dataclasses.fields(SequenceTaggerConfig)}
 
     def fingerprint(**options: Any) -> tuple[str, float]:
         # The kernel width shows only in a model with a convolution.
         options.setdefault("use_short_conv", "conv_size" in options)
+        if "tie_embeddings" in options:
+            options["num_classes"] = base["vocab_size"]
         torch.manual_seed(0)
         model = SequenceTagger(**{**base, **options})
         return repr(model), sum(p.double().abs().sum().item() for p in model.parameters())
@@ -235,7 +245,8 @@ def test_it_learns_a_product_of_reflections() -> None:
         ({"num_heads": 0}, ValueError, "`num_heads` must be at least 1, got 0"),
         ({"mixer": "mamba"}, ValueError, "'rotary_attention', got 'mamba'"),
         ({"d_model": 18}, ValueError, "multiple of num_heads=4, got d_model=18"),
-        ({"mlp_width": 0}, ValueError, "`mlp_width` must be at least 1, got 0"),
+        ({"mlp_width": -1}, ValueError, "`mlp_width` must be at least 1, got -1"),
+        ({"tie_embeddings": True}, ValueError, "a class for each of the 7 tokens, got"),
         ({"init_std": -1.0}, ValueError, "`init_std` must be greater than 0, got -1.0"),
         ({"mixer": "delta_net", "num_householder": 2}, ValueError, "must be 1, got 2"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -29,6 +30,8 @@ CASES = {
             "qk_norm": True,
             "use_forget_gate": True,
             "w_rank": 5,
+            "w_activation": "relu",
+            "gate_scale": 0.3,
             "conv_size": 4,
             "max_rollback": 3,
             "use_sinks": True,
@@ -88,6 +91,7 @@ def expected_output(layer, x):
     g = torch.zeros(T, HQ, dtype=x.dtype)
     if getattr(layer, "f_proj", None) is not None:
         g = (F.linear(x, layer.f_proj.weight, layer.f_proj.bias)).sigmoid().log()
+        g = g * getattr(layer, "gate_scale", 1.0)
     between = torch.eye(K, dtype=x.dtype).expand(T, H, K, K)
     if isinstance(layer, PaTHAttention):
         w = x @ layer.w_down_proj.weight.T @ layer.w_up_proj.weight.T
@@ -95,7 +99,7 @@ def expected_output(layer, x):
             size = layer.w_conv1d.kernel_size
             padded = torch.cat([w.new_zeros(size - 1, w.shape[1]), w])
             w = sum(padded[i : i + T] * layer.w_conv1d.weight[:, 0, i] for i in range(size))
-        w = F.silu(w).view(T, H, K)
+        w = getattr(F, layer.w_activation)(w).view(T, H, K)
         w = w / (w.square().sum(-1, keepdim=True) + layer.norm_eps).sqrt()
         beta = 2 * F.linear(x, layer.b_proj.weight, layer.b_proj.bias).sigmoid()
         between = between - beta[..., None, None] * w[..., None] * w[..., None, :]
@@ -170,6 +174,7 @@ def test_packed_is_separate(case, lengths):
 def test_no_tokens(case):
     layer = make(case)
     assert layer(make_input(2, 0)).shape == (2, 0, D)
+    assert layer(make_input(0, 5)).shape == (0, 5, D)
     nothing = torch.zeros(3, dtype=torch.int32)
     assert layer(make_input(1, 0), cu_seqlens=nothing).shape == (1, 0, D)
 
@@ -239,6 +244,23 @@ def test_reflectors_are_unit_vectors_whatever_the_dtype():
     assert (g < 0).all()
 
 
+@torch.no_grad()
+def test_weak_gates_count_after_a_strong_one():
+    """The first gates sum to −3e6, beside which float32 does not see the others."""
+    layer = ForgettingAttention(8, num_heads=2, init_std=1.0)
+    layer.f_proj.weight.zero_()
+    layer.f_proj.weight[:, 0] = 1.0
+    x = torch.randn(1, 12, 8)
+    x[:, :, 0] = torch.tensor([-1e6] * 3 + [0.0] * 9)
+    exact = copy.deepcopy(layer).double()(x.double())
+    torch.testing.assert_close(layer(x), exact.float(), rtol=1e-3, atol=1e-4)
+    _, state = layer(x[:, :6], return_state=True)
+    state, outputs = layer.reserve(state, 12), []
+    for token in x[:, 6:].unbind(1):
+        outputs.append(layer.step_(token, state))
+    torch.testing.assert_close(torch.stack(outputs, 1), exact[:, 6:].float(), rtol=1e-3, atol=1e-4)
+
+
 def test_rotation_keeps_lengths_and_sees_only_differences():
     q, k = torch.randn(2, 1, 5, 1, 8, dtype=torch.float64)
     position = torch.arange(5)
@@ -288,6 +310,7 @@ class TestErrors:
             (PaTHAttention, {"num_heads": 3, "w_rank": 0}, ValueError, "`w_rank`"),
             (PaTHAttention, {"num_heads": 3, "conv_size": 0}, ValueError, "`conv_size`"),
             (PaTHAttention, {"num_heads": 3, "max_rollback": -1}, ValueError, "`max_rollback`"),
+            (PaTHAttention, {"num_heads": 3, "impl": "fast"}, ValueError, "`impl` must be one of"),
             (PaTHAttention, {"num_heads": 3.0}, TypeError, "`num_heads` must be an int"),
             (RotaryAttention, {"num_heads": 8}, ValueError, "`head_dim` must be even, got 3"),
             (RotaryAttention, {"num_heads": 3, "base": 0.0}, ValueError, "`base`"),
@@ -336,6 +359,16 @@ def test_compiles_without_graph_breaks(case):
     weight = layer.q_proj.weight
     traced = torch.autograd.grad(compiled(x).sin().sum(), weight)
     agree(traced, torch.autograd.grad(layer(x).sin().sum(), weight))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("case", ["path, forgetting", "rotary", "forgetting"])
+def test_exports_for_sequences_of_any_length(case):
+    layer, sizes = make(case), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(layer, (make_input(2, 40),), dynamic_shapes=(sizes,))
+    x = make_input(3, 17)
+    agree(program.module()(x), layer(x))
 
 
 @every_layer

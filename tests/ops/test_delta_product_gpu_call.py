@@ -28,9 +28,14 @@ def call(inputs, impl="triton"):
     )
 
 
+def leaves(inputs):
+    """Return by name what has a gradient."""
+    return {n: x for n, x in inputs.items() if x is not None and x.requires_grad}
+
+
 def gradients(outputs, inputs):
     o, state = outputs
-    given = [x for x in inputs.values() if x is not None and x.requires_grad]
+    given = list(leaves(inputs).values())
     return torch.autograd.grad([o, state], given, [torch.ones_like(o), torch.ones_like(state)])
 
 
@@ -160,6 +165,151 @@ def test_packed_sequences_are_those_alone():
         o, state = call(alone)
         assert torch.equal(o, together[0][:, start:end])
         assert torch.equal(state, together[1][i : i + 1])
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 8])
+def test_lengths_around_a_chunk(N):
+    C = 64 // N
+    for T in (2, C - 1, C, C + 1, 2 * C - 1, 2 * C + 1):
+        inputs = arrange(2, T, N, 2, 64, 64)
+        wide = {
+            n: x if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()
+        }
+        actual, expected = (
+            gradients(call(x, impl), x) for x, impl in ((inputs, "triton"), (wide, "chunk"))
+        )
+        for name, a, e in zip(leaves(inputs), actual, expected, strict=True):
+            assert relative_error(a, e) < 1.2e-2, f"{name}, {T} tokens"
+
+
+@pytest.mark.parametrize(
+    ("T", "num_sequences", "N", "decay"),
+    [(900, 7, 2, 0.1), (900, 7, 1, None), (11_000, 3, 1, 0.02), (11_000, 3, 2, None)],
+)
+def test_gradients_of_packed_sequences_are_those_alone(T, num_sequences, N, decay):
+    """Long ones are cut into segments, and whether they are packed must not show."""
+    inputs = arrange(1, T, N, 2, 128, 64, HV=4, num_sequences=num_sequences, decay=decay)
+    bounds = inputs["cu_seqlens"].tolist()
+    assert bounds[1] == 0, "an empty sequence must be among them"
+    if T > 4096:
+        # Of the two that are left, one in three parts and one that is one part.
+        inputs["cu_seqlens"][2] = bounds[2] = 9000
+    together = dict(zip(leaves(inputs), gradients(call(inputs), inputs), strict=True))
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        alone = {
+            n: None if inputs[n] is None else inputs[n][:, start:end].detach().requires_grad_()
+            for n in ORDER
+        }
+        state = inputs["initial_state"][i : i + 1].detach().requires_grad_()
+        alone["initial_state"] = state
+        for name, x in zip(leaves(alone), gradients(call(alone), alone), strict=True):
+            part = slice(i, i + 1) if name == "initial_state" else (slice(None), slice(start, end))
+            assert torch.equal(x, together[name][part]), name
+
+
+@pytest.mark.parametrize("T", [300, 9000])
+def test_gradients_of_a_row_do_not_depend_on_the_batch(T):
+    inputs = arrange(3, T, 1, 2, 128, 128, decay=0.02)
+    together = gradients(call(inputs), inputs)
+    row = {
+        n: None if x is None else x[1:2].detach().clone().requires_grad_()
+        for n, x in inputs.items()
+    }
+    for a, b in zip(together, gradients(call(row), row), strict=True):
+        assert torch.equal(a[1:2], b)
+
+
+@pytest.mark.parametrize("T", [300, 9000])
+def test_cotangents_that_are_views_count_as_what_they_show(T):
+    """A sum's gradient is one number with strides of zero; others come transposed."""
+    inputs = arrange(1, T, 1, 2, 128, 128)
+    o, state = call(inputs)
+    given = list(leaves(inputs).values())
+
+    def differentiate(do, dstate):
+        return torch.autograd.grad([o, state], given, [do, dstate], retain_graph=True)
+
+    views = [
+        [x.new_ones(()).expand_as(x) for x in (o, state)],
+        [torch.randn_like(x).mT.contiguous().mT for x in (o, state)],
+    ]
+    for do, dstate in views:
+        assert not do.is_contiguous()
+        plain = differentiate(do.contiguous(), dstate.contiguous())
+        for a, b in zip(differentiate(do, dstate), plain, strict=True):
+            # Hopper's kernels copy rows of 16 bytes; others may take their place.
+            assert relative_error(a, b.double()) < 1e-2
+
+
+@pytest.mark.parametrize("T", [300, 9000])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-6, 1e5])
+def test_any_scale(scale, T):
+    """Some kernels divide by it.
+
+    Where it is next to nothing, gradients come from the last state alone: through all chunks, and
+    rounded at each.
+    """
+    limit = 1.2e-2 if abs(scale) > 1e-3 else 3e-2
+    inputs = arrange(1, T, 2, 1, 64, 64, decay=0.01)
+    wide = {n: x if x is None else x.detach().double().requires_grad_() for n, x in inputs.items()}
+    (o, state), (exact, exact_state) = (
+        delta_product(
+            *(x[n] for n in ORDER), scale=scale, initial_state=x["initial_state"],
+            output_final_state=True, impl=impl,
+        )
+        for x, impl in ((inputs, "triton"), (wide, "chunk"))
+    )  # fmt: skip
+    assert relative_error(o, exact) < 1.2e-2
+    actual, expected = gradients((o, state), inputs), gradients((exact, exact_state), wide)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < limit
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_function_transforms(N):
+    """Per-sample gradients, and a gradient through a batched call, are those one by one."""
+    inputs = {
+        n: x.detach() for n, x in arrange(2, 130, N, 2, 64, 64, HV=4).items() if x is not None
+    }
+    given = tuple(inputs[n] for n in (*ORDER, "initial_state"))
+
+    def loss(q, k, v, beta, g, initial_state):
+        o, state = delta_product(
+            q, k, v, beta, g, initial_state=initial_state, output_final_state=True, impl="triton"
+        )
+        return o.float().sin().sum() + state.sin().sum()
+
+    each = torch.func.grad(loss, argnums=tuple(range(6)))
+    stacked = [torch.stack([x, x.flip(0)]) for x in given]
+    together = torch.func.vmap(each)(*stacked)
+    for i in range(2):
+        for a, b in zip(together, each(*(x[i] for x in stacked)), strict=True):
+            assert relative_error(a[i], b.double()) < 1e-2
+    through = torch.func.grad(lambda k: torch.func.vmap(loss)(stacked[0], k, *stacked[2:]).sum())
+    assert relative_error(through(stacked[1]), together[1].double()) < 1e-2
+
+
+def test_packed_options_compile_into_one_graph():
+    """What a layer calls in training on documents, with the gradients of its parameters."""
+    inputs = arrange(1, 700, 2, 2, 64, 64, num_sequences=9, decay=0.5)
+    parameters = [torch.randn(2, device="cuda").requires_grad_() for _ in range(2)]
+
+    def call_all(q, k, v, beta, g, A_log, dt_bias):
+        return delta_product(
+            q, k, v, beta, g, A_log=A_log, dt_bias=dt_bias, qk_norm="l2",
+            beta_activation="2sigmoid", gate_activation="softplus", recompute=True,
+            cu_seqlens=inputs["cu_seqlens"], output_final_state=True,
+        )  # fmt: skip
+
+    given = [*(inputs[n] for n in ORDER), *parameters]
+    compiled = torch.compile(call_all, fullgraph=True)
+    results = []
+    for function in (call_all, compiled):
+        o, state = function(*given)
+        ones = [torch.ones_like(o), torch.ones_like(state)]
+        results.append([o, state, *torch.autograd.grad([o, state], given, ones)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow

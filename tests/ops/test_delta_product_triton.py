@@ -25,6 +25,8 @@ CASES = {
     "packed, grouped heads": {"B": 1, "T": 90, "N": 2, "H": 1, "HV": 2, "K": 16, "V": 16,
                               "num_sequences": 5},
     "no tokens": {"B": 2, "T": 0, "N": 2, "H": 1, "K": 16, "V": 16},
+    "no sequences": {"B": 0, "T": 70, "N": 2, "H": 1, "K": 16, "V": 16},
+    "no sequences to cut": {"B": 0, "T": 70, "N": 2, "H": 1, "K": 16, "V": 16, "segment": 32},
     "three segments": {"B": 2, "T": 150, "N": 1, "H": 1, "K": 16, "V": 16, "decay": None,
                        "segment": 64},
     "two segments of chunks": {"B": 1, "T": 140, "N": 1, "H": 1, "K": 32, "V": 16, "decay": None,

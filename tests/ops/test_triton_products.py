@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-PRECISIONS = ("tf32x3", "fp32")
+PRECISIONS = ("tf32x3", "fp32", "bf16x6")
 
 
 def measure() -> dict[str, tuple[float, float]]:
@@ -70,9 +70,10 @@ def found(interpreted) -> dict[str, tuple[float, float]]:
     return interpreted(__file__)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16x6"])
 @pytest.mark.parametrize("case", ["orthogonal", "any size"])
-def test_sums_are_rounded_to_nearest(case, found):
-    error, long = found[f"{case} fp32"]
+def test_sums_are_rounded_to_nearest(case, precision, found):
+    error, long = found[f"{case} {precision}"]
     # That of rounding the result, on average less than half of 2⁻²³, and nothing to one side.
     assert error < 2.0**-24
     assert abs(long) < 1e-8

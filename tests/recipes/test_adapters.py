@@ -67,6 +67,24 @@ def test_run_writes_and_resumes(tmp_path, quiet):
         recipe.run(TINY, tmp_path / "none", resume=True, say=quiet)
 
 
+def test_a_run_that_is_stopped_in_pretraining_is_resumed(tmp_path, quiet):
+    stop = StopRequest()
+    stop.signum = 2
+    with pytest.raises(Interrupted, match="continue with --resume"):
+        recipe.run(TINY, tmp_path, say=quiet, stop=stop, variants=FEW[:1])
+    (outcome,) = recipe.run(TINY, tmp_path, resume=True, say=quiet, variants=FEW[:1])
+    assert outcome.variant == FEW[0]
+
+
+def test_lora_is_left_out_where_peft_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    lines = []
+    variants = [Variant("lora", 1), Variant("probe")]
+    (outcome,) = recipe.run(TINY, tmp_path, say=lines.append, variants=variants)
+    assert outcome.variant == variants[1]
+    assert "[1/2] LoRA (peft), r = 1: left out: pip install peft" in lines
+
+
 def test_memory_counts_what_is_kept_once():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     images = Images(torch.randn(5, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1]))

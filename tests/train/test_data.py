@@ -98,6 +98,16 @@ def test_learning_rate_rises_then_falls_to_its_minimum(tiny):
     assert learning_rate(tiny(lr=1.0, warmup=4, schedule="constant"), 11) == 1.0
 
 
+def test_a_stable_learning_rate_falls_linearly_over_the_last_steps():
+    from householder.train.text import TextConfig
+
+    config = TextConfig(lr=1.0, min_lr=0.2, warmup=2, steps=20, schedule="wsd", decay=0.2)
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:17] == [1.0] * 15
+    assert rates[17:] == pytest.approx([0.8, 0.6, 0.4])  # and min_lr would be next
+
+
 def test_only_matrices_are_decayed():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.RMSNorm(2), torch.nn.Linear(2, 2))
     model[2].weight._no_weight_decay = True

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from householder.train import CheckpointError, ConfigError, NonFiniteError, loop, train
+from householder.train import CheckpointError, ConfigError, Evaluation, NonFiniteError, loop, train
 from householder.train import checkpoint as ckpt
+from householder.train.build import build_model
+from householder.train.data import derive_seed, make_training_task
 from householder.train.metrics import read_metrics
 from householder.train.observer import Observer
 from householder.train.optim import as_made, make_optimizer, make_recordable
@@ -150,6 +152,33 @@ def test_stops_early_once_solved(tiny, tmp_path):
     assert result.steps == 4
     assert final_state(tmp_path)[2]["step"] == 4
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [2, 3, 4]
+
+
+def test_solved_once_is_not_solved_in_a_row(tiny, tmp_path, monkeypatch):
+    accuracies = iter([1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def evaluate(model, config, device, **_):
+        return Evaluation("prefix", (config.length,), (next(accuracies),), 1)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    result = train(tiny(eval_interval=1, stop_when_solved=2, solved_accuracy=0.9), tmp_path)
+    assert result.steps == 4
+
+
+def test_gradients_are_clipped_and_logged_as_they_were(tiny, tmp_path):
+    norms, moved = {}, {}
+    for limit in (0.0, 1e-12):  # 0: no limit; below Adam's eps nothing moves
+        config = tiny(grad_clip=limit, steps=1, warmup=0, weight_decay=0.0, lr=1e-2, log_interval=1)
+        folder = tmp_path / str(limit)
+        after = train(config, folder).model.state_dict()
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        before = build_model(config, make_training_task(config)).state_dict()
+        moved[limit] = max(float((after[k] - before[k]).abs().max()) for k in before)
+        (record,) = read_metrics(folder / "metrics.jsonl")
+        norms[limit] = record["grad_norm"]
+    assert norms[0.0] == norms[1e-12] > 0.01
+    assert moved[0.0] > 5e-3
+    assert moved[1e-12] < 1e-5
 
 
 @pytest.mark.parametrize(

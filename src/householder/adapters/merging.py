@@ -25,6 +25,17 @@ def merge(model: nn.Module, *, keep_base: bool = False) -> None:
     Raises:
         AdapterError: a layer is quantised or packed, shares its weight with another module, or an
             adapter has values that are not finite. Nothing is then merged.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+        >>> config = adapters.HRAConfig(targets="0", num_householder=2, init="random")
+        >>> before = adapters.attach(model, config)(x)
+        >>> adapters.merge(model)
+        >>> torch.allclose(model(x), before, atol=1e-6)
+        True
+        >>> type(adapters.detach(model, keep_merged=True)[0]).__name__  # an ordinary layer again
+        'Linear'
     """
     state = state_of(model)
     refuse_while_merged("merge", state)
@@ -99,9 +110,24 @@ def unmerge(model: nn.Module) -> None:
     Weights that `merge` kept come back bit for bit. Others are computed back, each adapter's change
     undone in at least float32: exact to a rounding or two of the weights' dtype.
 
+    Args:
+        model: a model with merged adapters; they act beside the weights again.
+
     Raises:
         AdapterError: nothing is merged, or a change cannot be undone at the weights' precision. The
             model then stays merged.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> weight = model[0].weight.detach().clone()
+        >>> _ = adapters.attach(model, adapters.HRAConfig(targets="0", init="random"))
+        >>> adapters.merge(model, keep_base=True)
+        >>> torch.equal(model[0].weight, weight)
+        False
+        >>> adapters.unmerge(model)
+        >>> torch.equal(model[0].weight, weight)
+        True
     """
     state = state_of(model)
     if not state.merged:

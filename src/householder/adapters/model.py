@@ -171,7 +171,7 @@ def _make(
         if shape.layer == "conv2d" and (reason := not_dense(module)):
             raise AdapterError(
                 f"adapters.attach: `targets` cannot have {module_name}: an adapter of a "
-                f"convolution changes its kernel, but {reason}"
+                f"convolution changes its kernel, but {reason}; leave it out with `exclude`"
             )
         layer = make_layer(config, shape, module_name)
         made[module_name] = layer.to(device_of(module), parameter_dtype(module, dtype))
@@ -196,6 +196,17 @@ def activate(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterError: a name is unknown or given twice, or adapters are merged.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("first", "second"):
+        ...     _ = adapters.attach(model, adapters.HTAConfig(targets="0"), name)
+        >>> adapters.active(model)
+        ['second']
+        >>> adapters.activate(model, "first", "second")
+        >>> adapters.active(model)
+        ['first', 'second']
     """
     state = state_of(model)
     for name in names:
@@ -211,6 +222,9 @@ def activate(model: nn.Module, *names: str) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Let the base model act by itself for the time of the block.
+
+    Args:
+        model: a model with adapters.
 
     Raises:
         AdapterError: adapters are merged into the weights.
@@ -263,6 +277,15 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
     Raises:
         AdapterError: the name is unknown; adapters are merged and `keep_merged` is not given.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = adapters.attach(model, adapters.HTAConfig(targets="0"))
+        >>> adapters.detach(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+        )
     """
     state = state_of(model)
     if name is not None:
@@ -299,13 +322,28 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 
 
 def names(model: nn.Module) -> list[str]:
-    """Return the names of the attached adapters, in the order attached."""
+    """Return the names of the attached adapters, in the order attached.
+
+    Args:
+        model: any model; one without adapters has none.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = adapters.attach(model, adapters.HTAConfig(targets="0"), "task_a", activate=False)
+        >>> adapters.names(model), adapters.active(model)
+        (['task_a'], [])
+    """
     state: ModelState = getattr(model, STATE, ModelState())
     return list(state.configs)
 
 
 def active(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that act, the first innermost."""
+    """Return the names of the adapters that act, the first innermost; see `activate`.
+
+    Args:
+        model: any model; in one without adapters none acts.
+    """
     state: ModelState = getattr(model, STATE, ModelState())
     return list(state.active)
 
@@ -316,6 +354,9 @@ def parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parame
     Args:
         model: a model with adapters.
         name: of one adapter; all active ones if None.
+
+    Returns:
+        The parameters themselves, not copies, in the model's order.
 
     Raises:
         AdapterError: the name is unknown.
@@ -341,7 +382,22 @@ def parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parame
 
 
 def num_parameters(model: nn.Module, name: str | None = None) -> int:
-    """Return how many numbers `parameters` holds."""
+    """Return how many numbers `parameters` holds.
+
+    Args:
+        model: a model with adapters.
+        name: of one adapter; all active ones if None.
+
+    Raises:
+        AdapterError: the name is unknown.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> config = adapters.HRAConfig(targets="0", num_householder=2)
+        >>> adapters.num_parameters(adapters.attach(model, config))  # two vectors of 8
+        16
+    """
     return sum(parameter.numel() for parameter in parameters(model, name).values())
 
 
@@ -351,8 +407,22 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     Added to the loss with a weight λ (published: 1e-4 and less) it is the regularised form of HRA.
     The equal pairs of `init="identity"` are a stationary point of it: the loss has to part them.
 
+    Args:
+        model: a model with an active HRA adapter.
+
+    Returns:
+        A scalar with gradients to the reflectors; 0 where those of each layer are orthogonal.
+
     Raises:
         AdapterError: no active adapter is of kind HRA.
+
+    Examples:
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> config = adapters.HRAConfig(targets="0", num_householder=2)  # an equal pair
+        >>> penalty = adapters.orthogonality_penalty(adapters.attach(model, config))
+        >>> round(penalty.item(), 3)
+        2.0
     """
     penalties = [
         layer.penalty()

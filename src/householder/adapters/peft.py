@@ -54,6 +54,17 @@ def load_peft(
 
     Raises:
         AdapterError: it is no HRA adapter, is damaged, or does not fit the model.
+
+    Examples:
+        >>> import tempfile
+        >>> from householder import adapters
+        >>> model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+        >>> config = adapters.HRAConfig(targets="0", num_householder=2, init="random")
+        >>> before = adapters.attach(model, config)(x)
+        >>> folder = adapters.save_peft(model, tempfile.mkdtemp())  # as peft itself writes it
+        >>> after = adapters.load_peft(adapters.detach(model), folder)(x)
+        >>> torch.allclose(after, before, atol=1e-6)
+        True
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
@@ -207,7 +218,10 @@ def export_lora(model: nn.Module, folder: str | Path, name: str | None = None) -
 def _low_rank_change(name: str, module: nn.Module, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     """Return B and A in the shapes of LoRA's parameters for this layer."""
     if reason := not_dense(module):
-        raise AdapterError(f"adapters.export_lora: needs the weight of {name}, but {reason}")
+        raise AdapterError(
+            f"adapters.export_lora: needs the weight of {name}, but {reason}; adapters.save keeps "
+            "the adapter as it is"
+        )
     B, A = layer.change(read_weight(module))
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:

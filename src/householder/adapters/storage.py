@@ -126,6 +126,15 @@ def load(
     Raises:
         AdapterError: the folder holds no adapter or a damaged one, or it does not fit the model;
             says what must be and what is.
+
+    Examples:
+        >>> import tempfile
+        >>> from householder import adapters
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = adapters.save(adapters.attach(model, adapters.HTAConfig(targets="0")), folder)
+        >>> adapters.names(adapters.load(adapters.detach(model), folder, "again"))
+        ['again']
     """
     folder = Path(folder)
     content = _read_json(folder)

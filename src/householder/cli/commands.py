@@ -19,6 +19,7 @@ from householder.adapters import AdapterError
 from householder.cli.reproduce import reproduce_app
 from householder.cli.runs import refuse_both, run_chosen
 from householder.cli.settings import (
+    App,
     Out,
     Overwrite,
     Resume,
@@ -41,7 +42,7 @@ from householder.train.text.folder import (
 )
 from householder.train.text.processes import join_processes
 
-app = typer.Typer(
+app = App(
     help="Products of Householder reflections in neural networks: train, generate, fine-tune, "
     "convert, and reproduce what was published.",
     add_completion=False,

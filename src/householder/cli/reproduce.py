@@ -10,6 +10,7 @@ from rich.console import Console
 
 from householder.cli.runs import refuse_both, run_chosen
 from householder.cli.settings import (
+    App,
     Out,
     Overwrite,
     Resume,
@@ -24,7 +25,14 @@ from householder.train.text.config import TextConfig
 from householder.train.text.positions import EvaluationConfig
 from householder.train.text.processes import join_processes
 
-reproduce_app = typer.Typer(help="Repeat published experiments: published beside measured.")
+reproduce_app = App(help="Repeat published experiments: published beside measured.")
+
+Size = Annotated[
+    str,
+    typer.Option(
+        "--size", help="cpu: small, minutes on two cores; gpu: as published or near it, on a GPU."
+    ),
+]
 
 
 @reproduce_app.callback(invoke_without_command=True)
@@ -38,9 +46,7 @@ def _reproduce(context: typer.Context) -> None:
 @reproduce_app.command("state-tracking")
 @with_settings(TrainConfig, show_defaults=False)
 def _state_tracking(
-    size: Annotated[
-        str, typer.Option("--size", help="cpu: minutes on two cores; gpu: as published.")
-    ] = "cpu",
+    size: Size = "cpu",
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -66,9 +72,7 @@ def _state_tracking(
 @reproduce_app.command("flip-flop")
 @with_settings(TrainConfig, show_defaults=False)
 def _flip_flop(
-    size: Annotated[
-        str, typer.Option("--size", help="cpu: minutes on two cores; gpu: as published.")
-    ] = "cpu",
+    size: Size = "cpu",
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -96,9 +100,7 @@ def _flip_flop(
 @reproduce_app.command("a5-attention")
 @with_settings(TrainConfig, show_defaults=False)
 def _a5_attention(
-    size: Annotated[
-        str, typer.Option("--size", help="cpu: short words, minutes on two cores; gpu: length 16.")
-    ] = "cpu",
+    size: Size = "cpu",
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -106,8 +108,8 @@ def _a5_attention(
 ) -> None:
     """Count the layers that attention needs for the word problem of A5, with PaTH and with RoPE.
 
-    Settings given here override those of the chosen size. The folder is by default
-    householder-a5-attention-<size>.
+    Size gpu has words of up to 16 elements, cpu of up to 5. Settings given here override those of
+    the chosen size. The folder is by default householder-a5-attention-<size>.
     """
     from householder.recipes import a5_attention
 
@@ -121,12 +123,7 @@ def _a5_attention(
 @reproduce_app.command("recall")
 @with_settings(TrainConfig, show_defaults=False)
 def _recall(
-    size: Annotated[
-        str,
-        typer.Option(
-            "--size", help="cpu: 8 pairs, minutes on two cores; gpu: 64 pairs, as published."
-        ),
-    ] = "cpu",
+    size: Size = "cpu",
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -134,8 +131,9 @@ def _recall(
 ) -> None:
     """Recall values by their keys, at several widths, and print published beside measured.
 
-    Settings given here override those of the chosen size; --d-model chooses one width, which is
-    added to those that the folder holds. The folder is by default householder-recall-<size>.
+    Size gpu has the published 64 pairs, cpu 8. Settings given here override those of the chosen
+    size; --d-model chooses one width, which is added to those that the folder holds. The folder is
+    by default householder-recall-<size>.
     """
     from householder.recipes import recall
 
@@ -162,12 +160,7 @@ def _recall(
     without=("pattern",),
 )
 def _length_extrapolation(
-    size: Annotated[
-        str,
-        typer.Option(
-            "--size", help="cpu: tiny models, minutes on two cores; gpu: 30 million parameters."
-        ),
-    ] = "cpu",
+    size: Size = "cpu",
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -190,9 +183,9 @@ def _length_extrapolation(
 ) -> None:
     """Train small language models and measure their loss far beyond the training length.
 
-    Published is printed beside measured. Settings given here override those of the chosen size;
-    --num-householder is that of delta_product. The folder is by default
-    householder-length-extrapolation-<size>.
+    Published is printed beside measured. Size gpu has models of 30 million parameters, cpu tiny
+    ones. Settings given here override those of the chosen size; --num-householder is that of
+    delta_product. The folder is by default householder-length-extrapolation-<size>.
     """
     from householder.recipes import length_extrapolation
     from householder.train.text.observer import TextDisplay

@@ -31,6 +31,22 @@ Overwrite = Annotated[
 ]
 
 
+class App(typer.Typer):
+    """A Typer whose help is as wide as the terminal: its docstrings' lines are joined."""
+
+    def command(  # type: ignore[override] # the options that are used here
+        self, name: str, **options: Any
+    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Register a command, described by its docstring."""
+
+        def register(function: Callable[..., None]) -> Callable[..., None]:
+            paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+            help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+            return typer.Typer.command(self, name, help=help, **options)(function)
+
+        return register
+
+
 def with_settings(
     config: type[Settings],
     *more: type[Settings],
@@ -76,7 +92,10 @@ def _add_settings(
     def wrapper(**arguments: Any) -> None:
         command(**arguments)
 
-    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    # Typer keeps the line ends of all paragraphs but the first.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    wrapper.__doc__ = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+    wrapper.__name__ = command.__name__
     # Typer reads a command's options from these two.
     wrapper.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *settings]}
@@ -100,10 +119,15 @@ def _setting_parameter(
         help, metavar = f"{help} Several may be given, with commas.", f"<{kind.__name__}s>"
     if kind is bool:
         flag, default = f"{flag}/--no-{flag[2:]}", _shown(default)
-    if show_default and default not in (None, ""):
-        others = [each.default for each in same[1:] if each.default not in (None, field.default)]
-        with_text = "".join(f"; with --text {_shown(value)}" for value in others)
-        help += f" [dim]Default: {default}{with_text}.[/dim]"
+    if show_default:
+        stated = default not in (None, "")
+        own = str(default) if stated else _default_words(field)
+        others = [_default_words(each) for each in same[1:]]
+        defaults = [f"Default: {default}"] if stated else []
+        defaults += [f"with --text: {words}" for words in others if words not in ("", own)]
+        if defaults:
+            words = "; ".join(defaults)
+            help += f" [dim]{words[0].upper()}{words[1:]}.[/dim]"
     # The option's own default is None, to tell a flag that was given from one that was not.
     option = typer.Option(
         None, flag, help=help, rich_help_panel=field.metadata["section"], metavar=metavar
@@ -113,6 +137,13 @@ def _setting_parameter(
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
     )
+
+
+def _default_words(field: dataclasses.Field[Any]) -> str:
+    """Return a field's default in words, of the help where it has none; "" if there are none."""
+    if field.default not in (None, ""):
+        return _shown(field.default)
+    return str(field.metadata["help"]).partition("default: ")[2].rstrip(".")
 
 
 def _shown(default: Any) -> str:

@@ -53,6 +53,16 @@ def from_fla(folder: Path | str) -> CausalLM:
     Raises:
         ConversionError: the folder holds no such model, or one that has something ours has not.
 
+    Examples:
+        >>> import tempfile
+        >>> from householder.models import CausalLMConfig
+        >>> config = CausalLMConfig(64, d_model=32, num_layers=1, head_dim=16, pattern="delta")
+        >>> model, folder = CausalLM(config), tempfile.mkdtemp()
+        >>> to_fla(model, folder)  # as theirs is saved
+        >>> tokens = torch.randint(64, (1, 5))
+        >>> torch.equal(from_fla(folder)(tokens), model(tokens))
+        True
+
     References:
         flash-linear-attention, https://github.com/fla-org/flash-linear-attention
     """
@@ -77,6 +87,7 @@ def from_fla(folder: Path | str) -> CausalLM:
     except RuntimeError as error:
         raise ConversionError(
             f"from_fla: the weights in {folder} must be those of its config, and are not: {error}"
+            "; give both of one model"
         ) from error
     return model.eval()
 
@@ -149,7 +160,8 @@ def convert(source: Path, target: Path) -> str:
         except ValueError as error:
             raise ConversionError(
                 f"convert: `source` must hold a model of householder, or of flash-linear-attention "
-                f"({', '.join(READERS)}), {source} does not, of model_type {kind!r}: {error}"
+                f"({', '.join(READERS)}), {source} does not, of model_type {kind!r}: {error}; "
+                "give the folder of one"
             ) from error
         done = f"{source} -> {target}: {_write_theirs(model, ids, target)}"
     for name in _COMPANIONS:

@@ -44,7 +44,7 @@ def over_sequences(impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             g,
             initial_state=initial_state,
             output_final_state=output_final_state,
-            cu_seqlens=_bounds(cu_seqlens, seq_idx),
+            cu_seqlens=packed_bounds(cu_seqlens, seq_idx),
             qk_norm="l2" if use_qk_l2norm_in_kernel else None,
             qk_norm_eps=_NORM_EPS,
             impl=impl,
@@ -113,7 +113,7 @@ def causal_conv1d_fn(
     y = short_convolution(
         hidden_states.mT,
         weight.unsqueeze(1),
-        cu_seqlens=_bounds(cu_seq_lens_q, seq_idx),
+        cu_seqlens=packed_bounds(cu_seq_lens_q, seq_idx),
         silu=with_silu,
     ).mT
     return y if with_silu else _activated(y, bias, activation)
@@ -149,8 +149,16 @@ def _activated(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor
     return y if activation is None else ACT2FN[activation](y)
 
 
-def _bounds(cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
-    """Return where packed sequences begin and end, from either of two ways to say so."""
+def packed_bounds(cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    """Return where packed sequences begin and end, from either of two ways to say so.
+
+    Args:
+        cu_seqlens: the bounds themselves `[S + 1]`, of any integer dtype, or None.
+        seq_idx: the number of each token's sequence `[1, T]`, or None.
+
+    Returns:
+        int32 `[S + 1]`, or None where neither is given.
+    """
     if cu_seqlens is not None:
         return cu_seqlens.to(torch.int32)
     if seq_idx is None:

@@ -5,14 +5,17 @@ Importing this module registers them with `AutoConfig` and `AutoModelForCausalLM
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from householder.hf.cache import MAX_ROLLBACK, HouseholderCache
 from householder.hf.configuration import HouseholderConfig
+from householder.hf.gated_delta_functions import packed_bounds
 from householder.models import CausalLM
 from householder.models.pretrained import MODEL_TYPE
 from householder.nn import PaTHAttention
@@ -37,7 +40,7 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         >>> from householder.hf.modeling import HouseholderConfig
         >>> config = HouseholderConfig(vocab_size=64, d_model=32, num_layers=2, head_dim=16)
         >>> model = AutoModelForCausalLM.from_config(config)
-        >>> prompt = torch.randint(64, (1, 5))
+        >>> prompt = torch.randint(1, 64, (1, 5))
         >>> model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0).shape
         torch.Size([1, 9])
     """
@@ -67,6 +70,9 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the embeddings; with tied embeddings the head's weight too."""
         self.model.embeddings = value
+        # As `resize_token_embeddings` asks for; it tells the config of transformers itself.
+        size = value.weight.shape[0]
+        self.model.config = dataclasses.replace(self.model.config, vocab_size=size)
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """Return the head, or `None` where the embeddings are its weight."""
@@ -99,6 +105,8 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
@@ -116,14 +124,18 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: of how many of the last positions, or of which, logits are wanted; all
                 if 0.
             return_dict: must not be False.
-            cu_seq_lens_q: bounds of packed sequences, int32 `[S + 1]`.
+            cu_seq_lens_q: bounds of packed sequences, int32 `[S + 1]`; then B = 1.
+            seq_idx: in their place, the number of each token's sequence `[1, T]`.
+            position_ids: in their place, positions `[1, T]`, which begin anew in every sequence;
+                elsewhere they mean nothing, and with a cache or `attention_mask` they are ignored.
             num_items_in_batch: what the summed loss is divided by, which `Trainer` gives where
                 several calls make one step; `None` for how many labels are asked.
-            **options: others that transformers passes; position numbers mean nothing here.
+            **options: others that transformers passes.
 
         Raises:
             ValueError: a shape, `attention_mask` or the cache does not fit.
-            NotImplementedError: embeddings are given in place of tokens.
+            NotImplementedError: embeddings are given in place of tokens, or packed sequences with a
+                cache.
         """
         if input_ids is None or options.get("inputs_embeds") is not None:
             raise NotImplementedError(
@@ -135,11 +147,19 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
                 "HouseholderForCausalLM: `return_dict` must not be False; read the fields by name"
             )
         cache = self._cache(input_ids, past_key_values, use_cache)
+        bounds = packed_bounds(cu_seq_lens_q, seq_idx)
+        if bounds is None and cache is None and attention_mask is None:
+            bounds = _restarts(position_ids)
+        if bounds is not None and cache is not None:
+            raise NotImplementedError(
+                "HouseholderForCausalLM: packed sequences must begin and end in one call, got "
+                f"{len(bounds) - 1} of them and a cache; give use_cache=False, or rows of a batch"
+            )
         beginning = cache is None or cache.seen == 0
         mask = _padding(attention_mask, input_ids, cache is not None) if beginning else None
         extra = 0
         if cache is None:
-            hidden = self.model.hidden(input_ids, cu_seqlens=cu_seq_lens_q, mask=mask)
+            hidden = self.model.hidden(input_ids, cu_seqlens=bounds, mask=mask)
         else:
             tokens, mask, extra = cache.take(input_ids, mask)
             hidden, cache.states = self.model.hidden(
@@ -192,6 +212,14 @@ def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     if isinstance(logits_to_keep, Tensor):
         return logits_to_keep
     return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+
+
+def _restarts(position_ids: Tensor | None) -> Tensor | None:
+    """Return the bounds of packed sequences, at whose beginnings positions do not go on."""
+    if position_ids is None:
+        return None
+    restarts = position_ids.diff() != 1
+    return packed_bounds(None, F.pad(restarts.cumsum(-1), (1, 0))) if restarts.any() else None
 
 
 def _padding(attention_mask: Tensor | None, input_ids: Tensor, cached: bool) -> Tensor | None:

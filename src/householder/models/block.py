@@ -105,7 +105,8 @@ class Block(nn.Module):
 
     Args:
         mixer: the token mixer, any of `householder.nn`.
-        mlp_width: hidden size of the SwiGLU; `None` for `default_mlp_width(d_model)`.
+        mlp_width: hidden size of the SwiGLU; `None` for `default_mlp_width(d_model)`, 0 for a block
+            of the mixer alone.
         norm_eps: added to the mean square in both norms.
         init_std: standard deviation of the MLP's initial weights; `None` for PyTorch's own rule.
         num_layers: blocks in the model, which scales the MLP's last weight down; `None` for none.
@@ -142,6 +143,9 @@ class Block(nn.Module):
         d_model = mixer.d_model
         self.mixer_norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
         self.mixer = mixer
+        self.mlp: SwiGLU | None = None
+        if mlp_width == 0:
+            return
         self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
         self.mlp = SwiGLU(
             d_model,
@@ -206,4 +210,4 @@ class Block(nn.Module):
         return self._add_mlp(x + self.mixer.step_(self.mixer_norm(x), state))
 
     def _add_mlp(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from householder.models.causal_lm_config import SLIDING_WINDOW, CausalLMConfig
@@ -75,13 +74,11 @@ class CausalLM(BlockStack):
             config.d_model,
             (config.build_block(name, impl=impl, **factory) for name in config.layer_names()),
             norm_eps=config.norm_eps,
+            num_outputs=None if config.tie_embeddings else config.vocab_size,
             recompute=True,
             **factory,
         )
         self.config = config
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -125,15 +122,6 @@ class CausalLM(BlockStack):
             return self.logits(hidden)
         hidden, new_states = hidden
         return self.logits(hidden), new_states
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits `[..., vocab_size]` that the head reads from `hidden`."""
-        return F.linear(hidden, self.head_weight)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's weight `[vocab_size, d_model]`: with tied embeddings, these."""
-        return self.embeddings.weight if self.head is None else self.head.weight
 
     def loss(self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the mean cross entropy in nats, without ever holding all logits.

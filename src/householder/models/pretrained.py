@@ -89,8 +89,19 @@ def load_causal_lm(
         device: of the parameters; `None` for the CPU.
         dtype: of the parameters; `None` for that of the file.
 
+    Returns:
+        The model.
+
     Raises:
         ValueError: the folder holds no such model, or its weights do not fit its config.
+
+    Examples:
+        >>> import tempfile
+        >>> model = CausalLM(CausalLMConfig(256, d_model=32, num_layers=1, head_dim=16))
+        >>> folder = tempfile.mkdtemp()
+        >>> save_causal_lm(model, folder)
+        >>> load_causal_lm(folder, dtype=torch.bfloat16).head_weight.dtype
+        torch.bfloat16
     """
     folder = Path(folder)
     try:

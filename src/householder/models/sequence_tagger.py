@@ -63,7 +63,8 @@ class SequenceTaggerConfig:
         qk_activation: "silu", "relu", "elu" or "identity".
         qk_norm: "l2", "sum" or "none".
         mlp_width: hidden size of the SwiGLU; `None` for 8/3 · d_model rounded up to a multiple of
-            256.
+            256, 0 for blocks of the mixer alone.
+        tie_embeddings: use the embeddings as the head's weight too; labels are tokens then.
         norm_eps: added to the mean square in every RMSNorm.
         init_std: standard deviation of the initial weights; `None` for PyTorch's own rules.
 
@@ -90,6 +91,7 @@ class SequenceTaggerConfig:
     qk_activation: str = "silu"
     qk_norm: str = "l2"
     mlp_width: int | None = None
+    tie_embeddings: bool = False
     norm_eps: float = 1e-5
     init_std: float | None = 0.02
 
@@ -97,8 +99,13 @@ class SequenceTaggerConfig:
         where = type(self).__name__
         for name in ("vocab_size", "num_classes", "d_model", "num_layers", "num_heads"):
             check_positive_int(where, name, getattr(self, name))
-        if self.mlp_width is not None:
+        if self.mlp_width != 0 and self.mlp_width is not None:
             check_positive_int(where, "mlp_width", self.mlp_width)
+        if self.tie_embeddings and self.num_classes != self.vocab_size:
+            raise ValueError(
+                f"{where}: `tie_embeddings` needs a class for each of the {self.vocab_size} "
+                f"tokens, got num_classes={self.num_classes}; leave it out"
+            )
         check_positive_float(where, "norm_eps", self.norm_eps)
         if self.init_std is not None:
             check_positive_float(where, "init_std", self.init_std)
@@ -223,13 +230,14 @@ class SequenceTagger(BlockStack):
             d_model,
             (config.build_block(**factory) for _ in range(config.num_layers)),
             norm_eps=config.norm_eps,
+            num_outputs=None if config.tie_embeddings else num_classes,
             **factory,
         )
         self.config = config
-        self.head = nn.Linear(d_model, num_classes, bias=False, **factory)
         if config.init_std is not None:
             nn.init.normal_(self.embeddings.weight, std=config.init_std)
-        init_weight(self.head.weight, config.init_std)
+        if self.head is not None:
+            init_weight(self.head.weight, config.init_std)
 
     @classmethod
     def from_config(
@@ -278,9 +286,9 @@ class SequenceTagger(BlockStack):
             tokens, states=states, cu_seqlens=cu_seqlens, return_states=return_states
         )
         if not return_states:
-            return self.head(hidden)
+            return self.logits(hidden)
         hidden, new_states = hidden
-        return self.head(hidden), new_states
+        return self.logits(hidden), new_states
 
     def step(self, tokens: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Label one more token of each sequence.
@@ -299,4 +307,4 @@ class SequenceTagger(BlockStack):
             ValueError: a shape does not fit.
         """
         hidden, new_states = self.hidden_step(tokens, states)
-        return self.head(hidden), new_states
+        return self.logits(hidden), new_states

@@ -7,23 +7,28 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from householder.models._recompute import silence_advice
 from householder.models.block import Block
 from householder.nn import DeltaProductMixer
+from householder.ops._checks import check_tensor
 
 
 class BlockStack(nn.Module):
     """Turn tokens into vectors: embedding, blocks of mixer and MLP, a final RMSNorm.
 
-    The vector at a position depends on the tokens up to and including it.
+    The vector at a position depends on the tokens up to and including it. What a head reads from it
+    are the logits.
 
     Args:
         vocab_size: number of different tokens.
         d_model: size of the vectors.
         blocks: the blocks, made when they are asked for, after the embedding.
         norm_eps: added to the mean square in the final norm.
+        num_outputs: logits of a head of its own; `None` for one that is the embedding, read the
+            other way.
         recompute: what the attribute begins with.
         device: of the parameters.
         dtype: of the parameters.
@@ -43,6 +48,7 @@ class BlockStack(nn.Module):
         blocks: Iterable[Block],
         *,
         norm_eps: float,
+        num_outputs: int | None,
         recompute: bool = False,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -51,6 +57,9 @@ class BlockStack(nn.Module):
         self.embeddings = nn.Embedding(vocab_size, d_model, device=device, dtype=dtype)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(d_model, eps=norm_eps, device=device, dtype=dtype)
+        self.head: nn.Linear | None = None
+        if num_outputs is not None:
+            self.head = nn.Linear(d_model, num_outputs, bias=False, device=device, dtype=dtype)
         self._checkpoint_activations = False
         self._recompute = recompute
         self._tell_blocks()
@@ -82,6 +91,15 @@ class BlockStack(nn.Module):
             block.recompute = recompute
             if isinstance(block.mixer, DeltaProductMixer):
                 block.mixer.recompute = recompute
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight `[num_outputs, d_model]`: with tied embeddings, these."""
+        return self.embeddings.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., num_outputs]` that the head reads from `hidden`."""
+        return F.linear(hidden, self.head_weight)
 
     def init_state(self, batch_size: int) -> list[Any]:
         """Return the states before the first token, one per layer.
@@ -181,6 +199,7 @@ class BlockStack(nn.Module):
 
     def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
         where = type(self).__name__
+        check_tensor(where, "tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(
                 f"{where}: `tokens` must be int64, got {tokens.dtype}; convert with .long()"

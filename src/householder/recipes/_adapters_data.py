@@ -14,7 +14,7 @@ from householder.train.data import generator_for
 from householder.train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from householder.recipes.adapters import Settings
+    from householder.recipes._adapters_records import Settings
 
 
 @dataclass(frozen=True)

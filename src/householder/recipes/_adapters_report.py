@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from householder.recipes._adapters_records import NAMES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from householder.recipes.adapters import Outcome, Settings
+    from householder.recipes._adapters_records import Outcome, Settings
 
 # VTAB-1k and FGVC means of ViT-B/16 pretrained on ImageNet-21k, from the HTA paper's tables.
 # LoRA's rank is not stated there: its means stand beside one of ours.
@@ -21,15 +23,6 @@ PUBLISHED: dict[tuple[str, int], tuple[float | None, float | None]] = {
     ("hta", 0): (72.0, None),
     ("hta", 1): (74.7, 90.6),
     ("lora", 4): (72.3, 89.5),
-}
-
-NAMES = {
-    "full": "full fine-tuning",
-    "probe": "linear probe",
-    "hta": "HTA",
-    "hra": "HRA",
-    "two-sided": "two-sided (HOFT)",
-    "lora": "LoRA (peft)",
 }
 
 

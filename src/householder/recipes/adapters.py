@@ -26,7 +26,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from householder.recipes._adapters_data import Images, load_halves, split
-from householder.recipes._adapters_report import NAMES, plot, results_table
+from householder.recipes._adapters_records import VARIANTS, Outcome, Settings, Variant
+from householder.recipes._adapters_report import plot, results_table
 from householder.recipes._vision_transformer import VisionTransformer
 from householder.storage import write_atomically
 from householder.train.adapt.methods import Method, make_method
 from householder.train.data import derive_seed, generator_for
-from householder.train.errors import ConfigError, Interrupted, OutputError
+from householder.train.errors import Interrupted, OutputError
 from householder.train.interrupt import StopRequest
 
 __all__ = [
@@ -49,99 +50,6 @@ __all__ = [
 ]  # fmt: skip
 
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its size.
-
-    Attributes:
-        kind: as in `householder.train.adapt.make_method`.
-        size: reflectors or rank.
-    """
-
-    kind: str
-    size: int = 0
-
-    @property
-    def name(self) -> str:
-        letter = {"hra": "N", "two-sided": "N", "hta": "D′", "lora": "r"}.get(self.kind)
-        return NAMES[self.kind] + (f", {letter} = {self.size}" if letter else "")
-
-
-VARIANTS = (
-    Variant("probe"),
-    *(Variant("hra", n) for n in (2, 4, 8)),
-    *(Variant("two-sided", n) for n in (2, 4)),
-    *(Variant("hta", r) for r in (0, 1, 4)),
-    *(Variant("lora", r) for r in (1, 2, 4)),
-    Variant("full"),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The size of the experiment.
-
-    Attributes:
-        images: a folder with one folder of images per class; scikit-learn's digits if None.
-        image_size: to which images of a folder are resized.
-        shots: images per class to adapt on, and as many to choose the learning rate on.
-        pretrain_steps: of the base model.
-        steps: of each adaptation.
-        batch_size: images per step.
-        learning_rates: among which each method chooses.
-        seeds: adaptations of each method, each with other images and other first weights.
-        device: where to run.
-    """
-
-    images: str | None = None
-    image_size: int = 32
-    shots: int = 20
-    pretrain_steps: int = 600
-    steps: int = 200
-    batch_size: int = 50
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    seeds: int = 5
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One method's result.
-
-    Attributes:
-        kind: the method.
-        size: reflectors or rank.
-        num_parameters: numbers trained, the new head's among them.
-        head_parameters: of these, the head's.
-        accuracies: on the test images, by seed.
-        learning_rate: the chosen one.
-        step_seconds: median time of a training step.
-        step_bytes: kept by a step for its backward pass, plus gradients and the optimizer's state.
-    """
-
-    kind: str
-    size: int
-    num_parameters: int
-    head_parameters: int
-    accuracies: tuple[float, ...]
-    learning_rate: float
-    step_seconds: float
-    step_bytes: int
-
-    @property
-    def variant(self) -> Variant:
-        return Variant(self.kind, self.size)
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation over the seeds."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 def fit(
@@ -346,6 +254,8 @@ def run(
     stop, variants = stop or StopRequest(), variants or VARIANTS
     done = _stored(settings, folder, resume=resume, overwrite=overwrite)
     first, second = load_halves(settings)
+    # Before the first method is done: a run that is stopped until then can be resumed too.
+    _write(settings, list(done.values()), folder)
     device = torch.device(settings.device)
     first, second = (Images(x.pixels.to(device), x.labels.to(device)) for x in (first, second))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -355,13 +265,10 @@ def run(
         for i, variant in enumerate(variants):
             if (variant.kind, variant.size) in done:
                 continue
-            try:
-                outcome = run_variant(settings, base, second, variant, stop)
-            except ConfigError as error:
-                if variant.kind != "lora" or "peft" not in str(error):
-                    raise
-                say(f"[{i + 1}/{len(variants)}] {variant.name}: left out: {error}")
+            if variant.kind == "lora" and find_spec("peft") is None:
+                say(f"[{i + 1}/{len(variants)}] {variant.name}: left out: pip install peft")
                 continue
+            outcome = run_variant(settings, base, second, variant, stop)
             done[variant.kind, variant.size] = outcome
             _write(settings, list(done.values()), folder)
             say(

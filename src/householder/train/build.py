@@ -82,6 +82,7 @@ def build_model(config: TrainConfig, task: Task) -> SequenceTagger:
             allow_neg_eigval=config.allow_neg_eigval,
             use_short_conv=config.use_short_conv,
             mlp_width=config.mlp_width,
+            tie_embeddings=config.tie_embeddings,
         )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error

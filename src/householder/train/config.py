@@ -82,9 +82,15 @@ class TrainConfig(Settings):
     )
     mlp_width: int | None = setting(
         None,
-        "Inner width of the SwiGLU MLP; default: 8/3 · d-model rounded up to a multiple of 256.",
+        "Inner width of the SwiGLU MLP, 0: none; default: 8/3 · d-model rounded up to a multiple "
+        "of 256.",
         section="Model",
-        at_least=1,
+        at_least=0,
+    )
+    tie_embeddings: bool = setting(
+        False,
+        "Read the labels with the embeddings' weights, for tasks whose labels are tokens.",
+        section="Model",
     )
     allow_neg_eigval: bool = setting(
         True, "Let β range over (0, 2), so that eigenvalues reach −1.", section="Model"

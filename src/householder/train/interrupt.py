@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +49,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def note(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
         restore()
+        if sys.stderr.isatty():
+            # Not by print, which the signal may have interrupted.
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; once more: at once\n")
 
     def restore() -> None:
         for signum, handler in previous.items():

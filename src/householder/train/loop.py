@@ -300,7 +300,7 @@ class _Run:
         supervised = (batch.labels != IGNORE_INDEX).byte()
         places = supervised.topk(count, dim=1, sorted=False).indices
         hidden = self.model.hidden(batch.tokens).take_along_dim(places[..., None], dim=1)
-        return self.model.head(hidden), batch.labels.gather(1, places)
+        return self.model.logits(hidden), batch.labels.gather(1, places)
 
     def _log(self, metrics: MetricsWriter, result: _Step) -> None:
         seconds, tokens = self.watch.lap()

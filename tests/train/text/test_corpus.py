@@ -1,13 +1,16 @@
 """Files become tokens, tokens become documents in two parts."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from householder.train import ConfigError
+from householder.train.text import corpus
 from householder.train.text.batches import Windows, pack, validation_windows
 from householder.train.text.corpus import (
     documents,
@@ -51,6 +54,14 @@ def test_every_document_is_in_one_part(tmp_path):
     # Shuffled: the held-out documents are not those at the end.
     assert set(held_out) != {text.encode() for text in texts[-len(held_out) :]}
     assert 0.3 <= len(corpus.validation) / corpus.summary["tokens"] < 0.4
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_no_document_more_is_held_out_than_the_share_needs(tmp_path, share):
+    corpus = build(tmp_path / "corpus", ["x" * 2**i for i in range(12)], validation=share)
+    lengths = [1 + len(text) for text in split_documents(corpus.validation)]
+    wanted = share * corpus.summary["tokens"]
+    assert sum(lengths[1:]) <= wanted < sum(lengths)
 
 
 def test_slices_cross_documents(tmp_path):
@@ -129,6 +140,10 @@ def test_windows_of_an_epoch_cover_the_text_once_and_epochs_differ():
         epochs.append([int(row[0]) for row in rows])
     assert epochs[0] != epochs[1]
     assert epochs[0] != sorted(epochs[0])
+    begins = {
+        int(windows.batch(epoch * windows.per_epoch, 1).tokens[0, 0]) % 10 for epoch in range(9)
+    }
+    assert len(begins) > 3  # the first token of a window is another one in every epoch
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -214,3 +229,29 @@ def test_the_standard_library_is_without_installed_packages():
     assert {"argparse.py", "abc.py"} <= names
     assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in files)
     assert all(path.suffix == ".py" for path in files)
+
+
+def test_a_dataset_is_read_as_it_arrives(monkeypatch):
+    rows = [{"text": "one", "id": 1}, {"text": "two", "id": 2}]
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        yield from rows
+
+    library = ModuleType("datasets")
+    library.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: name)
+    assert list(corpus.dataset_documents("a/b:c")) == ["one", "two"]
+    assert asked == [(("a/b", "c"), {"split": "train", "streaming": True})]
+    rows.append({"body": "three", "id": 3})
+    with pytest.raises(ConfigError, match='a/b: every row must have a string "text", got one of'):
+        list(corpus.dataset_documents("a/b"))
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to the hub")
+
+    library.load_dataset = fail
+    with pytest.raises(ConfigError, match="cannot be read: no route to the hub; check its name"):
+        list(corpus.dataset_documents("a/b"))

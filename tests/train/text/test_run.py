@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from householder.models import CausalLM, load_causal_lm
 from householder.train import CheckpointError, ConfigError, Interrupted, NonFiniteError, OutputError
@@ -24,7 +27,7 @@ from householder.train.settings import to_toml
 from householder.train.text.config import TextConfig
 from householder.train.text.evaluation import evaluate_text, token_losses
 from householder.train.text.folder import run_text
-from householder.train.text.observer import TextObserver
+from householder.train.text.observer import TextDisplay, TextObserver
 from householder.train.text.processes import join_processes
 
 from .conftest import TINY
@@ -240,6 +243,21 @@ def test_what_fails_before_it_has_anything_leaves_a_free_folder(texts, tmp_path)
     train(texts, tmp_path / "out", steps=1)
 
 
+def test_text_too_short_for_a_window_leaves_a_free_folder(texts, tmp_path):
+    with pytest.raises(ConfigError, match="`context` must be at most half of the"):
+        train(texts, tmp_path / "out", context=4000)
+    train(texts, tmp_path / "out", steps=1)
+
+
+def test_a_dataset_without_the_library_is_refused_first(tmp_path, monkeypatch):
+    from householder.train.text import corpus
+
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"`dataset` a/b: .* pip install datasets"):
+        train(tmp_path, tmp_path / "out", text=[], dataset="a/b")
+    assert not (tmp_path / "out").exists()
+
+
 class StopAtEvaluation(StopAt):
     def logged(self, record: dict[str, Any]) -> None:
         if "loss" in record and record["step"] == self.step:  # what comes next at that step
@@ -303,6 +321,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(texts, tmp_path):
         ({"eval_contexts": "64,x"}, "`eval_contexts` must be numbers"),
         ({"global_layers": "2"}, "`global_layers` must be indices from 0 to 1"),
         ({"pattern": "rope", "head_dim": 5}, "`head_dim` must be even, got 5"),
+        (
+            {"pattern": "delta,rope", "num_householder": 3},
+            "of delta_product, gated_delta_product, and no layer of 'delta,rope' is one, got 3",
+        ),
+        ({"window": 8}, "`window` is a setting of sliding_window_attention"),
+        ({"pattern": "path", "num_heads": 2}, "`num_heads` is a setting of delta_net, "),
+        ({"pattern": "rope", "allow_neg_eigval": False}, "`allow_neg_eigval` is a setting of"),
         ({"task": "s3"}, "unknown setting `task`"),
         ({"dataset": "a/b"}, "one of them; got text, dataset"),
         ({"text": []}, "one of them; got neither"),
@@ -409,6 +434,50 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(texts, tmp_path, m
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000003"]
     train(texts, tmp_path / "out", resume=True)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_utilisation_is_that_of_the_peak_that_is_given(texts, tmp_path):
+    result = train(texts, tmp_path / "out", steps=4, peak_tflops=2.5)
+    logged = [r for r in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in logged] == [1, 2, 4]
+    flops = 3 * result.model.flops_per_token(TINY["context"])
+    for record in logged:
+        expected = record["tokens_per_second"] * flops / 2.5e12
+        assert record["mfu"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_a_terminal_lines_tell_loss_speed_and_the_time_left(texts, tmp_path):
+    page = io.StringIO()
+    with TextDisplay(Console(file=page, width=200)) as display:
+        train(texts, tmp_path / "out", observer=display, prompt="The", peak_tflops=1.0)
+    lines = page.getvalue().splitlines()
+    assert lines[0].startswith("not text, left out: ")
+    assert re.match(r"delta_product,path: [\d.]+k parameters, \d+ tokens of text, 4 × 16", lines[1])
+    pattern = r"1/8  loss \d\.\d{4}  [\d.]+k? tokens/s  MFU [\d.]+%  \d:\d\d:\d\d left"
+    assert re.fullmatch(pattern, lines[2]), lines[2]
+    assert any(re.match(r"step 3: validation loss \d\.\d{4}, perplexity", line) for line in lines)
+    assert any(line.startswith("sample at step 3: 'The") for line in lines)
+    steps = [line for line in lines if "/8  loss" in line]
+    assert [line.split("/")[0] for line in steps] == ["1", "2", "4", "6", "8"]
+    assert "left" not in steps[-1]
+
+
+def test_a_viewer_gets_every_number(texts, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    observer = StopAt(5)
+    with pytest.raises(Interrupted):
+        train(texts, tmp_path / "out", tensorboard=True, observer=observer, stop=observer.request)
+    # A kill at step 5: what was written since the checkpoint of step 3 is dropped.
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000005")
+    train(texts, tmp_path / "out", tensorboard=True, resume=True)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    for record in read_metrics(tmp_path / "out" / "metrics.jsonl"):
+        for name in record.keys() - {"step"}:
+            found = {e.step: e.value for e in events.Scalars(name)}
+            assert len(found) == len(events.Scalars(name))
+            assert found[record["step"]] == pytest.approx(record[name], rel=1e-4), name
 
 
 def test_viewers_that_are_not_installed_are_refused_first(texts, tmp_path, monkeypatch):

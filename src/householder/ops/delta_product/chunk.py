@@ -118,8 +118,9 @@ class Layout:
             self.segments = list(self._packed(cu.tolist()))
 
     def _dense(self) -> Iterator[Segment]:
-        n = -(-self.T // self.C)
-        per_segment = max(1, self.target_chunks // self.B)
+        # Of an empty batch there are no chunks, whatever T is.
+        n = -(-self.T // self.C) if self.B else 0
+        per_segment = max(1, self.target_chunks // max(1, self.B))
         for lo in range(0, n, per_segment):
             hi = min(n, lo + per_segment)
             steps = [(i * self.B, (i + 1) * self.B) for i in range(hi - lo)]

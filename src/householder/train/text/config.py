@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from householder.models import PRESETS, CausalLM, CausalLMConfig
+from householder.models.causal_lm_config import SLIDING_WINDOW
+from householder.nn import MIXERS
+from householder.train.config import takes_several
 from householder.train.errors import ConfigError
 from householder.train.settings import Settings, setting
 
@@ -55,13 +58,18 @@ class TextConfig(Settings):
     global_layers: str = setting(
         "", "Layers, from 0, with rotary attention in place of the pattern's: 1,12.", section=_MODEL
     )
-    window: int = setting(1024, "Tokens that an swa layer sees.", section=_MODEL, at_least=1)
+    window: int | None = setting(
+        None, "Tokens that an swa layer sees; default: 1024.", section=_MODEL, at_least=1
+    )
     expand_v: float | None = setting(
         None, "Value size / key size; default: as the mixer publishes.", section=_MODEL, above=0
     )
     tie_embeddings: bool = setting(True, "Use the embeddings as the head.", section=_MODEL)
-    num_householder: int = setting(
-        2, "Householder reflections per token (N) of product mixers.", section=_MODEL, at_least=1
+    num_householder: int | None = setting(
+        None,
+        "Householder reflections per token (N) of product mixers; default: 2.",
+        section=_MODEL,
+        at_least=1,
     )
     num_layers: int | None = setting(
         None, "Blocks of mixer and MLP; default: the preset's.", section=_MODEL, at_least=1
@@ -181,6 +189,14 @@ class TextConfig(Settings):
         choices=("auto", "chunk", "reference", "triton"),
         may_change=True,
     )
+    peak_tflops: float | None = setting(
+        None,
+        "What a device could do, in 10¹² operations per second, for the utilisation (MFU); "
+        "default: known of common GPUs.",
+        section=_RUN,
+        above=0,
+        may_change=True,
+    )
     threads: int | None = setting(
         None, "CPU threads; default: PyTorch's choice.", section=_RUN, at_least=1, may_change=True
     )
@@ -216,7 +232,8 @@ class TextConfig(Settings):
             )
         if self.min_lr > self.lr:
             raise ConfigError(
-                f"`min_lr` must be at most lr={self.lr}, got {self.min_lr}; the rate falls to it"
+                f"`min_lr` must be at most lr={self.lr}, got {self.min_lr}; the rate falls to it: "
+                "give a smaller --min-lr too"
             )
 
     def lengths(self) -> tuple[int, ...]:
@@ -238,7 +255,7 @@ class TextConfig(Settings):
         sizes = ("num_layers", "d_model", "num_heads", "head_dim", "mlp_width")
         options = {
             name: getattr(self, name)
-            for name in (*sizes, "expand_v", "allow_neg_eigval")
+            for name in (*sizes, "expand_v", "num_householder", "allow_neg_eigval")
             if getattr(self, name) is not None
         }
         try:
@@ -247,14 +264,27 @@ class TextConfig(Settings):
                 -(-vocab_size // 64) * 64,
                 pattern=self.pattern,
                 global_layers=_numbers("global_layers", self.global_layers, at_least=0),
-                window=self.window,
+                window=1024 if self.window is None else self.window,
                 tie_embeddings=self.tie_embeddings,
-                num_householder=self.num_householder,
                 use_short_conv=self.use_short_conv,
                 **options,
             )
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
+
+    def require_effects(self) -> None:
+        """Raise ConfigError if a setting is given that none of the model's layers takes."""
+        layers = self.model_config(vocab_size=2).layer_names()
+        recurrent, product = set(MIXERS), {name for name in MIXERS if takes_several(name)}
+        takers = {"num_householder": product, "window": {SLIDING_WINDOW}}
+        takers |= dict.fromkeys(("num_heads", "expand_v", "allow_neg_eigval"), recurrent)
+        for name, takes in takers.items():
+            if getattr(self, name) is not None and takes.isdisjoint(layers):
+                raise ConfigError(
+                    f"`{name}` is a setting of {', '.join(sorted(takes))}, and no layer of "
+                    f"{self.pattern!r} is one, got {getattr(self, name)}; leave it out, or give "
+                    "another --pattern"
+                )
 
     def make_model(self, vocab_size: int, *, device: torch.device | str | None = None) -> CausalLM:
         """Return a new model.

@@ -9,6 +9,7 @@ The last documents of a fixed shuffle are held out for validation.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sysconfig
@@ -122,6 +123,14 @@ def _shortened(line: str, most: int = 80) -> str:
     return repr(line if len(line) <= most else f"{line[:most]}…")
 
 
+def require_datasets(name: str) -> None:
+    """Raise ConfigError if the library is missing that reads a dataset of this name."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            f"`dataset` {name}: reading it needs the datasets library; pip install datasets"
+        )
+
+
 def dataset_documents(name: str) -> Iterator[str]:
     """Yield the texts of a Hugging Face dataset's training split, as they arrive.
 
@@ -129,19 +138,24 @@ def dataset_documents(name: str) -> Iterator[str]:
         name: as on the hub, "owner/name" or "owner/name:configuration".
 
     Raises:
-        ConfigError: the library `datasets` is missing, or the dataset cannot be had.
+        ConfigError: the library `datasets` is missing, the dataset cannot be had, or its rows have
+            no field "text".
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"`dataset` {name}: reading it needs the datasets library; pip install datasets"
-        ) from error
+    require_datasets(name)
+    import datasets
+
     path, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(path, configuration or None, split="train", streaming=True)
         for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise ConfigError(
+                    f'`dataset` {name}: every row must have a string "text", got one of '
+                    f"{', '.join(row)}; write what is wanted to files and give --text"
+                )
             yield row["text"]
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the network and the hub raise
         raise ConfigError(
             f"`dataset` {name}: cannot be read: {error}; check its name and the network, or give "

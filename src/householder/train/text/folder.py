@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from householder.train.text.config import TextConfig
 from householder.train.text.corpus import (
     dataset_documents,
     documents,
+    require_datasets,
     standard_library,
     text_files,
     write_corpus,
@@ -86,13 +88,25 @@ def run_text(
         )
     # What cannot be is refused before a folder is made for it and a long text is read.
     config.make_model(2, device="meta")
+    if not resume:
+        config.require_effects()
     require_viewers(config)
+    if "dataset" in source:
+        require_datasets(source["dataset"])
+    made = False
     if processes.first:
         _open_folder(config, source, folder, resume=resume, overwrite=overwrite)
-        if not (folder / "corpus").exists():
+        made = not (folder / "corpus").exists()
+        if made:
             make_corpus(config, source, folder / "corpus", observer or TextObserver(), stop)
     processes.wait()
-    return train_text(config, folder, processes, resume=resume, observer=observer, stop=stop)
+    try:
+        return train_text(config, folder, processes, resume=resume, observer=observer, stop=stop)
+    except ConfigError:
+        # The text is too short for a window: what was made of it must not occupy the folder.
+        if made and not (folder / "checkpoints").exists():
+            shutil.rmtree(folder / "corpus")
+        raise
 
 
 def make_corpus(

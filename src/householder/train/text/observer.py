@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -42,11 +44,14 @@ class TextObserver:
 class TextDisplay(TextObserver):
     """Show a run as a progress bar, or as lines where there is no terminal.
 
+    Without one there are twenty lines in a run, and one a minute in a run of slow steps.
+
     Args:
         console: where to print.
     """
 
     LINES = 20
+    SECONDS = 60.0
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -56,13 +61,17 @@ class TextDisplay(TextObserver):
             TextColumn("{task.completed}/{task.total}  {task.fields[report]}"),
             TimeRemainingColumn(),
             console=console,
+            # Several steps of a large model on a slow machine.
+            speed_estimate_period=600.0,
             # Each refresh takes time from the same cores that train.
             refresh_per_second=4,
             disable=not console.is_terminal,
         )
         self._bar: TaskID | None = None
         self._steps = 0
-        self._printed = 0
+        self._step_tokens = 0
+        self._printed = -1
+        self._printed_at = 0.0
 
     def __enter__(self) -> TextDisplay:
         self._progress.start()
@@ -77,7 +86,7 @@ class TextDisplay(TextObserver):
 
     def started(self, config: TextConfig, step: int, num_parameters: int, tokens: int) -> None:
         """Say what is trained on what, and start the bar."""
-        self._steps = config.steps
+        self._steps, self._step_tokens = config.steps, config.batch_size * config.context
         self._print(
             f"{config.pattern}: {abbreviate(num_parameters)} parameters, "
             f"{abbreviate(tokens)} tokens of text, {config.batch_size} × {config.context} a step"
@@ -105,9 +114,14 @@ class TextDisplay(TextObserver):
         )
         if self._bar is not None:
             self._progress.update(self._bar, report=report)
-        part = self.LINES * record["step"] // self._steps
-        if not self._console.is_terminal and part > self._printed:
-            self._printed = part
+        if self._console.is_terminal:
+            return
+        part, now = self.LINES * record["step"] // self._steps, time.monotonic()
+        if part > self._printed or now > self._printed_at + self.SECONDS:
+            self._printed, self._printed_at = part, now
+            if remaining := self._steps - record["step"]:
+                left = remaining * self._step_tokens / record["tokens_per_second"]
+                report += f"  {timedelta(seconds=round(left))} left"
             self._print(f"{record['step']}/{self._steps}  {report}")
 
     def sampled(self, step: int, text: str) -> None:

@@ -14,8 +14,23 @@ from torch import Tensor
 from householder.models import CausalLM
 from householder.train.build import resolve_device
 
-# Dense bfloat16 operations per second, by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bfloat16 products added up in float32, in 10¹² operations per second as their makers say, by
+# words of the device's name; the first that fits counts.
+PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("A100", 312.0),
+    ("A40", 149.7),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("RTX 5090", 209.5),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +57,16 @@ class Processes:
         """Whether this one writes and prints."""
         return self.rank == 0
 
-    @property
-    def peak_flops(self) -> float | None:
-        """What all devices together could do in bfloat16 per second, where that is known."""
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        return None if peak is None else peak * self.world_size
+    def peak_flops(self, peak_tflops: float | None = None) -> float | None:
+        """Return what all devices together could do per second, or `None` if it is not known.
+
+        Args:
+            peak_tflops: what one could do, in 10¹² operations; `None` for what is known of it in
+                bfloat16.
+        """
+        if peak_tflops is None and self.device.type == "cuda":
+            peak_tflops = known_peak_tflops(torch.cuda.get_device_name(self.device))
+        return None if peak_tflops is None else 1e12 * peak_tflops * self.world_size
 
     def shard(self, model: CausalLM) -> None:
         """Divide the parameters, block by block, among the processes."""
@@ -86,6 +103,20 @@ class Processes:
         """Wait until every process has come here."""
         if self.several:
             dist.barrier()
+
+
+def known_peak_tflops(name: str) -> float | None:
+    """Return what a device of that name could do in bfloat16, in 10¹² operations per second.
+
+    Examples:
+        >>> known_peak_tflops("NVIDIA A100-SXM4-80GB"), known_peak_tflops("NVIDIA A10")
+        (312.0, 125.0)
+    """
+    words = name.replace("-", " ").split()
+    for named, peak in PEAK_TFLOPS:
+        if set(named.split()) <= set(words):
+            return peak
+    return None
 
 
 @contextmanager

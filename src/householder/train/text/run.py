@@ -113,7 +113,7 @@ def train_text(
         if resume:
             run.restore()
         observer.started(config, run.step, run.num_parameters, len(run.corpus.train))
-        trackers = Trackers(config, folder, enabled=processes.first)
+        trackers = Trackers(config, folder, after_step=run.step, enabled=processes.first)
         path = folder / "metrics.jsonl"
         writer = MetricsWriter(path, after_step=run.step) if processes.first else NoMetrics()
         try:
@@ -171,7 +171,10 @@ class _Run:
                 "has as many windows"
             )
         if config.cuda_graphs and processes.several:
-            raise ConfigError("`cuda_graphs` must be left out with torchrun: it is for one process")
+            raise ConfigError(
+                "`cuda_graphs` must be left out with torchrun, got several processes; steps are "
+                "recorded in one process alone"
+            )
         tokenizer = make_tokenizer(config.tokenizer)
         corpus = open_corpus(tokens)
         if corpus.summary["tokenizer"] != tokenizer.identity:
@@ -234,7 +237,8 @@ class _Run:
 
             last = self.step == config.steps
             every = config.eval_interval
-            due_log = self.step % config.log_interval == 0 or last
+            # The first step too: whoever waits for slow ones wants to know how long they take.
+            due_log = self.step == 1 or self.step % config.log_interval == 0 or last
             due_evaluation = every > 0 and self.step % every == 0 and not last
             due_save = self.step % config.checkpoint_interval == 0 or last
             stopping = self.processes.any(self.stop.signum is not None)
@@ -321,7 +325,7 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
         }
-        if (peak := self.processes.peak_flops) is not None:
+        if (peak := self.processes.peak_flops(self.config.peak_tflops)) is not None:
             record["mfu"] = tokens / seconds * self.flops_per_token / peak
         metrics.write(record)
         trackers.write(record)

@@ -25,13 +25,15 @@ class Trackers:
     Args:
         config: `tensorboard`, `wandb`, and what the latter shows as settings.
         folder: of the run.
+        after_step: where the run continues from. TensorBoard then drops what a killed run wrote
+            beyond it; Weights & Biases shows a second run.
         enabled: whether this process writes at all.
 
     Raises:
         ConfigError: a viewer's library is not installed.
     """
 
-    def __init__(self, config: TextConfig, folder: Path, *, enabled: bool) -> None:
+    def __init__(self, config: TextConfig, folder: Path, *, after_step: int, enabled: bool) -> None:
         self._events: Any = None
         self._run: Any = None
         if not enabled:
@@ -40,7 +42,8 @@ class Trackers:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+            purge = after_step + 1 if after_step else None
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         if config.wandb:
             import wandb
 

@@ -61,9 +61,11 @@ from householder.ops.delta_product.triton.chunks import (
     Problem,
     Saved,
     attention,
+    carried,
     kind_of_call,
     locate_sequence,
     make_problem,
+    own_columns,
     row_offsets,
     strides,
 )
@@ -86,11 +88,8 @@ def walk_back_kernel(
     PRECISION: tl.constexpr, SEGMENT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of dS from a sequence's end to its start; write each chunk's dS', D."""
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    CARRIED: tl.constexpr = carried(PRECISION)
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )
@@ -134,7 +133,7 @@ def walk_back_kernel(
         store_tile(dstates + i_ch * K * V, o_v * K, m_v, 0, b_dsh, K, BK)
         b_a = attention(b_k, b_q, p_table, scale, N, C, R, BC, GATED, PRECISION)
         b_a = cast_operand(b_a, PRECISION)
-        b_du = dot(b_dsh, tl.trans(b_k), PRECISION)
+        b_du = dot(b_dsh, tl.trans(b_k), CARRIED)
         b_doq = b_do.to(tl.float32) * scale
         if GATED:
             b_du *= tl.load(p_table + TO_END * R + o_r)[None, :]
@@ -142,10 +141,10 @@ def walk_back_kernel(
             b_ds *= tl.load(p_table + FROM_START * R + R - 1)
             b_beta *= tl.load(p_table + FROM_START * R + o_r)
         b_du = dot_add(b_do, tl.trans(b_a), b_du, PRECISION)
-        b_d = dot(cast_operand(b_du, PRECISION), b_ut, PRECISION)
+        b_d = dot(cast_operand(b_du, PRECISION), b_ut, CARRIED)
         store_tile_t(p_d + start * N * HV * V, o_r * HV * V, m_r, i_v, b_d, V, BV)
         b_ds = dot_add(cast_operand(b_doq, PRECISION), b_q, b_ds, PRECISION)
-        b_ds = dot_add(cast_operand(b_d * (-b_beta)[None, :], PRECISION), b_k, b_ds, PRECISION)
+        b_ds = dot_add(cast_operand(b_d * (-b_beta)[None, :], PRECISION), b_k, b_ds, CARRIED)
 
     if dinitial is not None:
         store_tile_t(dinitial + i_sh * K * V, o_k * V, o_k < K, i_v, b_ds, V, BV)

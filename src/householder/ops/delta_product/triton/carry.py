@@ -26,9 +26,12 @@ from householder.ops.delta_product.triton.chunks import (
     NOTHING,
     TO_END,
     TOKEN_FROM_START,
+    carried,
     locate_sequence,
+    own_columns,
     pair_decay,
     row_offsets,
+    writes,
 )
 
 
@@ -74,11 +77,8 @@ def carry_kernel(
     A program has columns `[BV]` of both side by side, and has them transposed, as in the walk; Φᵀ
     is kept like that.
     """
-    num_blocks: tl.constexpr = (V + K + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_blocks) * BV
-    i_sh = (tl.program_id(0) // num_blocks).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    CARRIED: tl.constexpr = carried(PRECISION)
+    i_v, i_sh, i_s, i_h = own_columns(HV, V + K, BV)
     i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
     if index + 1 >= count:
         return
@@ -127,15 +127,14 @@ def carry_kernel(
         b_beta = tl.load(p_table + BETA * R + o_r)
         b_ut = load_tile(ut + i_ch * (R * R), o_r * R, everywhere, 0, R, R)
 
-        recalled = dot(cast_operand(b_s, PRECISION), tl.trans(b_k), PRECISION)
+        recalled = dot(cast_operand(b_s, PRECISION), tl.trans(b_k), CARRIED)
         if GATED:
             recalled *= tl.load(p_table + FROM_START * R + o_r)[None, :]
-        b_y = (b_v - recalled) * b_beta[None, :]
-        b_u = dot(cast_operand(b_y, PRECISION), tl.trans(b_ut), PRECISION)
+        b_u = writes(b_v - recalled, b_beta, b_ut, PRECISION)
         if GATED:
             b_u *= tl.load(p_table + TO_END * R + o_r)[None, :]
             b_s *= tl.load(p_table + FROM_START * R + R - 1)
-        b_s = dot_add(cast_operand(b_u, PRECISION), b_k, b_s, PRECISION)
+        b_s = dot_add(cast_operand(b_u, PRECISION), b_k, b_s, CARRIED)
 
     if i_v < V:
         tl.store(starts + (i_sh + HV) * K * V + o_state, b_s, mask=m_state)
@@ -158,11 +157,8 @@ def carry_back_kernel(
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Find columns `[BV]` of one segment's and head's Δ', kept with the end before it."""
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    CARRIED: tl.constexpr = carried(PRECISION)
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     i_seq, index, count = locate_segment(i_s, T, sequence, first_segment, C, PACKED, SEGMENT)
     if index == 0:
         return
@@ -220,7 +216,7 @@ def carry_back_kernel(
         if GATED:
             b_a *= pair_decay(p_table, query[:, None], o_r[None, :], seen, R)
         b_a = cast_operand(tl.where(seen, b_a, 0.0), PRECISION)
-        b_du = dot(cast_operand(b_ds, PRECISION), tl.trans(b_k), PRECISION)
+        b_du = dot(cast_operand(b_ds, PRECISION), tl.trans(b_k), CARRIED)
         b_doq = b_do.to(tl.float32) * scale
         if GATED:
             b_du *= tl.load(p_table + TO_END * R + o_r)[None, :]
@@ -228,8 +224,8 @@ def carry_back_kernel(
             b_ds *= tl.load(p_table + FROM_START * R + R - 1)
             b_beta *= tl.load(p_table + FROM_START * R + o_r)
         b_du = dot_add(cast_operand(b_do, PRECISION), b_a, b_du, PRECISION)
-        b_d = dot(cast_operand(b_du, PRECISION), b_ut, PRECISION)
+        b_d = dot(cast_operand(b_du, PRECISION), b_ut, CARRIED)
         b_ds = dot_add(cast_operand(b_doq, PRECISION), b_q, b_ds, PRECISION)
-        b_ds = dot_add(cast_operand(b_d * (-b_beta)[None, :], PRECISION), b_k, b_ds, PRECISION)
+        b_ds = dot_add(cast_operand(b_d * (-b_beta)[None, :], PRECISION), b_k, b_ds, CARRIED)
 
     store_tile_t(dends + (i_sh - HV) * K * V, o_k * V, o_k < K, i_v, b_ds, V, BV)

@@ -20,6 +20,7 @@ from householder.ops._dispatch import remember
 from householder.ops._triton import (
     Launcher,
     addressable,
+    cast_operand,
     dot,
     dot_precision,
     has_wide_rows,
@@ -57,6 +58,15 @@ NOTHING = tl.constexpr(-88.0)
 LEAST_PART = tl.constexpr(-256.0)
 
 
+@triton.constexpr_function
+def carried(precision):
+    """Return the precision of products that a state passes through, one chunk after the other.
+
+    Where every step reflects nothing fades, and what the tensor cores cut off their sums adds up.
+    """
+    return "bf16x6" if precision == "tf32x3" else precision
+
+
 @triton.jit
 def locate_chunk(
     i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C: tl.constexpr, PACKED: tl.constexpr
@@ -76,6 +86,32 @@ def locate_chunk(
         start = (i_chunk % per_row) * C
         n = tl.minimum(T - start, C)
     return tl.cast(batch, tl.int64), start.to(tl.int64), n
+
+
+@triton.jit
+def own_chunk(
+    T, HV, cu_seqlens, chunk_sequence, first_chunk, C: tl.constexpr, PACKED: tl.constexpr
+):
+    """Return the chunk and value head that a program has, and what `locate_chunk` says of it.
+
+    Heads run side by side: together they read whole rows of memory.
+    """
+    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = (tl.program_id(0) % HV).to(tl.int64)
+    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    return i_chunk, i_h, batch, start, n
+
+
+@triton.jit
+def own_columns(HV, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first column that a program has, and its sequence and value head.
+
+    Before these two comes the number of both among all.
+    """
+    blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    column = (tl.program_id(0) % blocks) * BLOCK
+    i_sh = (tl.program_id(0) // blocks).to(tl.int64)
+    return column, i_sh, i_sh // HV, i_sh % HV
 
 
 @triton.jit
@@ -138,6 +174,17 @@ def attention(
         # A query's gates are those of its token's rows; past the chunk's end there is no query.
         b_a *= pair_decay(table, tl.minimum(o_c, C - 1) * N, o_r, seen, R)
     return tl.where(seen, b_a, 0.0)
+
+
+@triton.jit
+def writes(residual, beta, b_ut, PRECISION: tl.constexpr):
+    """Return Uᵀ = (T diag(β) R)ᵀ in float32, of residuals Rᵀ `[BV, R]` and T."""
+    if PRECISION == "tf32x3":
+        # A row of T diag(β) is as small as its β from end to end, and so keeps its digits: the
+        # gradient of β is made of U / β.
+        return dot(residual, tl.trans(b_ut * beta[None, :]), carried(PRECISION))
+    else:
+        return dot(cast_operand(residual * beta[None, :], PRECISION), tl.trans(b_ut), PRECISION)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from householder.ops._triton import (
     load_tile,
     load_tile_t,
     on_its_device,
+    square,
     store_tile,
     store_tile_t,
 )
@@ -43,17 +44,20 @@ from householder.ops.delta_product.triton.chunks import (
     TOKEN_FROM_START,
     Problem,
     attention,
+    carried,
     empty_table,
     kind_of_call,
-    locate_chunk,
     locate_sequence,
     make_problem,
     make_table,
+    own_chunk,
+    own_columns,
     pair_decay,
     row_offsets,
     steps_of_coefficients,
     strides,
     suits_hopper,
+    writes,
 )
 from householder.ops.delta_product.triton.segments import (
     Segments,
@@ -75,19 +79,19 @@ def prepare_kernel(
 
     To `growth`, if there, goes the logarithm of a bound on the norm of the chunk's reflections.
     """
-    # Heads run side by side: together they read whole rows of memory.
-    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
-    i_h = (tl.program_id(0) % HV).to(tl.int64)
-    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    i_chunk, i_h, batch, start, n = own_chunk(
+        T, HV, cu_seqlens, chunk_sequence, first_chunk, C, PACKED
+    )
     if n <= 0:
         return
+    CARRIED: tl.constexpr = carried(PRECISION)
     o_r = tl.arange(0, R)
     p_k = k + batch * k_b + start * k_t + (i_h // GROUP) * k_h
     p_table = table + (i_chunk * HV + i_h) * (6 * R if GATED else R)
     b_k = cast_operand(
         load_tile(p_k, row_offsets(R, N, k_t, k_n), o_r < n * N, 0, K, BK), PRECISION
     )
-    m = dot(b_k, tl.trans(b_k), PRECISION) * tl.load(p_table + BETA * R + o_r)[:, None]
+    m = square(b_k, CARRIED) * tl.load(p_table + BETA * R + o_r)[:, None]
     if growth is not None:
         norms = tl.abs(1.0 - tl.sum(tl.where(o_r[:, None] == o_r[None, :], m, 0.0), axis=1))
         b_growth = tl.sum(tl.log(tl.maximum(norms, 1.0)), axis=0)
@@ -97,7 +101,9 @@ def prepare_kernel(
         m *= pair_decay(p_table, o_r[:, None], o_r[None, :], below, R)
     m = tl.where(below, m, 0.0)
     p_ut = ut + (i_chunk * HV + i_h) * (R * R)
-    store_tile(p_ut, o_r * R, o_r >= 0, 0, inverse_unit_lower(m, R, PRECISION), R, R)
+    # Rows whose β is next to nothing have entries as small as it, whose digits count.
+    b_ut = inverse_unit_lower(m, R, "fp32" if PRECISION == "tf32x3" else PRECISION)
+    store_tile(p_ut, o_r * R, o_r >= 0, 0, b_ut, R, R)
 
 
 @triton.jit
@@ -111,11 +117,8 @@ def walk_kernel(
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Carry columns `[BV]` of one sequence's and head's state through its chunks; write their O."""
-    num_v: tl.constexpr = (V + BV - 1) // BV
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    CARRIED: tl.constexpr = carried(PRECISION)
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     batch, first, length, chunk = locate_sequence(
         i_s, T, cu_seqlens, first_chunk, C, PACKED, SEGMENT
     )
@@ -158,13 +161,12 @@ def walk_kernel(
         b_sh = cast_operand(b_s, PRECISION)
         if SAVE:
             store_tile(states + i_ch * K * V, o_v * K, m_v, 0, b_sh, K, BK)
-        recalled = dot(b_sh, tl.trans(b_k), PRECISION)
+        recalled = dot(b_sh, tl.trans(b_k), CARRIED)
         b_o = dot(b_sh, tl.trans(b_q), PRECISION) * scale
         if GATED:
             recalled *= tl.load(p_table + FROM_START * R + o_r)[None, :]
             b_o *= tl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
-        b_y = (b_v - recalled) * b_beta[None, :]
-        b_u = dot(cast_operand(b_y, PRECISION), tl.trans(b_ut), PRECISION)
+        b_u = writes(b_v - recalled, b_beta, b_ut, PRECISION)
         b_uh = cast_operand(b_u, PRECISION)
         if SAVE:
             store_tile_t(p_u + start * N * HV * V, o_r * HV * V, m_r, i_v, b_uh, V, BV)
@@ -172,7 +174,7 @@ def walk_kernel(
         if GATED:
             b_uh = cast_operand(b_u * tl.load(p_table + TO_END * R + o_r)[None, :], PRECISION)
             b_s *= tl.load(p_table + FROM_START * R + R - 1)
-        b_s = dot_add(b_uh, b_k, b_s, PRECISION)
+        b_s = dot_add(b_uh, b_k, b_s, CARRIED)
         store_tile_t(p_o + start * HV * V, o_c * HV * V, m_c, i_v, b_o, V, BV)
 
     store_tile_t(final + i_sh * K * V, o_k * V, o_k < K, i_v, b_s, V, BV)

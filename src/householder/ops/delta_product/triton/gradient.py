@@ -22,10 +22,30 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     TO_END,
     TOKEN_FROM_START,
-    locate_chunk,
+    own_chunk,
     pair_decay,
     row_offsets,
 )
+
+
+@triton.jit
+def with_writes(
+    b_u, p_u, u_offsets, u_valid, x, p_x, x_offsets, x_valid, V: tl.constexpr,
+    U_FIRST: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Return U Xᵀ or X Uᵀ of rows as long as V; `b_u` and `x` are all of them if V is one block."""
+    num_v: tl.constexpr = (V + BV - 1) // BV
+    R: tl.constexpr = b_u.shape[0]
+    product = tl.zeros((R, x.shape[0]) if U_FIRST else (x.shape[0], R), tl.float32)
+    for i in range(num_v):
+        if num_v > 1:
+            x = cast_operand(load_tile(p_x, x_offsets, x_valid, i * BV, V, BV), PRECISION)
+            b_u = load_tile(p_u, u_offsets, u_valid, i * BV, V, BV)
+        if U_FIRST:
+            product = dot_add(b_u, tl.trans(x), product, PRECISION)
+        else:
+            product = dot_add(x, tl.trans(b_u), product, PRECISION)
+    return product
 
 
 @triton.jit
@@ -77,10 +97,9 @@ def gradient_kernel(
     """Write all gradients of one chunk and value head; dq and dk have a head per value head."""
     num_k: tl.constexpr = (K + BK - 1) // BK
     num_v: tl.constexpr = (V + BV - 1) // BV
-    # Heads run side by side: together they read whole rows of memory.
-    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
-    i_h = (tl.program_id(0) % HV).to(tl.int64)
-    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    i_chunk, i_h, batch, start, n = own_chunk(
+        T, HV, cu_seqlens, chunk_sequence, first_chunk, C, PACKED
+    )
     if n <= 0:
         return
     o_r = tl.arange(0, R)
@@ -99,6 +118,7 @@ def gradient_kernel(
     p_u = u + (first_row * N * HV + i_h) * V
     p_dv = dv + (first_row * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
+    o_vrows = o_r * HV * V
     p_table = table + i_ch * (6 * R if GATED else R)
     b_beta = tl.load(p_table + BETA * R + o_r)
 
@@ -109,24 +129,19 @@ def gradient_kernel(
     query = tl.minimum(o_c, C - 1) * N
 
     # Where all of V is one block, D, U and dO are loaded once and stay; dV replaces D at once.
-    b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, 0, V, BV), PRECISION)
-    b_u = load_tile(p_u, o_r * HV * V, m_r, 0, V, BV)
+    b_d = cast_operand(load_tile(p_dv, o_vrows, m_r, 0, V, BV), PRECISION)
+    b_u = load_tile(p_u, o_vrows, m_r, 0, V, BV)
     b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, 0, V, BV), PRECISION)
     if num_v == 1:
         b_dv = b_d.to(tl.float32) * b_beta[:, None]
-        store_tile(p_dv, o_r * HV * V, m_r, 0, b_dv, V, BV)
+        store_tile(p_dv, o_vrows, m_r, 0, b_dv, V, BV)
 
     # The first tiles of what follows are on their way while the products of pairs are made. Each
     # of these is finished and packed before the next begins, to hold few registers.
     o_v = tl.arange(0, BV)
     b_s = load_tile(states + i_ch * K * V, o_v * K, o_v < V, 0, K, BK)
     b_k = load_tile(p_k, o_krows, m_r, 0, K, BK)
-    b_p = tl.zeros((R, R), tl.float32)
-    for i in range(num_v):
-        if num_v > 1:
-            b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
-            b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
-        b_p = dot_add(b_d, tl.trans(b_u), b_p, PRECISION)
+    b_p = with_writes(b_u, p_u, o_vrows, m_r, b_d, p_dv, o_vrows, m_r, V, False, PRECISION, BV)
     # U_r = β_r (the residual that row r writes), of which β's gradient is the product with D.
     b_dbeta = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_p, 0.0), axis=1) / b_beta
     p_dbeta = dbeta + first_row * N * HV + i_h
@@ -141,23 +156,13 @@ def gradient_kernel(
         b_dg += tl.sum(tl.where(o_c[:, None] * N == o_r[None, :], crossing[None, :], 0.0), axis=1)
     b_p = cast_operand(b_p, PRECISION)
 
-    b_pt = tl.zeros((R, R), tl.float32)
-    for i in range(num_v):
-        if num_v > 1:
-            b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
-            b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
-        b_pt = dot_add(b_u, tl.trans(b_d), b_pt, PRECISION)
+    b_pt = with_writes(b_u, p_u, o_vrows, m_r, b_d, p_dv, o_vrows, m_r, V, True, PRECISION, BV)
     b_pt *= b_beta[None, :]
     if GATED:
         b_pt *= pair_decay(p_table, o_r[None, :], o_r[:, None], above, R)
     b_pt = cast_operand(tl.where(above, -b_pt, 0.0), PRECISION)
 
-    b_at = tl.zeros((R, BC), tl.float32)
-    for i in range(num_v):
-        if num_v > 1:
-            b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, i * BV, V, BV), PRECISION)
-            b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
-        b_at = dot_add(b_u, tl.trans(b_do), b_at, PRECISION)
+    b_at = with_writes(b_u, p_u, o_vrows, m_r, b_do, p_do, o_c * do_t, m_c, V, True, PRECISION, BV)
     if GATED:
         b_at *= scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
         b_dg += crossing_to_queries(
@@ -186,7 +191,7 @@ def gradient_kernel(
         for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
-                b_d = cast_operand(load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV), PRECISION)
+                b_d = cast_operand(load_tile(p_dv, o_vrows, m_r, i * BV, V, BV), PRECISION)
                 b_do = cast_operand(load_tile(p_do, o_c * do_t, m_c, i * BV, V, BV), PRECISION)
                 b_s = load_tile(states + i_ch * K * V, o_vi * K, o_vi < V, i_k * BK, K, BK)
                 b_ds = load_tile(dstates + i_ch * K * V, o_vi * K, o_vi < V, i_k * BK, K, BK)
@@ -212,7 +217,7 @@ def gradient_kernel(
         for i in range(num_v):
             if num_v > 1:
                 o_vi = i * BV + o_v
-                b_u = load_tile(p_u, o_r * HV * V, m_r, i * BV, V, BV)
+                b_u = load_tile(p_u, o_vrows, m_r, i * BV, V, BV)
                 b_ds = load_tile(dstates + i_ch * K * V, o_vi * K, o_vi < V, i_k * BK, K, BK)
             write = dot_add(b_u, b_ds, write, PRECISION)
         if GATED:
@@ -236,5 +241,5 @@ def gradient_kernel(
         # D has been read for the last time by every thread: what is there becomes dV.
         tl.debug_barrier()
         for i in range(num_v):
-            d_rows = load_tile(p_dv, o_r * HV * V, m_r, i * BV, V, BV).to(tl.float32)
-            store_tile(p_dv, o_r * HV * V, m_r, i * BV, d_rows * b_beta[:, None], V, BV)
+            d_rows = load_tile(p_dv, o_vrows, m_r, i * BV, V, BV).to(tl.float32)
+            store_tile(p_dv, o_vrows, m_r, i * BV, d_rows * b_beta[:, None], V, BV)

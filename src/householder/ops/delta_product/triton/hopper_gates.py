@@ -19,7 +19,7 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_HIGH,
     LOG_LOW,
     TO_END,
-    locate_chunk,
+    own_chunk,
 )
 from householder.ops.delta_product.triton.hopper_tiles import LOG2_E, pick
 
@@ -151,9 +151,9 @@ def gate_kernel(
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Put the parts of the gates' gradient together for one chunk and value head."""
-    i_chunk = (tl.program_id(0) // HV).to(tl.int64)
-    i_h = (tl.program_id(0) % HV).to(tl.int64)
-    batch, start, n = locate_chunk(i_chunk, T, cu_seqlens, chunk_sequence, first_chunk, C, PACKED)
+    i_chunk, i_h, batch, start, n = own_chunk(
+        T, HV, cu_seqlens, chunk_sequence, first_chunk, C, PACKED
+    )
     if n <= 0:
         return
     p = parts + (i_chunk * HV + i_h) * parts_step

@@ -42,6 +42,8 @@ from householder.ops.delta_product.triton.carry import carry_back_kernel, carry_
 from householder.ops.delta_product.triton.chunks import (
     Problem,
     Saved,
+    carried,
+    own_columns,
     strides,
     suits_hopper,
 )
@@ -111,14 +113,10 @@ def chain_kernel(
 
     `outer` is the initial state or, in reverse, the gradient of the final one.
     """
-    num_v: tl.constexpr = (V + BV - 1) // BV
     num_k: tl.constexpr = (K + BK - 1) // BK
     tokens: tl.constexpr = SEGMENT * C
     way: tl.constexpr = -1 if REVERSE else 1
-    i_v = (tl.program_id(0) % num_v) * BV
-    i_sh = (tl.program_id(0) // num_v).to(tl.int64)
-    i_s = i_sh // HV
-    i_h = i_sh % HV
+    i_v, i_sh, i_s, i_h = own_columns(HV, V, BV)
     if PACKED:
         first = tl.load(first_segment + i_s).to(tl.int64)
         count = tl.load(first_segment + i_s + 1) - first
@@ -210,7 +208,7 @@ def _chain_launcher(p: Problem, s: Segments, reverse: bool) -> Launcher:
         T=p.v.shape[1], HV=p.heads, K=K, V=V, C=sizes["C"],
         GATED=p.g is not None, PACKED=s.first is not None,
         # Between segments TF32 rounds far less than bfloat16 did at every chunk.
-        PRECISION="tf32" if p.precision == "bf16" else p.precision,
+        PRECISION="tf32" if p.precision == "bf16" else carried(p.precision),
         SEGMENT=s.chunks, REVERSE=reverse, BK=launch.block, BV=config.CHAIN_COLUMNS,
         **launch.options,
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""The GPU kernels of `delta_product`, compiled for compute capability 9.0 without a GPU.
+"""The GPU kernels of `delta_product` and `path_attention`, compiled for Hopper without a GPU.
 
 Triton's interpreter does not run the forms for Hopper, which are written in Gluon. That the Triton
 installed here compiles them, and the others, into programs that a multiprocessor can hold is seen
-here: in a process of its own, whose driver compiles for an H200 and launches nothing.
+here: in a process of its own, whose driver compiles for an H200 and launches nothing. A second one
+must find them all on disk.
 """
 
 import json
@@ -15,7 +16,8 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-# Arguments of `delta_product_inputs`, and the kernels that a forward and a backward call have.
+# Arguments of `delta_product_inputs` or of `path_attention_inputs`, which has no N, and the kernels
+# that a forward and a backward call have.
 CASES = {
     "gated": (
         {"B": 1, "T": 208, "N": 1, "H": 2, "K": 128, "V": 128, "dtype": "bfloat16"},
@@ -31,6 +33,11 @@ CASES = {
         ["table", "prepare", "carry", "chain", "walk",
          "carry_back", "chain", "walk_back", "gradient"],
     ),
+    "attention": (
+        {"B": 1, "T": 700, "H": 2, "K": 128, "V": 128, "decay": None, "dtype": "bfloat16"},
+        ["prepare", "join", "climb", "attend",
+         "prepare", "rows", "sum", "descend", "leaf", "chunk", "key", "query"],
+    ),
 }  # fmt: skip
 SEGMENT_TOKENS = 256
 # The shared memory that one program can have on an H200.
@@ -38,16 +45,24 @@ SHARED_BYTES = 232_448
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Return what is known of each case's programs."""
+def processes(tmp_path_factory):
+    """Return what is known of each case's programs in a first process, and in one after it."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, env=environment,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    found = []
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__], capture_output=True, text=True,
+            env=environment, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads(result.stdout))
+    return found
+
+
+@pytest.fixture
+def programs(processes):
+    return processes[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,6 +74,14 @@ def test_all_kernels_compile_side_by_side(name, programs):
         assert program["thread"].startswith("householder-compiler")
         assert program["bytes"] > 0
         assert program["shared"] <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_process_finds_all_programs_on_disk(name, processes):
+    first, second = (process[name] for process in processes)
+    assert sorted(x["name"] for x in second) == sorted(x["name"] for x in first)
+    assert not any(x["from_disk"] for x in first)
+    assert all(x["from_disk"] for x in second)
 
 
 def without_gpu():
@@ -111,24 +134,47 @@ def without_gpu():
     torch.cuda.device = lambda _: contextlib.nullcontext()
 
 
-def compile_all() -> dict[str, list[dict[str, object]]]:
-    """Compile what every case's forward and backward call need."""
+def run_delta_product(case):
     import importlib
-    import threading
 
-    import torch
-    import triton
-
-    without_gpu()
     kernels = importlib.import_module("householder.ops.delta_product.triton")
     for name in ("backward", "chunks"):
         module = importlib.import_module(f"householder.ops.delta_product.triton.{name}")
         module.is_hopper = lambda _: True
     from householder.testing import delta_product_inputs
 
+    kernels.config.SEGMENT_TOKENS = SEGMENT_TOKENS
+    inputs = delta_product_inputs(**case)
+    arguments = [inputs[n] for n in ("q", "k", "v", "beta", "g")]
+    arguments += [0.3, inputs["initial_state"], inputs["cu_seqlens"]]
+    o, state, *saved = kernels.forward(*arguments, True)
+    kernels.backward(o, state, *arguments, *saved)
+
+
+def run_path_attention(case):
+    from householder.ops.path_attention import triton as kernels
+    from householder.ops.path_attention.triton import problem
+    from householder.testing import path_attention_inputs
+
+    problem.is_hopper = lambda _: True
+    inputs = path_attention_inputs(**case)
+    arguments = [inputs[n] for n in ("q", "k", "v", "w", "beta", "g", "sinks")]
+    arguments += [0.3, None, inputs["cu_seqlens"]]
+    o, lse = kernels.forward(*arguments)
+    kernels.backward(o, *arguments, o, lse)
+
+
+def compile_all() -> dict[str, list[dict[str, object]]]:
+    """Compile what every case's forward and backward call need."""
+    import threading
+
+    import torch
+    import triton
+
+    without_gpu()
     programs: list[dict[str, object]] = []
 
-    def listen(*, src, metadata, metadata_group, **_):
+    def listen(*, src, metadata, metadata_group, cache_hit, **_):
         (binary,) = (path for name, path in metadata_group.items() if name.endswith(".cubin"))
         programs.append(
             {
@@ -137,20 +183,16 @@ def compile_all() -> dict[str, list[dict[str, object]]]:
                 "arch": metadata["target"].arch,
                 "shared": metadata["shared"],
                 "bytes": os.path.getsize(binary),
+                "from_disk": cache_hit,
             }
         )
 
     triton.knobs.compilation.listener = listen
-    kernels.config.SEGMENT_TOKENS = SEGMENT_TOKENS
     found = {}
     for name, (case, _) in CASES.items():
-        dtype = getattr(torch, case["dtype"])
-        inputs = delta_product_inputs(**(case | {"dtype": dtype}))
-        arguments = [inputs[n] for n in ("q", "k", "v", "beta", "g")]
-        arguments += [0.3, inputs["initial_state"], inputs["cu_seqlens"]]
         programs.clear()
-        o, state, *saved = kernels.forward(*arguments, True)
-        kernels.backward(torch.ones_like(o), torch.ones_like(state), *arguments, *saved)
+        run = run_delta_product if "N" in case else run_path_attention
+        run(case | {"dtype": getattr(torch, case["dtype"])})
         found[name] = list(programs)
     return found
 
