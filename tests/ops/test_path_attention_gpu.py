@@ -280,7 +280,7 @@ def test_calls_that_repeat_launches_give_the_same_bits(name, dtype, kernels):
     peak, repeated = differentiate(1)
     forget_recordings()
     first_peak, first = differentiate(1)
-    assert peak <= first_peak
+    assert peak <= 1.1 * first_peak
     assert all(torch.equal(a, b) for a, b in zip(repeated, first, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Calls that repeat what one before did. Nothing runs on a GPU here."""
 
+import ctypes
 import types
 import weakref
 
@@ -26,10 +27,10 @@ class Kernel:
         self.warmed += 1
 
     def __getitem__(self, grid):
-        def run(*arguments, num_warps=4, **others):
+        def run(x, out, factor, num_warps=4):
             self.searched += 1
-            self.write(*arguments, **others)
-            return Program(self, grid) if self.compiles else None
+            self.write(x, out, factor)
+            return Program(self, grid, out) if self.compiles else None
 
         return run
 
@@ -40,12 +41,21 @@ class Kernel:
 
 
 class Program:
-    def __init__(self, kernel, grid):
-        self.kernel, self.grid = kernel, grid
+    """A kernel that knows how many numbers there are, wherever they are."""
+
+    def __init__(self, kernel, grid, out):
+        self.kernel, self.grid, self.shape, self.dtype = kernel, grid, out.shape, out.dtype
 
     def __getitem__(self, grid):
         assert grid == (*self.grid, 1, 1)[:3]
-        return self.kernel.write
+        return lambda x, out, factor: self.kernel.write(self.find(x), self.find(out), factor)
+
+    def find(self, x):
+        x = getattr(x, "base", x)
+        if isinstance(x, torch.Tensor):
+            return x
+        room = ctypes.c_byte * (self.shape.numel() * self.dtype.itemsize)
+        return torch.frombuffer(room.from_address(x), dtype=self.dtype).view(self.shape)
 
 
 class Descriptor:
@@ -158,7 +168,7 @@ def test_descriptors_are_made_of_the_tensors_of_each_call():
     assert kernel.searched == 1
 
 
-def test_memory_is_let_go_where_the_first_call_let_it_go(monkeypatch):
+def test_much_memory_is_let_go_where_the_first_call_let_it_go(monkeypatch):
     kernel = Kernel()
     alive = []
 
@@ -187,10 +197,41 @@ def test_memory_is_let_go_where_the_first_call_let_it_go(monkeypatch):
 
     kernel.write = count
     monkeypatch.setattr(_recording, "torch", types.SimpleNamespace(empty=empty))
+    monkeypatch.setattr(_recording, "MOST_TOGETHER", 0)
     for _ in range(3):
         alive.clear()
         function(torch.ones(4))
     assert standing == [1, 1] * 3
+
+
+@pytest.mark.parametrize("most_together", [0, 2**20])
+def test_what_is_there_at_the_same_time_lies_apart(most_together, monkeypatch):
+    """Tensors of several sizes and lives, each read when later ones have been written."""
+    monkeypatch.setattr(_recording, "MOST_TOGETHER", most_together)
+    kernel = Kernel()
+
+    def double(x):
+        out = room_like(x)
+        launch(kernel, (1,), x, out, 2.0)
+        return out
+
+    @recorded
+    def function(*inputs):
+        waiting, results = [], []
+        for x in inputs:
+            waiting.append(double(double(x)))
+            if len(waiting) > 2:
+                results.append(double(waiting.pop(0)))
+        results += [double(x) for x in waiting]
+        return tuple(results)
+
+    sizes = (400, 100, 1300, 300, 700, 1300, 50)
+    for number in range(3):
+        inputs = [torch.full((size,), float(size + number)) for size in sizes]
+        for x, result in zip(inputs, function(*inputs), strict=True):
+            assert torch.equal(result, 8 * x)
+    assert kernel.searched == 3 * len(sizes)
+    assert kernel.launched == 3 * kernel.searched
 
 
 def test_asking_for_programs_is_not_recorded(monkeypatch):
