@@ -4,12 +4,15 @@
     python benchmarks/decoding.py latency              # or one of them: latency, drift
     python benchmarks/decoding.py --results /tmp/out   # where the CSV files are appended to
 
-Latency: `PathCache.append` of N tokens beside N queries of PyTorch's
-`scaled_dot_product_attention` over as many keys, which has no positions to keep. The cache holds
-about T tokens, few short of a power of two: there is a block of every size and, on a GPU, the most
-recent tokens there can be, which is when a token costs most. There the calls are replayed from a
-CUDA graph with the L2 cache cleared in between (`us`), and called as they are (`called_us`); on a
-CPU they take turns. `error` is that of tokens decoded after 300, against float64.
+Latency: `PathCache.append` of N tokens beside plain attention, PyTorch's
+`scaled_dot_product_attention` of N queries over as many keys, which has no positions to keep: once
+alone ("torch SDPA"), and once with what a decoded token does before it, putting N keys and values
+into a cache of its own at a position that the device holds ("torch SDPA, cached"). Ours always puts
+them. The cache holds about T tokens, few short of a power of two: there is a block of every size
+and, on a GPU, the most recent tokens there can be, which is when a token costs most. There the
+calls are replayed from a CUDA graph with the L2 cache cleared in between (`us`), and called as they
+are (`called_us`); on a CPU they take turns. `error` is that of tokens decoded after 300, against
+float64.
 
 Drift: reflections (β = 2), bfloat16, 16 heads of 64, each a sequence of its own. Errors against
 float64 of the outputs of the 128 tokens before T, decoded one by one, after a prefill in one go,
@@ -181,21 +184,31 @@ def measure_latency(
     def plain() -> Tensor:
         return F.scaled_dot_product_attention(query, keys, values)
 
+    new_keys, new_values = (x.transpose(1, 2).to(dtype) for x in token[1:3])
+    position = torch.arange(T - N, T, device=DEVICE)
+
+    def plain_cached() -> Tensor:
+        keys.index_copy_(2, position, new_keys)
+        values.index_copy_(2, position, new_values)
+        return plain()
+
     def ours() -> Tensor:
         return cache.append(*token)
 
     rows: list[dict[str, object]] = [
         {"variant": "householder", "error": f"{error:.1e}"},
         {"variant": "torch SDPA", "error": ""},
+        {"variant": "torch SDPA, cached", "error": ""},
     ]
     if DEVICE == "cpu":
-        times = alternating_us(ours, plain)
+        times = alternating_us(ours, plain, plain_cached)
         for row, us in zip(rows, times, strict=True):
             row["us"] = row["called_us"] = f"{us:.1f}"
     else:
         rows[0]["us"] = f"{append_us(cache, token, held):.2f}"
-        rows[1]["us"] = f"{replayed_us(captured(plain), lambda: None):.2f}"
-        for row, run in zip(rows, (ours, plain), strict=True):
+        for row, run in zip(rows[1:], (plain, plain_cached), strict=True):
+            row["us"] = f"{replayed_us(captured(run), lambda: None):.2f}"
+        for row, run in zip(rows, (ours, plain, plain_cached), strict=True):
             hold(cache, held - 100 * N)
             torch.cuda.synchronize()
             begun = time.perf_counter()

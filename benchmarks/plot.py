@@ -248,7 +248,7 @@ def decoding() -> None:
                 marker="o",
                 label=f"{'path_attention' if ours else variant}, B = {B}",
                 color="C0" if B == 1 else "C1",
-                linestyle="-" if ours else "--",
+                linestyle={"householder": "-", "torch SDPA": "--"}.get(variant, ":"),
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

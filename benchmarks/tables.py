@@ -166,6 +166,25 @@ def path_figures(row: dict[str, str] | None, kind: str) -> str:
     return " / ".join(three_digits(row[x]) if row[x] else why for x in columns)
 
 
+def decoding_table() -> str:
+    """New tokens of a cache: ours, plain attention that puts them into its cache, and it alone."""
+    names = ("householder", "torch SDPA, cached", "torch SDPA")
+    newest: dict[tuple[int, int, int], dict[str, float]] = {}
+    with (RESULTS / "decoding-gpu.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            N, B, T = (int(row[name]) for name in ("N", "B", "T"))
+            newest.setdefault((N, B, T), {})[row["variant"]] = float(row["us"])
+    lines = []
+    for (N, B, T), us in sorted(newest.items()):
+        times = [f"{us[x]:,.{us[x] < 100:d}f}" if x in us else "–" for x in names]
+        ratios = [f"{us[names[0]] / us[x]:.2f}" if x in us else "–" for x in names]
+        cells = [f"**{times[0]}**", times[1], ratios[1], times[2], ratios[2]]
+        lines.append([str(N), str(B), f"{T:,}", *cells])
+    return markdown(
+        "N | B | T | path_attention, µs | SDPA, cached | ratio | SDPA alone | ratio", lines
+    )
+
+
 MIXERS = {
     "gated_delta_net": "Gated DeltaNet",
     "gated_delta_product": "Gated DeltaProduct, N = 2",
@@ -389,6 +408,7 @@ def rounded(number: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "path-attention-gpu": path_attention_table,
+    "path-attention-decoding": decoding_table,
     "delta-product-gpu": delta_product_table,
     "delta-product-gpu-step": step_table,
     "delta-product-gpu-first-call": first_call_table,

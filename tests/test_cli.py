@@ -62,6 +62,12 @@ def test_train_writes_where_it_says(run, config, tmp_path):
         assert word in out, word
 
 
+def test_help_says_both_defaults_of_what_tasks_and_texts_share(run):
+    _, out, _ = run("train", "--help")
+    (line,) = (line for line in out.splitlines() if "--warmup " in line)
+    assert "Default: 20; with --text: 50." in line
+
+
 def test_help_is_as_wide_as_the_terminal(run):
     """Lines of a docstring are no lines of the help."""
     code, out, err = run("reproduce", "recall", "--help")

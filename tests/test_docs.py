@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -141,6 +142,19 @@ def is_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_annotations_of_public_names_can_be_resolved(module: str) -> None:
+    """As `typing.get_type_hints` does, for tools that make command lines or documents of them."""
+    part = importlib.import_module(module)
+    for name in part.__all__:
+        value = getattr(part, name)
+        members = vars(value).values() if isinstance(value, type) else [value]
+        for member in members:
+            if isinstance(member, FunctionType):
+                # What would be an import in a circle is looked up beside the name itself.
+                typing.get_type_hints(member, localns=vars(part))
 
 
 @pytest.mark.parametrize("module", PUBLIC)

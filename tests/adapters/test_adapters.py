@@ -587,6 +587,8 @@ def test_refusals_leave_the_model_as_it_was(case):
         (lambda: HRAConfig(targets="*", num_householder=0), "at least 1, got 0"),
         (lambda: HRAConfig(targets=[]), "at least one layer"),
         (lambda: HRAConfig(targets=[3]), "names or patterns"),
+        (lambda: HRAConfig(targets=None), "`targets` must be names or patterns, got None"),
+        (lambda: HTAConfig(targets="*", splits=["qkv"]), r"by name, got \['qkv'\]"),
         (lambda: HTAConfig(targets="*", rank=-1), "at least 0, got -1"),
         (lambda: HTAConfig(targets="*", form="lola"), "'lora', 'adapter', got 'lola'"),
         (lambda: HTAConfig(targets="*", splits={"qkv": 0}), "numbers of parts, got 0"),

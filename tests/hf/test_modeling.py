@@ -14,7 +14,7 @@ from householder.models import CausalLM, load_causal_lm, save_causal_lm
 
 transformers = pytest.importorskip("transformers")
 
-from householder.hf.cache import HouseholderCache  # noqa: E402
+from householder.hf.cache import MAX_ROLLBACK, HouseholderCache  # noqa: E402
 from householder.hf.modeling import HouseholderConfig, HouseholderForCausalLM  # noqa: E402
 
 V = 23
@@ -96,6 +96,18 @@ def test_rows_filled_up_in_front_continue_as_alone(model):
     torch.testing.assert_close(whole[:1, 5:], model(short).logits)
 
 
+def test_prompts_are_read_in_parts_and_texts_continued_from_their_cache(model):
+    prompt = tokens(2, 9)
+    assert torch.equal(
+        model.generate(prompt, prefill_chunk_size=4, **GREEDY), greedy(model, prompt, 10)
+    )
+    first = model.generate(prompt, return_dict_in_generate=True, **GREEDY)
+    # Somebody answers what was written, and it goes on.
+    answered = torch.cat([first.sequences, tokens(2, 3)], dim=1)
+    second = model.generate(answered, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(second, greedy(model, answered, 10))
+
+
 def test_beams_and_draws_do_not_depend_on_the_cache(model):
     prompt = tokens(2, 7)
     for options in (
@@ -155,6 +167,9 @@ def test_crop_refuses_what_it_cannot():
         cache.crop(-2)
     with pytest.raises(ValueError, match="`tokens_to_remove` must be negative or 0, got 3"):
         cache.crop(3)
+    model(tokens(1, MAX_ROLLBACK + 1), past_key_values=cache)  # more than a PaTH layer takes back
+    with pytest.raises(RuntimeError, match=r"can forget the 0 tokens .* got 1"):
+        cache.crop(-1)
 
 
 def test_loss_is_that_of_shifted_labels_and_trains(model):

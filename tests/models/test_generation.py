@@ -99,6 +99,11 @@ def test_decoder_changes_memory_that_stays_in_place():
             "`temperature` must be a number, got 'hot'",
         ),
         (
+            lambda m, d: m.generate(some_tokens(1, 2), max_new_tokens=1, num_tokens=0),
+            ValueError,
+            "`num_tokens` must be at least 1, got 0",
+        ),
+        (
             lambda m, d: m.reserve(m(some_tokens(1, 5), return_states=True)[1], 4),
             ValueError,
             "`num_tokens` must be at least 5",

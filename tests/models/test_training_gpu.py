@@ -78,8 +78,15 @@ def test_making_anew_keeps_less_and_changes_no_gradient(pattern, compiled, preci
         assert torch.equal(same, gradients)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("pattern", ["gated_delta", "rope"])
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # Raised by the compiler's own look at what it goes on from behind a break.
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+@pytest.mark.parametrize(
+    "pattern", ["delta", "gated_delta", "delta_product", "path", "path_fox", "rope", "fox"]
+)
 def test_compiled_blocks_take_packed_sequences(pattern):
     """Rotary attention in float32 reads where they begin, and so breaks a graph in two."""
     torch._dynamo.reset()

@@ -174,6 +174,7 @@ def test_packed_is_separate(case, lengths):
 def test_no_tokens(case):
     layer = make(case)
     assert layer(make_input(2, 0)).shape == (2, 0, D)
+    assert layer(make_input(0, 5)).shape == (0, 5, D)
     nothing = torch.zeros(3, dtype=torch.int32)
     assert layer(make_input(1, 0), cu_seqlens=nothing).shape == (1, 0, D)
 
@@ -309,6 +310,7 @@ class TestErrors:
             (PaTHAttention, {"num_heads": 3, "w_rank": 0}, ValueError, "`w_rank`"),
             (PaTHAttention, {"num_heads": 3, "conv_size": 0}, ValueError, "`conv_size`"),
             (PaTHAttention, {"num_heads": 3, "max_rollback": -1}, ValueError, "`max_rollback`"),
+            (PaTHAttention, {"num_heads": 3, "impl": "fast"}, ValueError, "`impl` must be one of"),
             (PaTHAttention, {"num_heads": 3.0}, TypeError, "`num_heads` must be an int"),
             (RotaryAttention, {"num_heads": 8}, ValueError, "`head_dim` must be even, got 3"),
             (RotaryAttention, {"num_heads": 3, "base": 0.0}, ValueError, "`base`"),
@@ -357,6 +359,16 @@ def test_compiles_without_graph_breaks(case):
     weight = layer.q_proj.weight
     traced = torch.autograd.grad(compiled(x).sin().sum(), weight)
     agree(traced, torch.autograd.grad(layer(x).sin().sum(), weight))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("case", ["path, forgetting", "rotary", "forgetting"])
+def test_exports_for_sequences_of_any_length(case):
+    layer, sizes = make(case), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(layer, (make_input(2, 40),), dynamic_shapes=(sizes,))
+    x = make_input(3, 17)
+    agree(program.module()(x), layer(x))
 
 
 @every_layer

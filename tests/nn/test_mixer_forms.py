@@ -168,8 +168,13 @@ def test_batch_rows_do_not_depend_on_one_another(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_tokens(case: str) -> None:
-    """An empty segment leaves the state as it is, and an empty batch row gives nothing."""
+    """An empty segment leaves the state as it is, and an empty batch gives nothing."""
     mixer = make_mixer(case)
+    y, state = mixer(make_input(0, 5).requires_grad_(), return_state=True)
+    assert y.shape == (0, 5, mixer.d_model)
+    assert len(state.matrix) == 0
+    y.sum().backward()
+    assert not mixer.o_proj.weight.grad.any()
     _, state = mixer(make_input(2, 3), return_state=True)
     y, same = mixer(make_input(2, 0), state=state, return_state=True)
     assert y.shape == (2, 0, mixer.d_model)
@@ -236,6 +241,18 @@ def test_compile_without_graph_breaks(case: str) -> None:
     expected, expected_state = mixer.step(x[:, 0], state)
     assert_agree(y_t, expected)
     assert_states_agree(next_state, expected_state)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_exports_for_sequences_of_any_length() -> None:
+    mixer, sizes = (
+        make_mixer("gated_delta_product"),
+        {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},
+    )
+    program = torch.export.export(mixer, (make_input(2, 40),), dynamic_shapes=(sizes,))
+    x = make_input(3, 17)
+    assert_agree(program.module()(x), mixer(x))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from householder.nn import ShortConvolution
+from householder.ops import short_convolution
 
 
 def torch_convolution(x: Tensor, weight: Tensor) -> Tensor:
@@ -77,9 +78,35 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^ShortConvolution: `kernel_size` must be at least 1"):
         ShortConvolution(4, 0)
     conv = ShortConvolution(4)
+    with pytest.raises(ValueError, match=r"^short_convolution: `weight` must be \[D, 1, W\]"):
+        short_convolution(torch.zeros(2, 3, 4), torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"^ShortConvolution: `x` must be a tensor, got list"):
+        ShortConvolution(4, 4)([[1.0]])
     with pytest.raises(ValueError, match=r"^ShortConvolution: `x` must be \[B, T, 4\]"):
         conv(torch.randn(2, 5, 3))
     with pytest.raises(ValueError, match=r"^ShortConvolution: `state` must be \[2, 3, 4\]"):
         conv(torch.randn(2, 5, 4), torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match=r"^ShortConvolution: `cu_seqlens` must rise from 0 to T"):
         conv(torch.randn(1, 5, 4), None, torch.tensor([0, 6], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_no_compiled_program_searches_in_a_view(continued):
+    """What PyTorch 2.11 compiles for a GPU begins such a search at the base of the view.
+
+    https://github.com/pytorch/pytorch/issues/182343
+    """
+    torch._dynamo.reset()
+    searched = []
+
+    def look(program, inputs):
+        calls = [node for node in program.graph.nodes if node.target is torch.searchsorted]
+        searched.extend(node.args[0].op for node in calls)
+        return program.forward
+
+    layer = ShortConvolution(6, 4)
+    bounds = torch.tensor([0, 2, 7], dtype=torch.int32)
+    state = torch.randn(2, 3, 6) if continued else None
+    torch.compile(layer, backend=look, fullgraph=True)(torch.randn(1, 7, 6), state, bounds)
+    assert searched
+    assert set(searched) == {"placeholder"}

@@ -356,48 +356,13 @@ def test_any_shape(B, T, N, H, group, K, V, gated, packed, with_state, seed):
 
 
 class TestTransforms:
-    """`torch.func`, `torch.compile` and the registration."""
+    """`torch.vmap` over what may be packed, `torch.compile`, the registration; more in
+    test_function_transforms.py.
+    """
 
     def setup_method(self):
         self.inputs = delta_product_inputs(T=40, HV=4)
         self.args = tuple(self.inputs[name] for name in NAMES)
-
-    def loss(self, impl="auto"):
-        def f(q, k, v, beta, g, initial_state):
-            o, state = delta_product(
-                q, k, v, beta, g, initial_state=initial_state, output_final_state=True, impl=impl
-            )
-            return o.sin().sum() + state.cos().sum()
-
-        return f
-
-    def expected(self):
-        leaves = [x.clone().requires_grad_() for x in self.args]
-        return torch.autograd.grad(self.loss("reference")(*leaves), leaves)
-
-    def close(self, actual, expected):
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-    def test_func_grad(self):
-        self.close(
-            torch.func.grad(self.loss(), argnums=tuple(range(6)))(*self.args), self.expected()
-        )
-
-    def test_vmap_of_grad(self):
-        stacked = [torch.stack([x, 0.9 * x]) for x in self.args]
-        per_sample = torch.func.vmap(torch.func.grad(self.loss(), argnums=tuple(range(6))))
-        self.close([x[0] for x in per_sample(*stacked)], self.expected())
-
-    def test_grad_of_vmap(self):
-        shared = list(self.args)
-
-        def f(k):
-            args = (shared[0], k, *shared[2:])
-            return torch.func.vmap(lambda k: self.loss()(args[0], k, *args[2:]))(k).sum()
-
-        stacked = torch.stack([self.args[1], 0.9 * self.args[1]])
-        self.close([torch.func.grad(f)(stacked)[0]], [self.expected()[1]])
 
     def test_vmap_over_packed_sequences(self):
         inputs = delta_product_inputs(B=1, T=60, num_sequences=4, HV=4)
@@ -407,12 +372,6 @@ class TestTransforms:
             return delta_product(**{**inputs, "k": k})[0]
 
         torch.testing.assert_close(torch.func.vmap(f)(k), torch.stack([f(k[0]), f(k[1])]))
-
-    def test_vmap_over_bounds_is_refused(self):
-        inputs = delta_product_inputs(B=1, T=60, num_sequences=4)
-        bounds = inputs.pop("cu_seqlens")
-        with pytest.raises((NotImplementedError, RuntimeError)):
-            torch.func.vmap(lambda cu: delta_product(**inputs, cu_seqlens=cu)[0])(bounds[None])
 
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     @pytest.mark.parametrize("num_sequences", [None, 4])
@@ -442,12 +401,6 @@ class TestTransforms:
             test_utils=("test_schema", "test_faketensor"),
         )
 
-    def test_second_order_is_refused_with_the_remedy(self):
-        leaves = [x.clone().requires_grad_() for x in self.args]
-        (dk,) = torch.autograd.grad(self.loss()(*leaves), leaves[1], create_graph=True)
-        with pytest.raises(NotImplementedError, match='impl="reference"'):
-            dk.sum().backward()
-
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
     def test_forward_mode_is_refused_with_gradients_off_too(self):
         inputs = delta_product_inputs(B=1, T=3, N=2, H=1, K=2, V=2)
@@ -455,14 +408,6 @@ class TestTransforms:
             duals = {name: forward_ad.make_dual(inputs[name], inputs[name]) for name in NAMES}
             with pytest.raises(NotImplementedError, match="jvp"):
                 delta_product(**duals)
-
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    def test_reference_has_second_order_and_forward_mode(self):
-        inputs = delta_product_inputs(B=1, T=3, N=2, H=1, K=2, V=2)
-        leaves = [inputs[name].requires_grad_() for name in NAMES]
-        f = self.loss("reference")
-        assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(f, leaves)
 
 
 def kept_for_the_gradient(call):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from householder.nn.short_convolution import ShortConvolution
 from householder.ops import (
     gated_rms_norm,
     short_convolution,
@@ -380,6 +381,23 @@ def test_kernels_repeat(make):
     function, tensors, options, dy = make(name, torch.bfloat16, "cuda")
     first, second = (differentiate(function, tensors, options, dy, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_packed_sequences_stay_apart_when_compiled():
+    """PyTorch 2.11 compiles a search in a slice of the bounds as one in all of them."""
+    bounds = torch.tensor([0, 0, 3, 70, 71, 200], dtype=torch.int32, device="cuda")
+    x = torch.randn(1, 200, 64, device="cuda")
+    op_weight, layer = torch.randn(64, 1, 4, device="cuda"), ShortConvolution(64, 4, device="cuda")
+    state = torch.randn(5, 3, 64, device="cuda")
+
+    def convolve(x, bounds):
+        return short_convolution(x, op_weight, cu_seqlens=bounds), *layer(x, state, bounds)
+
+    with torch.no_grad():
+        compiled = torch.compile(convolve, fullgraph=True)(x, bounds)
+        for a, b in zip(compiled, convolve(x, bounds), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

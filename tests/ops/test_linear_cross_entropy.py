@@ -123,6 +123,7 @@ def test_compiles_to_one_graph():
     [
         ({"labels": torch.zeros(50)}, TypeError, "`labels` must be int64, got torch.float32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "`labels` must be"),
+        ({"weight": torch.zeros(0, 16)}, ValueError, "V ≥ 1, got shapes"),
         ({"weight": torch.zeros(37, 5)}, ValueError, r"got shapes \[50, 16\] and \[37, 5\]"),
         ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "triton"'),
         ({"impl": "triton"}, NotImplementedError, "it needs tensors on a CUDA device"),

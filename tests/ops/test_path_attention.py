@@ -396,45 +396,13 @@ def test_any_shape(B, T, H, group, K, V, gated, with_sinks, packed, window, seed
 
 
 class TestTransforms:
-    """`torch.func`, `torch.compile` and the registration."""
+    """`torch.vmap` without what is optional, `torch.compile`, the registration; more in
+    test_function_transforms.py.
+    """
 
     def setup_method(self):
         self.inputs = path_attention_inputs(T=40, HQ=4, with_sinks=True)
         self.args = tuple(self.inputs[name] for name in NAMES)
-
-    def loss(self, impl="auto"):
-        def f(q, k, v, w, beta, g, sinks):
-            return path_attention(q, k, v, w, beta, g, sinks=sinks, impl=impl).sin().sum()
-
-        return f
-
-    def expected(self):
-        leaves = [x.clone().requires_grad_() for x in self.args]
-        return torch.autograd.grad(self.loss("reference")(*leaves), leaves)
-
-    def close(self, actual, expected):
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-    def test_func_grad(self):
-        self.close(
-            torch.func.grad(self.loss(), argnums=tuple(range(7)))(*self.args), self.expected()
-        )
-
-    def test_vmap_of_grad(self):
-        stacked = [torch.stack([x, 0.9 * x]) for x in self.args]
-        per_sample = torch.func.vmap(torch.func.grad(self.loss(), argnums=tuple(range(7))))
-        self.close([x[0] for x in per_sample(*stacked)], self.expected())
-
-    def test_grad_of_vmap(self):
-        def f(w):
-            def one(w):
-                return self.loss()(*self.args[:3], w, *self.args[4:])
-
-            return torch.func.vmap(one)(w).sum()
-
-        stacked = torch.stack([self.args[3], 0.9 * self.args[3]])
-        self.close([torch.func.grad(f)(stacked)[0]], [self.expected()[3]])
 
     def test_vmap_without_gates_and_sinks(self):
         inputs = path_attention_inputs(B=1, T=60, num_sequences=4, HQ=4, decay=None)
@@ -451,12 +419,6 @@ class TestTransforms:
 
         expected = torch.stack([of(f)(stacked[0]), of(f)(stacked[1])])
         torch.testing.assert_close(torch.func.vmap(of(f))(stacked), expected)
-
-    def test_vmap_over_bounds_is_refused(self):
-        inputs = path_attention_inputs(B=1, T=60, num_sequences=4)
-        bounds = inputs.pop("cu_seqlens")
-        with pytest.raises((NotImplementedError, RuntimeError)):
-            torch.func.vmap(lambda cu: path_attention(**inputs, cu_seqlens=cu))(bounds[None])
 
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     @pytest.mark.parametrize("num_sequences", [None, 4])
@@ -479,20 +441,6 @@ class TestTransforms:
         torch.library.opcheck(
             op.path_attention_backward.default, (torch.ones_like(o), *args, o, lse, "chunk")
         )
-
-    def test_second_order_is_refused_with_the_remedy(self):
-        leaves = [x.clone().requires_grad_() for x in self.args]
-        (dw,) = torch.autograd.grad(self.loss()(*leaves), leaves[3], create_graph=True)
-        with pytest.raises(NotImplementedError, match='impl="reference"'):
-            dw.sum().backward()
-
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    def test_reference_has_second_order_and_forward_mode(self):
-        inputs = path_attention_inputs(B=1, T=4, H=1, K=2, V=2, HQ=2, with_sinks=True)
-        leaves = [inputs[name].requires_grad_() for name in NAMES]
-        f = self.loss("reference")
-        assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(f, leaves)
 
 
 class TestErrors:

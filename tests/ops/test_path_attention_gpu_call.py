@@ -98,6 +98,23 @@ def test_cotangents_that_are_views_count_as_what_they_show(K):
             assert relative_error(x, plain[name].double()) < 1e-2, name
 
 
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_function_transforms(decay):
+    """Per-sample gradients are those one by one."""
+    inputs = arrange(2, 300, 2, 64, 64, decay=decay)
+    given = [inputs[n].detach() for n in TOKENS if inputs[n] is not None]
+
+    def loss(*given):
+        return path_attention(*given, impl="triton").float().sin().sum()
+
+    each = torch.func.grad(loss, argnums=tuple(range(len(given))))
+    stacked = [torch.stack([x, x.flip(0)]) for x in given]
+    together = torch.func.vmap(each)(*stacked)
+    for i in range(2):
+        for a, b in zip(together, each(*(x[i] for x in stacked)), strict=True):
+            assert relative_error(a[i], b.double()) < 1e-2
+
+
 @pytest.mark.parametrize("decay", [None, 0.01])
 def test_memory_does_not_grow_with_the_square_of_the_length(decay):
     """Beside what is linear there is a copy of the queries for every level of the tree."""

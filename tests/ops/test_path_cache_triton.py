@@ -58,7 +58,7 @@ def compute(case: dict) -> str:
 
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)  # so that memory comes filled with NaN
-    Store.has_kernels = lambda self, num_tokens=1: True  # on the CPU too
+    Store.has_kernels = lambda self: True  # on the CPU too
     cache = PathCache(case["B"], max_rollback=max_rollback)
     options = {"sinks": inputs["sinks"], "window": window}
     tokens = [inputs[n] for n in ("q", "k", "v", "w", "beta", "g")]

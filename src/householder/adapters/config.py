@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,7 +42,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "train_also"):
             value = getattr(self, name)
-            names = (value,) if isinstance(value, str) else tuple(value)
+            alone = isinstance(value, str) or not isinstance(value, Iterable)
+            names = (value,) if alone else tuple(value)
             if not all(isinstance(entry, str) and entry for entry in names):
                 raise AdapterError(
                     f"{type(self).__name__}: `{name}` must be names or patterns, got {value!r}; "
@@ -54,7 +55,7 @@ class AdapterConfig:
                 f"{type(self).__name__}: `targets` must name at least one layer, got none; "
                 'give for example ["q_proj", "v_proj"], or "*" for every layer'
             )
-        if self.dtype is not None and self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in list(DTYPES):
             raise AdapterError(
                 f"{type(self).__name__}: `dtype` must be one of {', '.join(DTYPES)} or None, got "
                 f"{self.dtype!r}; None is the layer's own, and at least float32"
@@ -153,6 +154,11 @@ class HTAConfig(AdapterConfig):
         super().__post_init__()
         _check_count(self, "rank", 0)
         _check_choice(self, "form", ("lora", "adapter"))
+        if not isinstance(self.splits, Mapping):
+            raise AdapterError(
+                f"HTAConfig: `splits` must give numbers of parts by name, got {self.splits!r}; "
+                'give for example {"qkv": 3}'
+            )
         for name, parts in self.splits.items():
             if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
                 raise AdapterError(

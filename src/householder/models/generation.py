@@ -162,6 +162,8 @@ def generate(
 ) -> Tensor:
     """Do what `CausalLM.generate` says."""
     check_draw_options("CausalLM.generate", temperature, top_k, top_p)
+    if num_tokens is not None:
+        check_positive_int("CausalLM.generate", "num_tokens", num_tokens)
     decoder = Decoder(model, tokens, max_new_tokens=max_new_tokens, mask=mask, graph=graph)
     batch_size = tokens.shape[0]
     new = tokens.new_zeros(batch_size, max_new_tokens)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from householder.models._recompute import silence_advice
 from householder.models.block import Block
 from householder.nn import DeltaProductMixer
+from householder.ops._checks import check_tensor
 
 
 class BlockStack(nn.Module):
@@ -198,6 +199,7 @@ class BlockStack(nn.Module):
 
     def _embed(self, tokens: Tensor, layout: str, dim: int) -> Tensor:
         where = type(self).__name__
+        check_tensor(where, "tokens", tokens)
         if tokens.dtype != torch.int64:
             raise TypeError(
                 f"{where}: `tokens` must be int64, got {tokens.dtype}; convert with .long()"

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from householder.ops._checks import check_cu_seqlens
+from householder.ops._checks import check_cu_seqlens, check_tensor
 
 
 def check_positive_int(where: str, name: str, value: object) -> None:
@@ -54,6 +54,7 @@ def default_head_dim(
 
 def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | None) -> int:
     """Check `x [B, T, channels]` and `cu_seqlens`, and return how many sequences they hold."""
+    check_tensor(where, "x", x)
     if x.dim() != 3 or x.shape[-1] != channels:
         raise ValueError(
             f"{where}: `x` must be [B, T, {channels}], got shape {list(x.shape)}; "

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
 from householder.nn.key_value_buffer import KeyValueBuffer
-from householder.nn.softmax_attention import SoftmaxAttention
+from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops.wy import compute_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from householder.nn.softmax_attention import AttentionOptions
 
 
 class KeyValueState(NamedTuple):
@@ -309,7 +305,8 @@ def causal_attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None and num_queries > 1,
+        # A bool where the number is a symbol too, as torch.export has it for lengths that vary.
+        is_causal=mask is None and bool(num_queries > 1),
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from householder.nn._checks import check_positive_int
 from householder.nn.frames import OrthonormalFrame
 from householder.nn.initialization import init_bias
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class StiefelLinear(nn.Module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from householder.nn._checks import (
     check_choice,
@@ -16,15 +17,11 @@ from householder.nn._checks import (
 )
 from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
-from householder.nn.softmax_attention import SoftmaxAttention
+from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops import PathCache, path_attention
 from householder.ops.normalization import l2_normalize
+from householder.ops.path_attention.api import IMPLS
 from householder.ops.wy import compute_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from householder.nn.softmax_attention import AttentionOptions
 
 
 class PaTHState(NamedTuple):
@@ -135,6 +132,7 @@ class PaTHAttention(SoftmaxAttention):
         check_choice("PaTHAttention", "w_activation", w_activation, QK_ACTIVATIONS)
         check_positive_int("PaTHAttention", "conv_size", conv_size)
         check_positive_float("PaTHAttention", "gate_scale", gate_scale)
+        check_choice("PaTHAttention", "impl", impl, ("auto", *IMPLS))
         PathCache(1, max_rollback=max_rollback)  # raises if it is no count
         self.w_activation = w_activation
         self.gate_scale = gate_scale

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
+from typing_extensions import Unpack
 
 from householder.nn._checks import check_positive_float, check_positive_int, default_head_dim
 from householder.nn.mixer import DeltaProductMixer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class MixerOptions(TypedDict, total=False):

@@ -129,8 +129,9 @@ class ShortConvolution(nn.Module):
         num_sequences, T = cu_seqlens.numel() - 1, x.shape[1]
         past = self.kernel_size - 1
         token = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
-        token_row = token + (sequence + 1) * past
+        # In all of cu_seqlens, and not in a slice of it: see ops/short_convolution/api.py.
+        bounds_so_far = torch.searchsorted(cu_seqlens, token, right=True)
+        token_row = token + bounds_so_far * past
 
         lag = torch.arange(past, device=x.device)
         shift = past * torch.arange(num_sequences, device=x.device)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from householder.nn._checks import check_positive_int
 from householder.nn.frames import OrthonormalFrame, check_weight
@@ -20,9 +19,6 @@ from householder.nn.singular_values import (
     unbound_singular_values,
 )
 from householder.ops.wy import compute_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class SVDLinear(nn.Module):

@@ -74,6 +74,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int, T: int) -> int:
 
     The values are read only where that costs nothing: on the CPU, and not while compiling.
     """
+    check_tensor(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{op}: `cu_seqlens` must be int32 [S + 1] with S ≥ 1, got {cu_seqlens.dtype} "

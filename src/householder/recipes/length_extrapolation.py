@@ -204,7 +204,7 @@ class Extrapolated:
     @property
     def published(self) -> list[tuple[float, float]]:
         """The published losses at the training length and at the end, if they are known."""
-        losses = PUBLISHED.get((self.config.pattern, self.config.num_householder))
+        losses = PUBLISHED.get((self.config.pattern, self.config.num_householder or 1))
         return [] if losses is None else [losses]
 
     @property

@@ -1,13 +1,16 @@
 """Files become tokens, tokens become documents in two parts."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from householder.train import ConfigError
+from householder.train.text import corpus
 from householder.train.text.batches import Windows, pack, validation_windows
 from householder.train.text.corpus import (
     documents,
@@ -226,3 +229,29 @@ def test_the_standard_library_is_without_installed_packages():
     assert {"argparse.py", "abc.py"} <= names
     assert not any({"site-packages", "dist-packages"} & set(path.parts) for path in files)
     assert all(path.suffix == ".py" for path in files)
+
+
+def test_a_dataset_is_read_as_it_arrives(monkeypatch):
+    rows = [{"text": "one", "id": 1}, {"text": "two", "id": 2}]
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        yield from rows
+
+    library = ModuleType("datasets")
+    library.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: name)
+    assert list(corpus.dataset_documents("a/b:c")) == ["one", "two"]
+    assert asked == [(("a/b", "c"), {"split": "train", "streaming": True})]
+    rows.append({"body": "three", "id": 3})
+    with pytest.raises(ConfigError, match='a/b: every row must have a string "text", got one of'):
+        list(corpus.dataset_documents("a/b"))
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to the hub")
+
+    library.load_dataset = fail
+    with pytest.raises(ConfigError, match="cannot be read: no route to the hub; check its name"):
+        list(corpus.dataset_documents("a/b"))

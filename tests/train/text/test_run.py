@@ -457,7 +457,9 @@ def test_without_a_terminal_lines_tell_loss_speed_and_the_time_left(texts, tmp_p
     assert re.fullmatch(pattern, lines[2]), lines[2]
     assert any(re.match(r"step 3: validation loss \d\.\d{4}, perplexity", line) for line in lines)
     assert any(line.startswith("sample at step 3: 'The") for line in lines)
-    assert [line.split("/")[0] for line in lines if "/8  loss" in line] == ["1", "2", "4", "6", "8"]
+    steps = [line for line in lines if "/8  loss" in line]
+    assert [line.split("/")[0] for line in steps] == ["1", "2", "4", "6", "8"]
+    assert "left" not in steps[-1]
 
 
 def test_a_viewer_gets_every_number(texts, tmp_path):

@@ -118,9 +118,9 @@ def _check_inputs(op: str, x: Tensor, weight: Tensor, labels: Tensor) -> None:
         raise TypeError(
             f"{op}: `labels` must be int64, got {labels.dtype}; convert them with .long()"
         )
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or not len(weight) or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{op}: `x` must be [..., D] and `weight` [V, D], got shapes {list(x.shape)} and "
-            f"{list(weight.shape)}; the last sizes must agree"
+            f"{op}: `x` must be [..., D] and `weight` [V, D], V ≥ 1, got shapes "
+            f"{list(x.shape)} and {list(weight.shape)}; the last sizes must agree"
         )
     _checks.check_shape(op, "labels", labels, "[...], one per vector of x", x.shape[:-1])

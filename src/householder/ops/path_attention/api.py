@@ -47,7 +47,8 @@ def path_attention(
         k: keys `[B, T, H, K]`.
         v: values `[B, T, H, V]`.
         w: reflectors `[B, T, H, K]`; best float32, whatever q, k and v are in: an error of a
-            reflector counts once for every pair of tokens that has it between them.
+            reflector counts once for every pair of tokens that has it between them. The kernels
+            multiply such w in two float16 halves beside half q, k and v.
         beta: coefficients `[B, T, H]`; with unit w, [0, 2] never lengthens a vector.
         g: forget gates `[B, T, HQ]`, natural logarithm, ≤ 0 (`-inf` hides all earlier tokens), or
             None. `scale` does not act on them.

@@ -135,6 +135,7 @@ class PathAttention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.scale, ctx.window, cu_seqlens, ctx.form = inputs
         o, lse = output
+        ctx.set_materialize_grads(False)  # zeros for lse would be one more kernel
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(*tensors, cu_seqlens, o, lse)
 

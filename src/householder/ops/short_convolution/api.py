@@ -71,9 +71,10 @@ def short_convolution(
             f"{op}: `x` must be [B, T, D], got shape {list(x.shape)}; put the channels last"
         )
     B, T, D = x.shape
-    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, weight.shape[-1]))
+    width = weight.shape[-1] if weight.dim() else 1
+    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, width))
     if history is not None:
-        shape = (B, weight.shape[-1] - 1, D)
+        shape = (B, width - 1, D)
         _checks.check_shape(op, "history", history, "[B, W − 1, D]", shape)
     position = None
     if cu_seqlens is not None:
@@ -125,8 +126,9 @@ def short_convolution_step_(
             f"{op}: `x` must be [B, D], got shape {list(x.shape)}; give a single token"
         )
     B, D = x.shape
-    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, weight.shape[-1]))
-    _checks.check_shape(op, "state", state, "[B, W − 1, D]", (B, weight.shape[-1] - 1, D))
+    width = weight.shape[-1] if weight.dim() else 1
+    _checks.check_shape(op, "weight", weight, "[D, 1, W]", (D, 1, width))
+    _checks.check_shape(op, "state", state, "[B, W − 1, D]", (B, width - 1, D))
     if not state.is_contiguous():
         raise ValueError(
             f"{op}: `state` must be contiguous, got strides {state.stride()}; copy it once"
@@ -148,5 +150,7 @@ def short_convolution_step_(
 def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     """Return how many tokens of its sequence are before each of T packed tokens, int32 `[T]`."""
     token = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    # Not in cu_seqlens[1:]: compiled for a GPU by PyTorch 2.11, a slice is searched from where its
+    # tensor begins, and sequences would see one another.
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return token - cu_seqlens[sequence]

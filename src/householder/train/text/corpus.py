@@ -138,7 +138,8 @@ def dataset_documents(name: str) -> Iterator[str]:
         name: as on the hub, "owner/name" or "owner/name:configuration".
 
     Raises:
-        ConfigError: the library `datasets` is missing, or the dataset cannot be had.
+        ConfigError: the library `datasets` is missing, the dataset cannot be had, or its rows have
+            no field "text".
     """
     require_datasets(name)
     import datasets
@@ -147,7 +148,14 @@ def dataset_documents(name: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(path, configuration or None, split="train", streaming=True)
         for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise ConfigError(
+                    f'`dataset` {name}: every row must have a string "text", got one of '
+                    f"{', '.join(row)}; write what is wanted to files and give --text"
+                )
             yield row["text"]
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the network and the hub raise
         raise ConfigError(
             f"`dataset` {name}: cannot be read: {error}; check its name and the network, or give "

@@ -119,9 +119,10 @@ class TextDisplay(TextObserver):
         part, now = self.LINES * record["step"] // self._steps, time.monotonic()
         if part > self._printed or now > self._printed_at + self.SECONDS:
             self._printed, self._printed_at = part, now
-            left = (self._steps - record["step"]) * self._step_tokens / record["tokens_per_second"]
-            clock = timedelta(seconds=round(left))
-            self._print(f"{record['step']}/{self._steps}  {report}  {clock} left")
+            if remaining := self._steps - record["step"]:
+                left = remaining * self._step_tokens / record["tokens_per_second"]
+                report += f"  {timedelta(seconds=round(left))} left"
+            self._print(f"{record['step']}/{self._steps}  {report}")
 
     def sampled(self, step: int, text: str) -> None:
         """Print the text."""

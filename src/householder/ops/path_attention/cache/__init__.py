@@ -30,6 +30,9 @@ from householder.ops.path_attention.api import check_inputs, path_attention
 from householder.ops.path_attention.cache.records import BLOCK, Group, Options, Tokens
 from householder.ops.path_attention.cache.store import MAX_NEW, Store
 
+# Grids of the kernels are made for a multiple of so many tokens, or all that there is room for.
+BOUND_STEP = 1024
+
 
 class PathCache:
     """Hold the tokens so far of a batch of sequences, for decoding with `path_attention`.
@@ -102,7 +105,7 @@ class PathCache:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether single tokens run on kernels, which a CUDA graph can capture.
+        """Whether up to 16 tokens at a time run on kernels, which a CUDA graph can capture.
 
         Known from the first append on; before it False.
         """
@@ -312,7 +315,7 @@ class PathCache:
             max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
             max(recent + n for recent, n in zip(self._recent, new, strict=True)),
         )
-        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels(q.shape[1]):
+        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels():
             return self._append_few(store, tokens, options, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
@@ -364,7 +367,9 @@ class PathCache:
         assert self._counts is not None
         same = min(new) == q.shape[1]
         appended = None if same else torch.tensor(new, dtype=torch.int32, device=q.device)
-        o = store.decode(tokens, options, self._counts, appended, max(self._old))
+        # In steps: so a call's launches are those of the call before.
+        bound = min(store.room(), -(-max(self._old) // BOUND_STEP) * BOUND_STEP)
+        o = store.decode(tokens, options, self._counts, appended, bound)
         self._count(store, new)
         return o
 
@@ -372,7 +377,7 @@ class PathCache:
         """Launch the kernels for as many tokens of every row, without counting them."""
         num_tokens, room = tokens.q.shape[1], store.room() - max(self.lengths)
         fits = 0 < num_tokens <= min(MAX_NEW, room) and min(new) == num_tokens
-        if not (fits and self._counts_known and store.has_kernels(num_tokens)):
+        if not (fits and self._counts_known and store.has_kernels()):
             raise RuntimeError(
                 f"PathCache.append: what a CUDA graph captures must be 1 to {MAX_NEW} tokens, as "
                 "many for every sequence, after some that were not captured, and with room, got "

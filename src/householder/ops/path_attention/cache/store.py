@@ -11,7 +11,6 @@ from torch import Tensor
 
 from householder.ops.path_attention.cache.records import (
     BLOCK,
-    MAX_SUMMED,
     Group,
     Held,
     Options,
@@ -38,7 +37,6 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 MAX_HEAD_DIM = 256
 MAX_RECENT = 272
 MAX_NEW = 16
-NARROW = 64  # narrower heads have kernels for one token only
 
 
 # Where tokens are counted along.
@@ -52,7 +50,7 @@ TOKEN_AXIS = {
 }
 
 
-_OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
+_OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays", "mail")
 
 
 class Store:
@@ -93,9 +91,13 @@ class Store:
         scaled = half and self.has_kernels()
         self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
         self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
-        # For the kernels: three counters, in cache lines of their own, of programs that have come
-        # to where others wait for them. Zero between calls.
-        self.ready = torch.zeros(B, H, 3, 32, dtype=torch.int32, device=k.device)
+        # For the kernels: two counters, in cache lines of their own, of programs that have come
+        # to where others wait for them, zero between calls; and what programs send one another, by
+        # block, in words with the number of the step.
+        if self.has_kernels():
+            self.ready = torch.zeros(B, H, 2, 32, dtype=torch.int32, device=k.device)
+            self.steps = torch.ones(B, dtype=torch.int32, device=k.device)
+            self.mail = k.new_zeros(0, B, H, G, K + 1, dtype=torch.int64)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -115,19 +117,13 @@ class Store:
         chosen.shape = (rows.shape[0], *self.shape[1:])
         return chosen
 
-    def has_kernels(self, num_tokens: int = 1) -> bool:
-        """Return whether the Triton kernels take so many new tokens of each row.
+    def has_kernels(self) -> bool:
+        """Return whether the Triton kernels take new tokens, at most `MAX_NEW` of each row.
 
         It depends on device and sizes.
         """
-        _, _, G, K, V = self.shape
+        K, V = self.shape[3:]
         small = max(K, V) <= MAX_HEAD_DIM and self.recent_room <= MAX_RECENT
-        if min(K, V) < NARROW:
-            # On an H200 (Triton 3.6) several tokens of heads of 16, after a roll-back of up to 100,
-            # ended in a misaligned address, and what brought it about is not known. One token
-            # without roll-backs, and so with few recent ones, is right.
-            rolls_back = self.recent_room > BLOCK + MAX_NEW
-            small = small and num_tokens == 1 and G <= MAX_SUMMED and not rolls_back
         return self.keys.is_cuda and self.dtype == torch.float32 and small
 
     def decode(
@@ -150,7 +146,7 @@ class Store:
         held = Held(
             self.keys, self.values, self.w, self.beta, self.g if gated else None, self.tw, self.ty,
             self.paths, self.path_scales, self.block_decay if gated else None,
-            self.path_decays if gated else None, self.ready,
+            self.path_decays if gated else None, self.ready, self.steps, self.mail,
         )  # fmt: skip
         return kernels.decode(counts, tokens, options, held, new, num_tokens)
 

@@ -89,9 +89,10 @@ def attend_kernel(
 ):  # fmt: skip
     """Write o and log Σ exp of one chunk's rows of one head; those of the chunk alone are there.
 
-    From level to level the queries are multiplied by the products that they cross, up to K = 128 in
-    registers.
+    From level to level the queries are multiplied by the products that they cross, in registers
+    where a product can be held.
     """
+    CARRIED: tl.constexpr = BK <= 64 or (BK <= 128 and PRECISION != "tf32x3")
     # A head's chunks run together, so that they find its keys in the cache; long ones first.
     HQ = H * GROUP
     per_row = 2 * (num_tiles if PACKED else tl.cdiv(T, 128))
@@ -132,7 +133,7 @@ def attend_kernel(
         of_level = HQ * num_rows * K
         p_q = q_levels + (i_hq * num_rows + row) * K
         b_q = load_tile(p_q + level * of_level, o_m * K, o_m >= 0, 0, K, BK)
-        b_carried = cast_operand(b_q, PRECISION) if BK <= 128 else b_q
+        b_carried = cast_operand(b_q, PRECISION) if CARRIED else b_q
         while rest > 0:
             b_q = b_carried.to(half)
             block = chunk >> level
@@ -166,7 +167,7 @@ def attend_kernel(
                 slot = block_slot(2 * tile, level, block - 1)
                 p_f = f + (i_h * (num_rows // 32) + slot) * (K * K)
                 above = lowest_bit(rest).to(tl.int64)
-                if BK <= 128:
+                if CARRIED:
                     b_f = cast_operand(load_tile(p_f, o_k * K, o_k < K, 0, K, BK), PRECISION)
                     b_carried = cast_operand(dot(b_carried, b_f, PRECISION), PRECISION)
                 else:

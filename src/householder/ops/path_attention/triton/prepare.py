@@ -61,10 +61,11 @@ def prepare_kernel(
     PRODUCTS is the precision of what makes F, and of what passes reflectors.
 
     Errors of F add up along the sequence: in float16 whatever it is made of, reflectors if they are
-    float32, the triangle and Z, is multiplied in two halves.
+    float32, the triangle and Z, is multiplied in two halves. Of float16 reflectors Triton 3.6 makes
+    a wrong program then, and one half must do.
     """
-    HALVES: tl.constexpr = PRODUCTS == "fp16"
-    WIDE: tl.constexpr = HALVES and w.dtype.element_ty == tl.float32
+    HALVES: tl.constexpr = PRODUCTS == "fp16" and w.dtype.element_ty != tl.float16
+    WIDE: tl.constexpr = PRODUCTS == "fp16" and w.dtype.element_ty == tl.float32
     # Heads run side by side: together they read whole rows of memory.
     i_chunk = tl.program_id(0) // H
     i_h = (tl.program_id(0) % H).to(tl.int64)
@@ -142,9 +143,12 @@ def prepare_kernel(
                 b_w = load_tile(p_w, o_c * w_t, m_c, i_k, K, BK)
                 b_w_rest = rest_in_float16(b_w)
                 b_w = cast_operand(b_w, PRECISION)
-                b_z = dot(b_t, b_w, PRODUCTS)
                 if HALVES:
+                    b_z = dot(b_t, b_w, PRODUCTS)
                     b_z = dot_add(b_t_rest, b_w, b_z, PRODUCTS)
+                else:
+                    b_z = cast_operand(b_w.to(tl.float32) * b_beta[:, None], PRECISION)
+                    b_z = dot(b_inverse, b_z, PRODUCTS)
                 if WIDE:
                     b_z = dot_add(b_t, b_w_rest, b_z, PRODUCTS)
                 b_z_rest = rest_in_float16(b_z)

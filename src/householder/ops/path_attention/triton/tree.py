@@ -138,9 +138,11 @@ def climb_kernel(
 ):  # fmt: skip
     """Take one chunk's keys of one head, or its queries, up the tree from their first level.
 
-    They are multiplied by one product at each level where they change, and up to K = 128 carried in
-    float32 on the way.
+    They are multiplied by one product at each level where they change. Where a product can be held,
+    they are carried in float32 on the way.
     """
+    # Products of float32 are in six parts: with K = 128 most of them would be spilled.
+    CARRIED: tl.constexpr = BK <= 64 or (BK <= 128 and PRECISION != "fp32")
     i_chunk = tl.program_id(0) // programs
     i_h = (tl.program_id(0) % programs).to(tl.int64)
     _, _, length, tile = locate_tile(i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED)
@@ -164,14 +166,14 @@ def climb_kernel(
         above = lowest_bit(rest)
         # Where the keys are needed once more, the right neighbour is full and has a product.
         if has_right(chunk, above, num_chunks):
-            if BK <= 128:
+            if CARRIED:
                 b_k = load_tile(p_k + level * of_level, o_c * K, everywhere, 0, K, BK).to(
                     tl.float32
                 )
             while has_right(chunk, above, num_chunks):
                 slot = block_slot(2 * tile, level, (chunk >> level) + 1).to(tl.int64)
                 p_above = p_k + above * of_level
-                if BK <= 128:
+                if CARRIED:
                     b_f = load_tile(p_f + slot * (K * K), o_k * K, o_k < K, 0, K, BK)
                     b_f = tl.trans(cast_operand(b_f, PRECISION))
                     b_k = dot(cast_operand(b_k, PRECISION), b_f, PRECISION)
@@ -190,7 +192,7 @@ def climb_kernel(
         rest = chunk & (chunk - 1)
         if rest > 0:
             level = lowest_bit(chunk)
-            if BK <= 128:
+            if CARRIED:
                 b_q = load_tile(p_q + level * of_level, o_c * K, everywhere, 0, K, BK).to(
                     tl.float32
                 )
@@ -199,7 +201,7 @@ def climb_kernel(
                 above = lowest_bit(rest)
                 rest = rest & (rest - 1)
                 p_above = p_q + above * of_level
-                if BK <= 128:
+                if CARRIED:
                     b_f = load_tile(p_f + slot * (K * K), o_k * K, o_k < K, 0, K, BK)
                     b_f = cast_operand(b_f, PRECISION)
                     b_q = dot(cast_operand(b_q, PRECISION), b_f, PRECISION)
