@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,6 +127,25 @@ def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     return threads
+
+
+@pytest.fixture
+def specialized(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Collect by kernel what it would be compiled for, in place of launching it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found: dict[str, set[str]] = defaultdict(set)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        _, specialization, options = bind(*args, debug=False, **kwargs)
+        found[self.fn.__name__].add(f"{specialization} {options}")
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return found
 
 
 @pytest.fixture

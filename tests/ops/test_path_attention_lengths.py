@@ -1,7 +1,6 @@
 """Which kernels of `path_attention` run, and what they are compiled for: nothing runs here."""
 
 import os
-from collections import defaultdict
 
 import pytest
 import torch
@@ -15,28 +14,9 @@ pytestmark = pytest.mark.skipif(
 LENGTHS = {"one chunk": range(1, 18), "a tree": (513, 520, 527, 528, 576, 640, 641, 1000, 1024)}
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """Collect by kernel what it would be compiled for, in place of launching it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    found = defaultdict(set)
-
-    def run(self, *args, grid, warmup, **kwargs):
-        bind = create_function_from_signature(self.signature, self.params, backend)
-        _, specialization, options = bind(*args, debug=False, **kwargs)
-        found[self.fn.__name__].add(f"{specialization} {options}")
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    return found
-
-
 @pytest.mark.parametrize("form", ["portable", "gated", "for Hopper"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_longer_sequences_compile_nothing_anew(lengths, form, compiled, monkeypatch):
+def test_longer_sequences_compile_nothing_anew(lengths, form, specialized, monkeypatch):
     from householder.ops.path_attention import triton
     from householder.ops.path_attention.triton import problem
 
@@ -49,13 +29,13 @@ def test_longer_sequences_compile_nothing_anew(lengths, form, compiled, monkeypa
         inputs = q, k, v, w, beta, beta if form == "gated" else None, None, 0.3, None, None
         o, lse = triton.forward(*inputs)
         triton.backward(torch.zeros_like(o), *inputs, o, lse)
-        numbers.append({kernel: len(variants) for kernel, variants in compiled.items()})
+        numbers.append({kernel: len(variants) for kernel, variants in specialized.items()})
     assert len(numbers[0]) > 4
     assert numbers[-1] == numbers[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_forms_that_copy_reflectors_beside_keys_know_their_dtypes(dtype, compiled, monkeypatch):
+def test_forms_that_copy_reflectors_beside_keys_know_their_dtypes(dtype, specialized, monkeypatch):
     """Reflectors may have the keys' dtype or float32; the portable kernels take others."""
     from householder.ops.path_attention import triton
     from householder.ops.path_attention.triton import problem
@@ -70,5 +50,5 @@ def test_forms_that_copy_reflectors_beside_keys_know_their_dtypes(dtype, compile
     assert grads[3].dtype == dtype
     portable = {"pairs_kernel", "solve_kernel", "columns_kernel", "values_kernel"}
     other = dtype == torch.float16
-    assert portable & set(compiled) == (portable if other else set())
-    assert ("chunk_kernel" in compiled) != other
+    assert portable & set(specialized) == (portable if other else set())
+    assert ("chunk_kernel" in specialized) != other

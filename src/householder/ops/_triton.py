@@ -337,6 +337,17 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_apart(a, b):
+    """Multiply tiles of eight or TF32's bits from zero, for a sum outside the tensor cores.
+
+    Triton makes `tl.dot(a, b) + c` a product onto c, which the tensor cores then cut off.
+    """
+    # Grids here have at most two dimensions, of which the compiler does not know: it sees no zero.
+    zero = tl.zeros((a.shape[0], b.shape[1]), tl.float32) + tl.program_id(2).to(tl.float32)
+    return tl.dot(a, b, zero, input_precision="tf32")
+
+
+@triton.jit
 def dot_in_parts(a, b):
     """Multiply float32 tiles in two TF32 parts each: all products but that of the small parts.
 
@@ -423,7 +434,7 @@ def multiply_parts(a, b):
     rest = tl.dot(a[1], b[1], rest)
     rest = tl.dot(a[1], b[0], rest)
     rest = tl.dot(a[0], b[1], rest)
-    return tl.dot(a[0], b[0]) + rest
+    return dot_apart(a[0], b[0]) + rest
 
 
 @triton.jit
@@ -505,8 +516,7 @@ def inverse_unit_lower(m, R: tl.constexpr, PRECISION: tl.constexpr):
     if PRECISION == "fp32":
         rest = tl.where(o_r[:, None] == o_r[None, :], 1.0, 0.0) - x
         rest -= dot(m, x, PRECISION)
-        # Not onto X, which the tensor cores would cut off.
-        x += dot(cast_operand(x, "tf32"), cast_operand(rest, "tf32"), "tf32")
+        x += dot_apart(cast_operand(x, "tf32"), cast_operand(rest, "tf32"))
     if not IN_FLOAT32:
         right = x.to(tl.float16)
         x = right.to(tl.float32)

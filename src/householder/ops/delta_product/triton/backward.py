@@ -55,6 +55,7 @@ from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
     Gradients,
@@ -78,7 +79,7 @@ from householder.ops.delta_product.triton.segments import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def walk_back_kernel(
     do, q, k, table, ut, dfinal, dinitial, dstates, d, cu_seqlens, first_chunk, scale, T,
     do_b, do_h, q_b, q_h, k_b, k_h, HV: tl.constexpr, do_t: tl.constexpr, q_t: tl.constexpr,

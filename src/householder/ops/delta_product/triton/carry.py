@@ -24,6 +24,7 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_HIGH,
     LOG_LOW,
     NOTHING,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
     carried,
@@ -62,7 +63,7 @@ def chunk_bounds(table, growth, chunk, num_chunks, i_h, HV, R: tl.constexpr, BLO
     return tl.maximum(log, LEAST_PART)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def carry_kernel(
     k, v, table, ut, growth, initial, starts, maps, visible,
     bounds, first_chunk, sequence, first_segment, T, k_b, k_h, v_b, v_h,
@@ -146,7 +147,7 @@ def carry_kernel(
             tl.store(visible + slot, seen, mask=i_v == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def carry_back_kernel(
     do, q, k, table, ut, growth, dfinal, dends,
     bounds, first_chunk, sequence, first_segment, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,

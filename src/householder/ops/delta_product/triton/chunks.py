@@ -45,6 +45,10 @@ LOG_LOW = tl.constexpr(2)
 FROM_START = tl.constexpr(3)
 TO_END = tl.constexpr(4)
 TOKEN_FROM_START = tl.constexpr(5)
+# Arguments of which one value is as good as another: kernels are not compiled again where they are
+# 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
+# number for every head.
+SIZES = ("T", "beta_b", "g_b")
 # U / β is the residual that a reflector writes, as long as β is not zero.
 LEAST_BETA = tl.constexpr(2.0**-40)
 # exp(-128) is zero in float32, so a stronger gate acts the same.
@@ -200,7 +204,7 @@ def sum_log_gates(log):
     return tl.cumsum(high, axis=0), tl.cumsum(log - high, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def table_kernel(
     beta, g, table, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     beta_b, beta_t, beta_n, beta_h, g_b, g_t, g_h,

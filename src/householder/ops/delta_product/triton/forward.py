@@ -40,6 +40,7 @@ from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
     Problem,
@@ -68,7 +69,7 @@ from householder.ops.delta_product.triton.segments import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     k, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, k_t: tl.constexpr, k_n: tl.constexpr,
@@ -106,7 +107,7 @@ def prepare_kernel(
     store_tile(p_ut, o_r * R, o_r >= 0, 0, b_ut, R, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def walk_kernel(
     q, k, v, table, ut, initial, final, o, states, u, cu_seqlens, first_chunk, scale, T,
     q_b, q_h, k_b, k_h, v_b, v_h, HV: tl.constexpr, q_t: tl.constexpr,

@@ -20,6 +20,7 @@ from householder.ops._triton import (
 from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
     own_chunk,
@@ -85,7 +86,7 @@ def crossing_to_queries(
     return tl.sum(tl.where(token[:, None] < o_c[None, :], crossing, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     do, q, k, table, states, dstates, u, dq, dk, dv, dbeta, dg,
     cu_seqlens, chunk_sequence, first_chunk, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,

@@ -23,6 +23,7 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_HIGH,
     LOG_LOW,
     NOTHING,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
 )
@@ -108,7 +109,7 @@ def copy_tokens(
     async_copy.commit_group()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def carry_kernel(
     k, v, table, ut, growth, initial, starts, maps, visible,
     bounds, first_chunk, sequence, first_segment, T, k_b, k_h, v_b, v_h,
@@ -248,7 +249,7 @@ def copy_back(
     async_copy.commit_group()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def carry_back_kernel(
     do, q, k, table, ut, growth, dfinal, dends,
     bounds, first_chunk, sequence, first_segment, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,

@@ -35,6 +35,7 @@ from householder.ops.delta_product.triton.chunks import (
     LOG_LOW,
     LOG_STEPS,
     MIN_LOG_GATE,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
 )
@@ -165,7 +166,7 @@ def read_chunk(
     return b_ya, b_s
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=SIZES)
 def walk_kernel(
     q, k, v, table, ut, initial, final, o, states, u, cu_seqlens, first_chunk, scale, T,
     q_b, q_h, k_b, k_h, v_b, v_h, HV: gl.constexpr, q_t: gl.constexpr,
@@ -270,7 +271,7 @@ def walk_kernel(
     gl.store(final + o_state, b_s, mask=m_state)
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     k, beta, g, table, ut, growth, cu_seqlens, chunk_sequence, first_chunk, T, HV,
     k_b, k_h, beta_b, beta_h, g_b, g_h, k_t: gl.constexpr, k_n: gl.constexpr,

@@ -18,6 +18,7 @@ from householder.ops.delta_product.triton.chunks import (
     FROM_START,
     LOG_HIGH,
     LOG_LOW,
+    SIZES,
     TO_END,
     own_chunk,
 )
@@ -144,7 +145,7 @@ def store_row_products(pointer, a, b, z, PARTS: gl.constexpr):
     gl.store(pointer + o_w[:, None] * 16 + o_r[None, :], x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_kernel(
     parts, table, dg, cu_seqlens, chunk_sequence, first_chunk, parts_step, scale, T, HV,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACKED: tl.constexpr,

@@ -21,6 +21,7 @@ from householder.ops.delta_product.triton.chunks import (
     BETA,
     FROM_START,
     LOG_HIGH,
+    SIZES,
     TO_END,
     TOKEN_FROM_START,
     Gradients,
@@ -150,7 +151,7 @@ def sum_from_here_on(
     return b_crossing, here_on, queries_on
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=SIZES)
 def hopper_sweep_kernel(
     do, q, k, table, ut, states, u, dfinal, dinitial, dq, dk, dv, dbeta, parts,
     cu_seqlens, first_chunk, parts_step, scale, T, do_b, do_h, q_b, q_h, k_b, k_h,

@@ -40,6 +40,7 @@ from householder.ops._triton import (
 from householder.ops.delta_product.triton import config
 from householder.ops.delta_product.triton.carry import carry_back_kernel, carry_kernel
 from householder.ops.delta_product.triton.chunks import (
+    SIZES,
     Problem,
     Saved,
     carried,
@@ -102,7 +103,7 @@ def load_map(p_map, rows, columns, limit, K: tl.constexpr, REVERSE: tl.constexpr
     return tl.load(p_map + offsets, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def chain_kernel(
     states, outer, maps, visible, bounds, first_segment, T, HV: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
