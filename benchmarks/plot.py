@@ -255,9 +255,11 @@ def decoding() -> None:
         axes.set_ylabel("µs")
     left.set_xlabel("tokens in the cache")
     left.set_title("One token, H = 16, K = 128, bfloat16, H200", loc="left")
+    left.set_ylim(top=2e4)  # room for the legend
     finish(left)
     middle.set_xlabel("new tokens")
     middle.set_title("Several tokens after 4,096", loc="left")
+    middle.set_ylim(bottom=6)
     finish(middle)
     names = {
         "decoded": "one by one",
@@ -269,7 +271,9 @@ def decoding() -> None:
         for name in names:
             drift[name][int(row["T"])] = float(row[name])
     for name, errors in drift.items():
-        right.plot(*zip(*sorted(errors.items()), strict=True), marker="o", label=names[name])
+        style = "--" if name == "prefilled" else "-"  # it lies on the one before
+        points = zip(*sorted(errors.items()), strict=True)
+        right.plot(*points, marker="o", linestyle=style, label=names[name])
     right.set_xscale("log", base=2)
     right.set_ylim(bottom=0)
     right.set_xlabel("tokens decoded")

@@ -71,5 +71,3 @@ class Held(NamedTuple):
     block_decay: Tensor | None
     path_decays: Tensor | None
     ready: Tensor
-    steps: Tensor
-    mail: Tensor

@@ -50,7 +50,7 @@ TOKEN_AXIS = {
 }
 
 
-_OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays", "mail")
+_OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
 
 
 class Store:
@@ -91,13 +91,9 @@ class Store:
         scaled = half and self.has_kernels()
         self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
         self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
-        # For the kernels: two counters, in cache lines of their own, of programs that have come
-        # to where others wait for them, zero between calls; and what programs send one another, by
-        # block, in words with the number of the step.
-        if self.has_kernels():
-            self.ready = torch.zeros(B, H, 2, 32, dtype=torch.int32, device=k.device)
-            self.steps = torch.ones(B, dtype=torch.int32, device=k.device)
-            self.mail = k.new_zeros(0, B, H, G, K + 1, dtype=torch.int64)
+        # For the kernels: three counters, in cache lines of their own, of programs that have come
+        # to where others wait for them. Zero between calls.
+        self.ready = torch.zeros(B, H, 3, 32, dtype=torch.int32, device=k.device)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -146,7 +142,7 @@ class Store:
         held = Held(
             self.keys, self.values, self.w, self.beta, self.g if gated else None, self.tw, self.ty,
             self.paths, self.path_scales, self.block_decay if gated else None,
-            self.path_decays if gated else None, self.ready, self.steps, self.mail,
+            self.path_decays if gated else None, self.ready,
         )  # fmt: skip
         return kernels.decode(counts, tokens, options, held, new, num_tokens)
 

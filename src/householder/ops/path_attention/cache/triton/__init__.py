@@ -11,7 +11,7 @@ the batch, so that a row's output does not depend on the others.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,8 @@ from householder.ops.path_attention.cache.records import (
     Tokens,
 )
 from householder.ops.path_attention.cache.triton.step import (
-    append_one_kernel,
     attend_kernel,
     enter_kernel,
-    enter_one_kernel,
     finish_kernel,
 )
 
@@ -45,15 +43,12 @@ from householder.ops.path_attention.cache.triton.step import (
 OVERLAP = EARLY = True
 # Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
 # path; recent tokens, and others, that are attended to at a time.
-ONE_BC, FEW_BC = 32, 32
+ONE_BC, FEW_BC = 16, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
-ONE_WARPS, ENTER_WARPS = 8, 4
-ONE_REGISTERS: int | None = 64
-APPEND_LAST = True
-PATH_PROGRAMS = 512  # about so many bring one token's queries to other blocks than the newest
+ENTER_WARPS = 4
 RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
-ONE_FINISH, ONE_FINISH_WARPS = 1 << 13, 4
-FINISH_WARPS = 1  # of queries of several tokens
+# Elements of a tile of parts, and warps: for few queries a key head, and for many.
+FINISH_FEW, FINISH_MANY = (1 << 13, 4), (1 << 11, 1)
 LOG2_E = 1.4426950408889634
 
 
@@ -71,11 +66,6 @@ def is_from_hopper_on(device: torch.device) -> bool:
 def with_vectors(x: Tensor) -> Tensor:
     """Return `x`, copied only if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def strides_by_head(*tensors: Tensor | None) -> list[int]:
-    """Return how far it is to the next row of the batch and to the next head, of each tensor."""
-    return [x for y in tensors for x in ((0, 0) if y is None else (y.stride(0), y.stride(2)))]
 
 
 def value_precision(x: Tensor) -> str:
@@ -112,140 +102,210 @@ def decode(
     return o
 
 
-def _unflatten(arguments: tuple[Any, ...]) -> tuple[Tokens, Options, Held]:
-    """Put together again what `decode` takes apart."""
-    return Tokens(*arguments[:6]), Options(*arguments[6:9]), Held(*arguments[9:])
+class _Step(NamedTuple):
+    """A decoded step's arguments, its tokens' vectors contiguous, and what follows from sizes."""
+
+    num_tokens: int
+    counts: Tensor
+    new: Tensor | None
+    tokens: Tokens
+    options: Options
+    held: Held
+
+    @classmethod
+    def of(cls, num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -> _Step:
+        """Put together what `decode` has taken apart."""
+        tokens, options, held = Tokens(*others[:6]), Options(*others[6:9]), Held(*others[9:])
+        return cls(num_tokens, counts, new, tokens, options, held)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, N, H, G, K, V."""
+        B, N, HQ, K = self.tokens.q.shape
+        H, V = self.tokens.v.shape[2:]
+        return B, N, H, HQ // H, K, V
+
+    @property
+    def rooms(self) -> tuple[int, int, int]:
+        """For how many tokens there is room, for recent ones, and for those in triangles."""
+        return self.held.keys.shape[2], self.held.w.shape[2], self.held.ty.shape[2]
+
+    @property
+    def head_blocks(self) -> tuple[int, int]:
+        """The columns of tiles of keys and values."""
+        # Of 16 columns Triton 3.6 reads some from other places (docs/log.md).
+        return tuple(power_of_two(D, least=32) for D in self.sizes[4:])  # type: ignore[return-value]
+
+    @property
+    def is_half(self) -> bool:
+        return self.held.keys.element_size() == 2
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether more queries or keys at a time would not fit the registers."""
+        return max(self.head_blocks) > 128
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one token, with few queries a key head."""
+        return self.tokens.q.shape[1] == 1 and self.sizes[3] <= MAX_SUMMED
+
+    @property
+    def num_paths(self) -> int:
+        """How many blocks other than the newest any row may have."""
+        return max(0, (self.num_tokens // BLOCK).bit_length() - 1)
+
+    @property
+    def num_parts(self) -> int:
+        """Of how many parts of the keys, at most, the outputs are joined."""
+        return 1 + self.num_tokens // self.span + self.span_levels
+
+    @property
+    def span(self) -> int:
+        return span(self.sizes[1] * self.sizes[3])
+
+    @property
+    def span_levels(self) -> int:
+        """Of how many sizes there are blocks smaller than a span."""
+        return (self.span // BLOCK).bit_length() - 1
+
+    @property
+    def scale(self) -> float:
+        return self.options.scale * LOG2_E
+
+    @property
+    def overlap(self) -> bool:
+        return OVERLAP and is_from_hopper_on(self.counts.device)
+
+    @property
+    def path_columns(self) -> int:
+        """How many columns of a path are multiplied at a time."""
+        columns = ONE_COLUMNS if self.is_single else FEW_COLUMNS
+        return min(columns // 2 if self.is_wide else columns, self.head_blocks[0])
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What `enter_kernel` and `attend_kernel` are both compiled for."""
+        _, _, _, G, K, V = self.sizes
+        BK, BV = self.head_blocks
+        return {
+            "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "KC": self.path_columns,
+            "SINGLE": self.is_single, "GATED": self.tokens.g is not None, "HALF": self.is_half,
+            "EARLY": EARLY and is_from_hopper_on(self.counts.device), "OVERLAP": self.overlap,
+            "num_stages": 1,
+        }  # fmt: skip
+
+    @property
+    def started_early(self) -> dict[str, bool]:
+        """What a kernel is launched with that starts while the one before it runs."""
+        return {"launch_pdl": True} if self.overlap else {}
+
+    def memory(self, *shape: int) -> Tensor:
+        """Allocate float32 for kernels to write to."""
+        return room_for(shape, torch.float32, self.counts.device)
 
 
-def _kind(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -> Hashable:
+class _Scratch(NamedTuple):
+    """What programs write for one another."""
+
+    queries: Tensor
+    along: Tensor
+    wk: Tensor
+    decays: Tensor | None
+    shifts: Tensor | None
+
+
+def _kind(*arguments: Any) -> Hashable:
     """Return what the programs of `_decode` depend on."""
-    tokens, options, held = _unflatten(others)
-    N, HQ, K = tokens.q.shape[1:]
-    H, V = tokens.v.shape[2:]
-    dtypes = tuple(None if x is None else x.dtype for x in (*tokens, options.sinks))
-    num_rows = N if N == 1 or N * (HQ // H) <= 8 else power_of_two(N * (HQ // H))
-    sizes = (num_rows, N * (HQ // H) <= 4, HQ // H, K, V, held.ty.shape[2], held.w.shape[2])
-    return (counts.device, dtypes, sizes, options.window is None, new is None)
+    step = _Step.of(*arguments)
+    _, N, _, G, K, V = step.sizes
+    dtypes = tuple(None if x is None else x.dtype for x in (*step.tokens, step.options.sinks))
+    num_rows = N if N == 1 or N * G <= 8 else power_of_two(N * G)
+    sizes = (num_rows, N * G <= 4, G, K, V, *step.rooms[1:])
+    return (step.counts.device, dtypes, sizes, step.options.window is None, step.new is None)
 
 
 @recorded
 @compiled_together(_kind)
-def _decode(num_tokens: int, counts: Tensor, new: Tensor | None, *others: Any) -> tuple[Tensor]:
+def _decode(*arguments: Any) -> tuple[Tensor]:
     """Do what `decode` does, for tokens whose vectors are contiguous."""
-    (q, k, v, w, beta, g), (scale, sinks, window), held = _unflatten(others)
-    B, N, HQ, K = q.shape
-    H, V = k.shape[2], v.shape[3]
-    G = HQ // H
-    keys, values, ty = held.keys, held.values, held.ty
-    room, recent_room, triangle_room = keys.shape[2], held.w.shape[2], ty.shape[2]
-    gated, half = g is not None, keys.element_size() == 2
-    # For tiles of 16 columns Triton 3.6 counts the columns of a product wrongly: see docs/log.md.
-    BK, BV = power_of_two(K, least=32), power_of_two(V, least=32)
-    hopper = is_from_hopper_on(q.device)
-    overlap = OVERLAP and hopper
+    step = _Step.of(*arguments)
+    B, N, H, G, _, V = step.sizes
+    parts = step.memory(B, H, N * G, step.num_parts, V)
+    tops = step.memory(2, B, H, N * G, step.num_parts)
+    scratch = _enter(step)
+    _attend(step, scratch, parts, tops)
+    return (_finish(step, parts, tops),)
 
-    SPAN = span(N * G)
-    levels = (SPAN // BLOCK).bit_length() - 1
-    num_parts = 1 + num_tokens // SPAN + levels
-    # More queries or keys at a time would not fit the registers.
-    wide = max(BK, BV) > 128
-    tile, recent_tile = TILE, RECENT_TILE
-    if wide or not half:
-        tile, recent_tile = TILE // 2, RECENT_TILE // 2
+
+def _enter(step: _Step) -> _Scratch:
+    """Append tokens, and bring their queries to blocks."""
+    B, N, H, G, K, _ = step.sizes
+    (q, k, v, w, beta, g), held, BK = step.tokens, step.held, step.head_blocks[0]
+    triangle_room, wide, gated, single = step.rooms[2], step.is_wide, g is not None, step.is_single
+    recents = ONE_BC if single else FEW_BC // 2 if wide else FEW_BC
+    # The queries as they come, for the newest block, and for others.
+    num_queries = 2 + step.num_paths
+    scratch = _Scratch(
+        queries=step.memory(B, H, num_queries, N * G, K),
+        along=step.memory(B, H, N * G, triangle_room),
+        wk=step.memory(B, H, 16, triangle_room),
+        decays=step.memory(B, H, N * G, triangle_room) if gated else None,
+        shifts=step.memory(B, H, N * G) if gated else None,
+    )
+    num_entering = 2 - (-N * G // 16)
+    if single:
+        num_entering = 3 + step.num_paths * (BK // step.path_columns)
+    launch(
+        enter_kernel, (B * H * num_entering,),
+        q, k, v, w, beta, g, step.counts, step.new, held.ready,
+        held.keys, held.values, held.w, held.beta, held.g, held.tw, held.ty, held.paths,
+        held.path_scales, *scratch,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
+        *((0, 0, 0) if g is None else g.stride()),
+        step.scale, B, H, N, num_queries, *step.rooms, **step.shared, BC=recents,
+        BR=power_of_two(triangle_room),
+        # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
+        STAGES=STAGES if BK >= 64 else 1,
+        # For both halves of wider heads there is no room in registers.
+        HALVES=step.is_half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
+    )  # fmt: skip
+    return scratch
+
+
+def _attend(step: _Step, scratch: _Scratch, parts: Tensor, tops: Tensor) -> None:
+    """Let queries meet keys."""
+    B, N, H, G, _, _ = step.sizes
+    held, half, wide = step.held, step.is_half, step.is_wide
+    narrower = wide or not half
+    tile = TILE // 2 if narrower else TILE
     packed = half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
-    chunks = -(-N * G // BG)
-
-    single = N == 1 and MAX_SUMMED >= G
-    recents, columns = (ONE_BC, ONE_COLUMNS) if single else (FEW_BC, FEW_COLUMNS)
-    columns = min(columns // 2 if wide else columns, BK)
-    recents = recents // 2 if wide else recents
-    # The queries as they come, for the newest block, and for others that any row may have.
-    num_paths = max(0, (num_tokens // BLOCK).bit_length() - 1)
-    num_queries = 2 + num_paths
-
-    def memory(*shape: int) -> Tensor:
-        return room_for(shape, torch.float32, q.device)
-
-    parts = memory(B, H, N * G, num_parts, V)
-    tops = memory(2, B, H, N * G, num_parts)
-    o = room_for((B, N, HQ, V), v.dtype, v.device)
-    queries = wk = decays = shifts = None
-
-    sizes: dict[str, Any] = {
-        "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "GATED": gated,
-        "EARLY": EARLY and hopper, "OVERLAP": overlap, "num_stages": 1,
-    }  # fmt: skip
-    early = {"launch_pdl": True} if overlap else {}
-    BR = power_of_two(triangle_room)
-    if single:
-        along = memory(B, H, G + 1, 2, triangle_room)
-        # Programs of small batches run at once, one for each path.
-        path_programs = min(num_paths, max(1, PATH_PROGRAMS // (B * H)))
-        one: dict[str, Any] = {
-            "G": G, "K": K, "BK": BK, "BC": recents, "BR": BR, "GATED": gated, "OVERLAP": overlap,
-            "num_warps": ONE_WARPS,
-        }  # fmt: skip
-        launch(
-            enter_one_kernel, (B * H * (1 + path_programs * (BK // columns)),),
-            q, w, beta, g, counts, new, held.steps, held.mail, held.w, held.g, held.tw,
-            held.paths, held.path_scales, *strides_by_head(q, w, beta, g),
-            scale * LOG2_E, B, H, path_programs, room, recent_room, triangle_room, **one,
-            KC=columns, BLOCK=BLOCK, EARLY=EARLY and hopper,
-            maxnreg=ONE_REGISTERS if half and not wide else None,
-        )  # fmt: skip
-
-        def append() -> None:
-            launch(
-                append_one_kernel, (B * H * 3,),
-                q, k, v, w, beta, g, counts, new, keys, values, held.w, held.beta, held.g,
-                held.tw, ty, along, parts, tops, *strides_by_head(q, k, v, w, beta, g),
-                scale * LOG2_E, 0 if window is None else window, B, H, num_parts,
-                room, recent_room, triangle_room, **one, V=V, BV=BV,
-                BL=min(recents, (1 << 13) // BR), WINDOWED=window is not None, **early,
-            )  # fmt: skip
-
-        if not APPEND_LAST:
-            append()
-    else:
-        queries = memory(B, H, num_queries, N * G, K)
-        along = memory(B, H, N * G, triangle_room)
-        wk = memory(B, H, 16, triangle_room)
-        if gated:
-            decays, shifts = memory(B, H, N * G, triangle_room), memory(B, H, N * G)
-        launch(
-            enter_kernel, (B * H * (2 - (-N * G // 16)),),
-            q, k, v, w, beta, g, counts, new, held.ready,
-            keys, values, held.w, held.beta, held.g, held.tw, ty, held.paths, held.path_scales,
-            queries, along, wk, decays, shifts,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
-            *((0, 0, 0) if g is None else g.stride()),
-            scale * LOG2_E, B, H, N, num_queries, room, recent_room, triangle_room, **sizes,
-            HALF=half, BC=recents, BR=BR, KC=columns,
-            # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
-            STAGES=STAGES if BK >= 64 else 1,
-            # For both halves of wider heads there is no room in registers.
-            HALVES=half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
-        )  # fmt: skip
+    bytes_of_tile = tile * sum(step.head_blocks) * held.keys.element_size()
     launch(
-        attend_kernel, (num_parts, B * H * chunks),
-        keys, values, ty, held.block_decay, held.path_decays, counts, new, held.ready, held.steps,
-        held.mail, queries, along, wk, decays, shifts, parts, tops,
-        0 if window is None else window, B, H, N, num_queries, num_parts, room, triangle_room,
-        **sizes, SINGLE=single, HALF=half, BG=BG, RECENT=recent_tile, SPAN=SPAN, LEVELS=levels,
-        TILE=tile, WINDOWED=window is not None, PACKED=packed,
-        VALUE_PRECISION=value_precision(values),
-        STAGES=STAGES if tile * (BK + BV) * keys.element_size() <= 1 << 15 else 2,
-        num_warps=2 * WARPS if wide else WARPS, **early,
+        attend_kernel, (step.num_parts, B * H * -(-N * G // BG)),
+        held.keys, held.values, held.ty, held.block_decay, held.path_decays, step.counts, step.new,
+        held.ready, *scratch, parts, tops, step.options.window or 0, B, H, N, 2 + step.num_paths,
+        step.num_parts, step.rooms[0], step.rooms[2], **step.shared,
+        BG=BG, RECENT=RECENT_TILE // 2 if narrower else RECENT_TILE,
+        SPAN=step.span, LEVELS=step.span_levels, TILE=tile,
+        WINDOWED=step.options.window is not None, PACKED=packed,
+        VALUE_PRECISION=value_precision(held.values),
+        STAGES=STAGES if bytes_of_tile <= 1 << 15 else 2,
+        num_warps=2 * WARPS if wide else WARPS, **step.started_early,
     )  # fmt: skip
-    if single and APPEND_LAST:
-        append()
+
+
+def _finish(step: _Step, parts: Tensor, tops: Tensor) -> Tensor:
+    """Return the outputs, joined from parts."""
+    B, N, H, G, _, V = step.sizes
+    v, held, sinks, BV = step.tokens.v, step.held, step.options.sinks, step.head_blocks[1]
+    o = room_for((B, N, H * G, V), v.dtype, v.device)
+    elements, warps = FINISH_FEW if N * G <= 4 else FINISH_MANY
     launch(
-        finish_kernel, (B * HQ * N,),
-        parts, tops, sinks, counts, new, held.ready, held.steps, o, B, H, N, num_parts,
-        G=G, V=V, BV=BV, PARTS=(ONE_FINISH if N * G <= 4 else 1 << 11) // BV,
-        SPAN=SPAN, BLOCK=BLOCK, WITH_SINKS=sinks is not None, OVERLAP=overlap,
-        num_warps=ONE_FINISH_WARPS if N * G <= 4 else FINISH_WARPS,
-        **early,
+        finish_kernel, (B * H * G * N,),
+        parts, tops, sinks, step.counts, step.new, held.ready, o, B, H, N, step.num_parts,
+        G=G, V=V, BV=BV, PARTS=elements // BV, SPAN=step.span, BLOCK=BLOCK,
+        WITH_SINKS=sinks is not None, OVERLAP=step.overlap, num_warps=warps, **step.started_early,
     )  # fmt: skip
-    return (o,)
+    return o

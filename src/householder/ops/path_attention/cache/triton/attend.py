@@ -12,11 +12,7 @@ from householder.ops.path_attention.cache.triton.products import (
     pack,
     split_query,
 )
-from householder.ops.path_attention.cache.triton.signals import (
-    read_mail,
-    wait_for,
-    wait_for_mail,
-)
+from householder.ops.path_attention.cache.triton.signals import wait_for
 
 
 @triton.jit
@@ -172,11 +168,10 @@ def attend_recent(
 @triton.jit
 def attend_span(
     top, total, o, p_keys, p_values, p_block_decay, p_path_decay, is_behind, p_query, p_shifts,
-    p_ready, num_awaited, step, before, begin, size, window, o_g, i_n, m_g, room,
+    p_ready, num_awaited, before, begin, size, window, o_g, i_n, m_g, room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    TILE: tl.constexpr, SINGLE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr, HALF: tl.constexpr, VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr,
+    HALF: tl.constexpr, VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add a span of one block to a softmax, once its queries are there.
 
@@ -193,21 +188,11 @@ def attend_span(
         values = tl.load(p_values + o_j[:, None] * V + o_v[None, :], mask=m_v[None, :], other=0.0)
         if start == begin:
             # The first keys are on their way by now.
-            m_q = m_g[:, None] & m_k[None, :]
-            if SINGLE:
-                for i_g in tl.static_range(G):
-                    wait_for_mail(p_query + i_g * (K + 1) + o_k, step, m_k, EARLY)
-                q = read_mail(p_query + o_g[:, None] * (K + 1) + o_k[None, :], m_q)
-            else:
-                wait_for(p_ready, num_awaited, EARLY)
-                q = tl.load(p_query + o_k[None, :], mask=m_q, other=0.0)
+            wait_for(p_ready, num_awaited, EARLY)
+            q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
             high, low = split_query(q, PACKED, HALF)
             if GATED:
-                if SINGLE:
-                    wait_for_mail(p_shifts + o_g * (K + 1), step, m_g, EARLY)
-                    shift = read_mail(p_shifts + o_g * (K + 1), m_g)
-                else:
-                    shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
+                shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
                 if is_behind:
                     shift += tl.load(p_path_decay + o_g % G, mask=m_g, other=0.0).to(tl.float32)
                 shift *= 1.4426950408889634

@@ -41,51 +41,6 @@ def wait_for(p_count, target, EARLY: tl.constexpr):
 
 
 @triton.jit
-def send(p_mail, x, step, mask, EARLY: tl.constexpr):
-    """Store float32 values, each in one word of 64 bits with the number of the step beside it.
-
-    So a value tells itself that it is there, and neither side waits for any other memory.
-    """
-    bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    word = (step.to(tl.int64) << 32) | bits
-    if EARLY:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; "
-            "@p st.relaxed.gpu.global.b64 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,l,r", [p_mail.to(tl.int64), word, mask.to(tl.int32)], tl.int32, False, 1,
-        )  # fmt: skip
-    else:
-        tl.atomic_xchg(p_mail, word, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def wait_for_mail(p_mail, step, mask, EARLY: tl.constexpr):
-    """Wait until programs of lower numbers have sent all these values in this step."""
-    if EARLY:
-        # Each thread asks for some of the words. It returns nothing that is used: the compiler
-        # would ask anew for every layout that it is wanted in.
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b64 x; .reg .b32 s; setp.eq.s32 p, $3, 0; @p bra DONE; "
-            "ASK: ld.relaxed.gpu.global.b64 x, [$1]; mov.b64 {_, s}, x; "
-            "setp.ne.b32 p, s, $2; @p bra ASK; DONE: bar.sync 0; mov.b32 $0, 0; }",
-            "=r,l,r,r", [p_mail.to(tl.int64), step, mask.to(tl.int32)], tl.int32, False, 1,
-        )  # fmt: skip
-    else:
-        nothing = step.to(tl.int64) << 32
-        word = tl.load(p_mail, mask=mask, other=nothing, volatile=True)
-        while tl.min((word >> 32 == step).to(tl.int32)) == 0:
-            word = tl.load(p_mail, mask=mask, other=nothing, volatile=True)
-
-
-@triton.jit
-def read_mail(p_mail, mask):
-    """Return values that are there, zero outside `mask`."""
-    # Past the L1 cache, where what lay beside other values may still be of the step before.
-    word = tl.load(p_mail, mask=mask, other=0, volatile=True)
-    return (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def fetch_to_l2(pointer, size, MOST: tl.constexpr):
     """Ask for `size` bytes at `pointer`, MOST at most, to be brought to the L2 cache.
 

@@ -1,4 +1,4 @@
-"""The kernels of a decoded step."""
+"""The three kernels of a decoded step."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ from householder.ops.path_attention.cache.triton.enter import (
     as_held,
     load_new,
     put_tokens,
+    queries_behind,
     queries_of_few,
+    queries_of_one,
+    row_of_tw,
+    row_of_ty,
     rows_of_tw,
     rows_of_ty,
     sum_gates,
-)
-from householder.ops.path_attention.cache.triton.one import (
-    attend_recent_one,
-    first_recent,
-    queries_behind,
-    queries_of_one,
-    row_of_ty,
-    turn_one,
 )
 from householder.ops.path_attention.cache.triton.products import fold
 from householder.ops.path_attention.cache.triton.signals import (
@@ -40,147 +36,12 @@ from householder.ops.path_attention.cache.triton.signals import (
 
 # Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
 NOT_SPECIAL = [
-    *("window", "B", "H", "N", "num_queries", "path_programs", "num_parts", "room", "recent_room"),
+    *("window", "B", "H", "N", "num_queries", "num_parts", "room", "recent_room"),
     *("s_bb", "s_bt", "s_bh", "s_gb", "s_gt", "s_gh"),
 ]
-NOT_SPECIAL_ENTER = [x for x in NOT_SPECIAL if x not in ("window", "num_parts")]
 
 
-@triton.jit
-def wait_for_kernel(OVERLAP: tl.constexpr):
-    """Wait until the kernel before this one has ended; who waits for this one waits for both."""
-    if OVERLAP:
-        gdc_wait()
-
-
-@triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
-def enter_one_kernel(
-    p_q, p_w, p_beta, p_g, p_counts, p_new, p_steps, p_mail, p_ws, p_gs, p_tw, p_paths, p_scales,
-    s_qb, s_qh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
-    scale, B, H, path_programs, room, recent_room, triangle_room,
-    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    KC: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Program (i, row and key head): bring one token's queries to blocks.
-
-    The first one brings them to the end of the newest block, the others from there to other
-    blocks, some of them and some columns each.
-    """
-    if OVERLAP:
-        gdc_launch_dependents()
-    # One kind of programs after the other: so those waited for have started before.
-    i_part, head = tl.program_id(0) // (B * H), (tl.program_id(0) % (B * H)).to(tl.int64)
-    i_b, i_h = head // H, head % H
-    p_mail += head * G * (K + 1)
-    n, step = 1, tl.load(p_steps + i_b)
-    if p_new is not None:
-        n = tl.load(p_new + i_b)
-    if n == 0:
-        return
-    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
-    # Replays of a graph that nobody counted must not write outside.
-    r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
-    if i_part == 0:
-        o_k = tl.arange(0, BK)
-        w = tl.load(p_w + i_b * s_wb + i_h * s_wh + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-        beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
-        if GATED:
-            p_g += i_b * s_gb + i_h * G * s_gh
-            p_gs += head * G * recent_room
-        queries_of_one(
-            p_q + i_b * s_qb + i_h * G * s_qh, s_qh, w, beta, p_g, s_gh,
-            p_ws + head * recent_room * K, p_gs, p_tw + head * triangle_room * K, p_mail, step,
-            scale, r, recent_room, triangle_room, G, K, BK, BC, BR, GATED, EARLY,
-        )  # fmt: skip
-    else:
-        SLICES: tl.constexpr = BK // KC
-        i_path, i_slice = (i_part - 1) // SLICES, (i_part - 1) % SLICES
-        num_paths = count_ones(old // BLOCK) - 1
-        if i_path < num_paths:
-            queries_behind(
-                p_paths, p_scales, p_mail, tl.cast(B, tl.int64) * H * G * (K + 1), step,
-                i_path, num_paths, path_programs, i_slice * KC, head, B * H, G, K, BK, KC, EARLY,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
-def append_one_kernel(
-    p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new,
-    p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty, p_along, p_parts, p_tops,
-    s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
-    scale, window, B, H, num_parts, room, recent_room, triangle_room,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
-    GATED: tl.constexpr, WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Program (i, row and key head): attend to recent tokens with one token, or append it.
-
-    The first one attends. The others append the token with its row of T Y, and its row of T W;
-    nobody reads what they write in this step.
-    """
-    if OVERLAP:
-        gdc_launch_dependents()
-    i_part, head = tl.program_id(0) // (B * H), (tl.program_id(0) % (B * H)).to(tl.int64)
-    i_b, i_h = head // H, head % H
-    n = 1
-    if p_new is not None:
-        n = tl.load(p_new + i_b)
-    if tl.program_id(0) == 0:
-        wait_for_kernel(OVERLAP)
-    if n == 0:
-        return
-    old, r = tl.load(p_counts + i_b), tl.load(p_counts + B + i_b)
-    r = tl.minimum(r, tl.minimum(triangle_room, room - old) - 1)
-    o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    p_ws += head * recent_room * K
-    p_tw += head * triangle_room * K
-    p_ty += head * triangle_room * triangle_room
-    p_along += head * (G + 1) * 2 * triangle_room
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
-    p_keys += (head * room + old) * K
-    p_values += (head * room + old) * V
-    if GATED:
-        p_g += i_b * s_gb + i_h * G * s_gh
-        p_gs += head * G * recent_room
-    w = tl.load(p_w + i_b * s_wb + i_h * s_wh + o_k, mask=m_k, other=0.0).to(tl.float32)
-    beta = tl.load(p_beta + i_b * s_bb + i_h * s_bh).to(tl.float32)
-    if i_part == 0:
-        for i_g in range(G):
-            top, total, o = attend_recent_one(
-                p_q + i_b * s_qb + (i_h * G + i_g) * s_qh, w, beta, p_k, p_v,
-                p_g + i_g * s_gh if GATED else None, p_ws, p_keys, p_values,
-                p_gs + i_g * recent_room if GATED else None, p_ty,
-                p_along + i_g * 2 * triangle_room, scale, window, r, recent_room, triangle_room,
-                K, V, BK, BV, BC, BR, BL, GATED, WINDOWED,
-            )  # fmt: skip
-            part = (head * G + i_g) * num_parts
-            tl.store(p_parts + part * V + o_v, o, mask=m_v)
-            tl.store(p_tops + part, top)
-            tl.store(p_tops + tl.cast(B, tl.int64) * H * G * num_parts + part, total)
-    elif i_part == 1:
-        row_of_ty(
-            w, beta, p_ws, p_keys, p_ty, p_along + G * 2 * triangle_room,
-            r, recent_room, triangle_room, o_k, K, BC, BR, BL,
-        )  # fmt: skip
-        k = tl.load(p_k + o_k, mask=m_k, other=0.0)
-        v = tl.load(p_v + o_v, mask=m_v, other=0.0)
-        tl.store(p_keys + r * K + o_k, as_held(k, p_keys.dtype.element_ty), mask=m_k)
-        tl.store(p_values + r * V + o_v, v, mask=m_v)
-        tl.store(p_ws + r * K + o_k, w, mask=m_k)
-        tl.store(p_betas + head * recent_room + r, beta)
-        if GATED:
-            for i_g in range(G):
-                tl.store(p_gs + i_g * recent_room + r, tl.load(p_g + i_g * s_gh).to(tl.float32))
-    else:
-        ws, tw = first_recent(p_ws, p_tw, recent_room, triangle_room, o_k, K, BC)
-        row = turn_one(w, ws, tw, p_ws, p_tw, r, recent_room, triangle_room, o_k, K, BC) * beta
-        tl.store(p_tw + r * K + o_k, row, mask=m_k)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIAL_ENTER)
+@triton.jit(do_not_specialize=[x for x in NOT_SPECIAL if x not in ("window", "num_parts")])
 def enter_kernel(
     p_q, p_k, p_v, p_w, p_beta, p_g, p_counts, p_new, p_ready,
     p_keys, p_values, p_ws, p_betas, p_gs, p_tw, p_ty, p_paths, p_scales,
@@ -190,24 +51,26 @@ def enter_kernel(
     scale, B, H, N, num_queries, room, recent_room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
+    SINGLE: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
     EARLY: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, row and key head): bring queries of several tokens to blocks, or append these.
+    """Program (i, row and key head): bring queries to blocks, or append tokens.
 
-    The first ones bring 16 queries each to the end of the newest block, and from there to all
-    others. The next one appends rows to T W; the one after it the tokens, rows of T Y, and sums of
-    gates. No program reads what another writes without waiting for it.
+    The first ones bring 16 queries each to the end of the newest block, and, if there are several
+    tokens, to all others. The next one appends rows to T W; the one after it the tokens, rows of
+    T Y, and sums of gates. The others wait for the first, and bring one token's queries to another
+    block, some columns of them. No program reads what another writes without waiting for it.
     """
     if OVERLAP:
         gdc_launch_dependents()
+    # One kind of programs after the other: so those waited for have started before.
     i_part, head = tl.program_id(0) // (B * H), (tl.program_id(0) % (B * H)).to(tl.int64)
     i_b, i_h = head // H, head % H
     p_ws += head * recent_room * K
     p_tw += head * triangle_room * K
     p_ty += head * triangle_room * triangle_room
     p_wk += head * 16 * triangle_room
-    p_ready += head * 2 * COUNTER
+    p_ready += head * 3 * COUNTER
     p_w += i_b * s_wb + i_h * s_wh
     p_beta += i_b * s_bb + i_h * s_bh
     p_q += i_b * s_qb + i_h * G * s_qh
@@ -221,23 +84,49 @@ def enter_kernel(
         return
     p_recent = p_keys + (head * room + old) * K
     num_paths = tl.maximum(count_ones(old // BLOCK) - 1, 0)
-    num_turning = tl.cdiv(N * G, 16)
+    num_turning = 1 if SINGLE else tl.cdiv(N * G, 16)
     o_n, o_k = tl.arange(0, 16), tl.arange(0, BK)
-    w = load_new(p_w, s_wt, o_n, n, o_k, K)
-    beta = tl.load(p_beta + o_n * s_bt, mask=o_n < n, other=0.0).to(tl.float32)
+    m_k = o_k < K
+    SLICES: tl.constexpr = BK // KC
+    if SINGLE and i_part > 2:
+        i_path, i_slice = (i_part - 3) // SLICES, (i_part - 3) % SLICES
+        if i_path < num_paths:
+            queries_behind(
+                p_paths, p_scales, p_queries + head * num_queries * G * K, p_ready + 2 * COUNTER,
+                i_path, i_slice * KC, head + i_path * B * H, G, K, BK, KC, EARLY,
+            )  # fmt: skip
+            arrive(p_ready)
+        return
+    if SINGLE:
+        w = tl.load(p_w + o_k, mask=m_k, other=0.0).to(tl.float32)
+        beta = tl.load(p_beta).to(tl.float32)
+    else:
+        w = load_new(p_w, s_wt, o_n, n, o_k, K)
+        beta = tl.load(p_beta + o_n * s_bt, mask=o_n < n, other=0.0).to(tl.float32)
     if i_part < num_turning:
-        if EARLY:
-            size = K * K * (p_paths.dtype.element_ty.primitive_bitwidth // 8)
-            for i_path in range(i_part, num_paths, num_turning):
-                fetch_to_l2(p_paths + (head + i_path * B * H) * K * K, size, BK * BK * 4)
-        queries_of_few(
-            p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
-            p_ready + COUNTER, i_part, scale, head, B * H, n, N, num_queries, r, num_paths,
-            triangle_room, G, K, BK, BC, KC, HALF, HALVES, STAGES,
-        )  # fmt: skip
+        if SINGLE:
+            queries_of_one(
+                p_q, s_qh, w, beta, p_ws, p_tw, p_queries + head * num_queries * G * K,
+                p_along + head * G * triangle_room, scale, r, triangle_room, G, K, BK, BC, STAGES,
+            )  # fmt: skip
+            arrive(p_ready + 2 * COUNTER)
+            arrive(p_ready + COUNTER)
+        else:
+            if EARLY:
+                size = K * K * (p_paths.dtype.element_ty.primitive_bitwidth // 8)
+                for i_path in range(i_part, num_paths, num_turning):
+                    fetch_to_l2(p_paths + (head + i_path * B * H) * K * K, size, BK * BK * 4)
+            queries_of_few(
+                p_q, s_qt, s_qh, w, beta, p_ws, p_tw, p_paths, p_scales, p_queries, p_along,
+                p_ready + COUNTER, i_part, scale, head, B * H, n, N, num_queries, r, num_paths,
+                triangle_room, G, K, BK, BC, KC, HALF, HALVES, STAGES,
+            )  # fmt: skip
         arrive(p_ready)
     elif i_part == num_turning:
-        rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALVES)
+        if SINGLE:
+            row_of_tw(w, beta, p_ws, p_tw, p_wk + 2 * triangle_room, r, o_k, K, BC, STAGES)
+        else:
+            rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALVES)
     else:
         if GATED:
             p_g += i_b * s_gb + i_h * G * s_gh
@@ -248,36 +137,39 @@ def enter_kernel(
             arrive(p_ready)
         k = tl.load(
             p_k + i_b * s_kb + i_h * s_kh + o_n[:, None] * s_kt + o_k[None, :],
-            mask=(o_n < n)[:, None] & (o_k < K)[None, :], other=0.0,
+            mask=(o_n < n)[:, None] & m_k[None, :], other=0.0,
         )  # fmt: skip
         k = as_held(k, p_keys.dtype.element_ty)
         put_tokens(
-            k, w, beta, p_v + i_b * s_vb + i_h * s_vh, s_vt, p_recent,
+            k, load_new(p_w, s_wt, o_n, n, o_k, K),
+            tl.load(p_beta + o_n * s_bt, mask=o_n < n, other=0.0),
+            p_v + i_b * s_vb + i_h * s_vh, s_vt, p_recent,
             p_values + (head * room + old) * V, p_ws, p_betas + head * recent_room, r, n,
             K, V, BK, BV,
         )  # fmt: skip
-        rows_of_ty(
-            k, w, beta, p_ws, p_recent, p_ty, p_wk, r, n, N, o_k, triangle_room, K, BC, HALVES,
-        )  # fmt: skip
+        if SINGLE:
+            row_of_ty(w, beta, p_ws, p_recent, p_ty, p_wk, r, o_k, triangle_room, K, BC, BR, STAGES)
+        else:
+            rows_of_ty(
+                k, w, beta, p_ws, p_recent, p_ty, p_wk, r, n, N, o_k, triangle_room,
+                K, BC, HALVES,
+            )  # fmt: skip
         arrive(p_ready + COUNTER)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
 def attend_kernel(
-    p_keys, p_values, p_ty, p_block_decay, p_path_decays, p_counts, p_new, p_ready, p_steps,
-    p_mail, p_queries, p_along, p_wk, p_decays, p_shifts, p_parts, p_tops,
+    p_keys, p_values, p_ty, p_block_decay, p_path_decays, p_counts, p_new, p_ready,
+    p_queries, p_along, p_wk, p_decays, p_shifts, p_parts, p_tops,
     window, B, H, N, num_queries, num_parts, room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BG: tl.constexpr, RECENT: tl.constexpr, SPAN: tl.constexpr,
+    BG: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr, SPAN: tl.constexpr,
     LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
     GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr, HALF: tl.constexpr,
     VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, row and key head and part of the queries): attend to a part of the keys.
-
-    Part 0 are the recent tokens; to them a single token attends in `append_one_kernel`.
-    """
+    """Program (i, row and key head and part of the queries): attend to a part of the keys."""
     if OVERLAP:
         gdc_launch_dependents()
     i_part, num_chunks = tl.program_id(0), tl.cdiv(N * G, BG)
@@ -293,37 +185,29 @@ def attend_kernel(
     blocks = old // BLOCK
     p_recent = p_keys + (head * room + old) * K
     p_ty += head * triangle_room * triangle_room
-    p_ready += head * 2 * COUNTER
-    num_turning = tl.cdiv(N * G, 16)
-    first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
+    p_wk += head * 16 * triangle_room
+    p_ready += head * 3 * COUNTER
+    # Programs that are waited for, and with gates also the one that sums them.
+    num_turning = 1 if SINGLE else tl.cdiv(N * G, 16)
+    num_awaited = num_turning + GATED
     if SINGLE:
-        size = tl.where(i_part == 0, 0, size)
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            wait_for_kernel(OVERLAP)
+        num_awaited += tl.maximum(count_ones(blocks) - 1, 0) * (BK // KC)
+    first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
     if size == 0:
         return
     o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
     i_n = o_g // G
     m_g = i_n < n
     row = head * N * G
-    step = 0
-    if SINGLE:
-        p_query = p_mail + head * G * (K + 1)
-        p_shifts = p_query + K
-        s_path = tl.cast(B, tl.int64) * H * G * (K + 1)
-        step = tl.load(p_steps + i_b)
-    else:
-        p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
-        p_shifts = p_shifts + row if GATED else None
-        s_path = N * G * K
+    p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
     top = tl.full((BG,), float("-inf"), tl.float32)
     total = tl.zeros((BG,), tl.float32)
     o = tl.zeros((16 if PACKED else BG, BV), tl.float32)
-    if not SINGLE and i_part == 0:
+    if i_part == 0:
         wait_for(p_ready + COUNTER, 1 + num_turning, EARLY)
         top, total, o = attend_recent(
             top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
-            p_along + row * triangle_room, p_wk + head * 16 * triangle_room,
+            p_along + row * triangle_room, p_wk,
             p_decays + row * triangle_room if GATED else None, window,
             i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
             G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
@@ -340,10 +224,9 @@ def attend_kernel(
             top, total, o, p_keys, p_values,
             p_block_decay + head * G * room + first if GATED else None,
             p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
-            p_query + (i_path if SINGLE else 1 + i_path) * s_path, p_shifts,
-            p_ready, num_turning + GATED, step, old + r - first, begin, size, window,
-            o_g, i_n, m_g, room,
-            G, K, V, BK, BV, TILE, SINGLE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
+            p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
+            p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
+            G, K, V, BK, BV, TILE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
             STAGES,
         )  # fmt: skip
     part = (row + o_g) * num_parts + i_part
@@ -355,13 +238,14 @@ def attend_kernel(
     tl.store(p_tops + part, top, mask=m_g)
     p_totals = p_tops + tl.cast(B, tl.int64) * H * G * N * num_parts
     tl.store(p_totals + part, total, mask=m_g)
-    if not SINGLE:
-        wait_for_kernel(OVERLAP)
+    if OVERLAP:
+        # Who waits for this kernel waits for the one before it too.
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["B", "H", "N", "num_parts"])
 def finish_kernel(
-    p_parts, p_tops, p_sinks, p_counts, p_new, p_ready, p_steps, p_o, B, H, N, num_parts,
+    p_parts, p_tops, p_sinks, p_counts, p_new, p_ready, p_o, B, H, N, num_parts,
     G: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     PARTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, WITH_SINKS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -378,11 +262,13 @@ def finish_kernel(
         n = tl.load(p_new + i_b)
     old = tl.load(p_counts + i_b)
     used = 1 + old // SPAN + count_ones(old % SPAN // BLOCK)
-    wait_for_kernel(OVERLAP)
+    if OVERLAP:
+        gdc_wait()
     if (i_n == 0) & (i_g == 0):
         # Nobody waits any more.
-        p_ready += (i_b * H + i_h) * 2 * COUNTER
-        tl.store(p_ready + tl.arange(0, 2) * COUNTER, tl.zeros((2,), tl.int32))
+        o_c = tl.arange(0, 4)
+        p_ready += (i_b * H + i_h) * 3 * COUNTER
+        tl.store(p_ready + o_c * COUNTER, tl.zeros((4,), tl.int32), mask=o_c < 3)
     if i_n >= n:
         tl.store(p_o + o_v, tl.zeros((BV,), tl.float32), mask=m_v)
         return
@@ -411,6 +297,5 @@ def finish_kernel(
         o = o * rescale
     tl.store(p_o + o_v, o / total, mask=m_v)
     if (i_h == 0) & (i_n == 0) & (i_g == 0):
-        # All that read them have run.
+        # All that read this count have run.
         tl.store(p_counts + B + i_b, tl.load(p_counts + B + i_b) + n)
-        tl.store(p_steps + i_b, tl.load(p_steps + i_b) + 1)
