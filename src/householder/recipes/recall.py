@@ -44,8 +44,8 @@ PUBLISHED_TASK = "mqar-64"
 # 2.15e-3 (64) the plateau did not end, with 1e-3 (256) sequences were learnt by heart instead.
 LEARNING_RATES = {"cpu": {32: 3e-3, 64: 3e-3}, "gpu": {64: 1e-3, 128: 1e-3, 256: 4.6e-4}}
 
-# As published, but for a quarter of the steps, RMSNorm in place of LayerNorm, and no dropout: with 0.1
-# on the embeddings the plateau did not end.
+# As published, but for a quarter of the steps, RMSNorm in place of LayerNorm, and no dropout: with
+# 0.1 on the embeddings the plateau did not end.
 _GPU: dict[str, Any] = {
     "task": PUBLISHED_TASK,
     "length": 512,
