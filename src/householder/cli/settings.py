@@ -32,7 +32,10 @@ Overwrite = Annotated[
 
 
 class App(typer.Typer):
-    """A Typer whose help is as wide as the terminal: its docstrings' lines are joined."""
+    """A Typer whose help is as wide as the terminal: its docstrings' lines are joined.
+
+    Typer itself keeps the line ends of all paragraphs but the first.
+    """
 
     def command(  # type: ignore[override] # the options that are used here
         self, name: str, **options: Any
@@ -92,10 +95,7 @@ def _add_settings(
     def wrapper(**arguments: Any) -> None:
         command(**arguments)
 
-    # Typer keeps the line ends of all paragraphs but the first.
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    wrapper.__doc__ = "\n\n".join(" ".join(p.split()) for p in paragraphs)
-    wrapper.__name__ = command.__name__
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     # Typer reads a command's options from these two.
     wrapper.__signature__ = inspect.Signature([*own, *settings])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *settings]}
