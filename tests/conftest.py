@@ -26,6 +26,9 @@ from hypothesis import settings
 settings.register_profile("householder", deadline=None, derandomize=True, database=None)
 settings.load_profile("householder")
 
+# Runs a file under Triton's interpreter.
+INTERPRETER = Path(__file__).parent / "interpret.py"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
@@ -62,7 +65,7 @@ class InterpretedFiles:
     def _run(self, file: str) -> Any:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            [sys.executable, file],
+            [sys.executable, str(INTERPRETER), file],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
