@@ -134,7 +134,7 @@ def delta_product(
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
     (qk_eps, beta_scale), form = examined(_KNOWN_SEQUENCES, _examine_sequences, tensors, options)
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens("delta_product", cu_seqlens, *v.shape[:2])
+        _checks.check_cu_seqlens("delta_product", cu_seqlens, v)
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale, form)
     if impl == "reference":
@@ -371,7 +371,7 @@ def _check_sequence_inputs(
     sequences, axes = B, "[B, HV, K, V]"
     if cu_seqlens is not None:
         _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
-        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, B, T), "[S, HV, K, V]"
+        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, v), "[S, HV, K, V]"
     if initial_state is not None:
         _checks.check_shape(op, "initial_state", initial_state, axes, (sequences, HV, K, V))
 

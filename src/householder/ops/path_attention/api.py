@@ -123,7 +123,7 @@ def path_attention(
     tensors = (q, k, v, w, beta, g, sinks, cu_seqlens, *_name_parts(initial))
     form = examined(_KNOWN_CALLS, _examine, tensors, (initial is not None, window, impl))
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens("path_attention", cu_seqlens, *q.shape[:2])
+        _checks.check_cu_seqlens("path_attention", cu_seqlens, q)
     if initial is not None:
         of_keys = zip(initial, (k, v, w, beta), strict=False)
         k, v, w, beta = (torch.cat([before, x], dim=1) for before, x in of_keys)
@@ -208,7 +208,7 @@ def check_inputs(
     _check_window(op, window)
     if cu_seqlens is not None:
         _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
-        _checks.check_cu_seqlens(op, cu_seqlens, B, T)
+        _checks.check_cu_seqlens(op, cu_seqlens, q)
 
 
 # The parts of `initial`, of which the last one may be absent.
