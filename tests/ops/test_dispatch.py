@@ -82,7 +82,7 @@ def test_bounds_on_another_device_are_refused():
         lambda: path_attention(q, q, q, q, q[..., 0], cu_seqlens=bounds),
         lambda: short_convolution(q[..., 0], torch.zeros(2, 1, 4), cu_seqlens=bounds),
     ):
-        with pytest.raises(ValueError, match="`cu_seqlens` must be on cpu .* got meta"):
+        with pytest.raises(ValueError, match=r"`cu_seqlens` must be on cpu .* got meta"):
             call()
 
 
