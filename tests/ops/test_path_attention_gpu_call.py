@@ -135,6 +135,30 @@ def test_memory_does_not_grow_with_the_square_of_the_length(decay):
     assert large < (2 * levels[32_768] + 20) * (32_768 * 4 * 128 * 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("K", [64, 128])
+def test_more_than_two_to_the_31_elements(K):
+    """Of two packed sequences the second, behind so many numbers, is the one that it is alone."""
+    H, last = 2048 // K, 3000
+    # The copies of the queries at all levels of the tree.
+    T = 131_072 + last
+    assert T * H * K * (T // 64).bit_length() > 2**31
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(1, T, H, *shape, generator=draw, device="cuda", dtype=torch.bfloat16)
+
+    inputs = {"q": normal(K), "k": normal(K), "v": normal(K), "beta": 2 * normal().sigmoid()}
+    inputs["w"] = torch.nn.functional.normalize(normal(K), dim=-1)
+    do = normal(K)
+    inputs = {n: x.requires_grad_() for n, x in inputs.items()}
+    bounds = torch.tensor([0, T - last, T], device="cuda", dtype=torch.int32)
+    together = differentiate(inputs, do, cu_seqlens=bounds)
+    alone = {n: x[:, -last:].detach().requires_grad_() for n, x in inputs.items()}
+    for name, x in differentiate(alone, do[:, -last:]).items():
+        assert torch.equal(x, together[name][:, -last:]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_prompt_in_parts_is_the_whole_prompt(dtype):
     """Parts of any size, at once or few tokens long, with and without a block's end in them."""
