@@ -105,7 +105,7 @@ def path_attention(
     form = examined(_KNOWN_CALLS, _examine, tensors, (window, impl))
     if cu_seqlens is not None:
         _checks.check_cu_seqlens("path_attention", cu_seqlens, *q.shape[:2])
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _checks.check_scale("path_attention", scale, k.shape[-1])
     args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
     if form == "reference":
         return reference.forward(*args)
@@ -160,23 +160,28 @@ def check_inputs(
             )
     B, T, HQ, K = q.shape
     H = v.shape[2]
+    if K < 1:
+        raise ValueError(
+            f"{op}: `q` must have K ≥ 1 entries a head, got shape {list(q.shape)}; give wider heads"
+        )
     if H == 0 or HQ % H:
         raise ValueError(
             f"{op}: the query heads of `q` must be a multiple of the key heads of `v`, "
             f"got HQ = {HQ} and H = {H}; repeat or drop heads"
         )
-    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]))
+    sources = {"q": q, "v": v}
+    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]), q=q)
     for name, x in (("k", k), ("w", w)):
-        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K))
-    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H))
+        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K), **sources)
+    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H), **sources)
     if g is not None:
-        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ))
+        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ), q=q)
     if sinks is not None:
-        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,))
+        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,), q=q)
     _check_window(op, window)
     if cu_seqlens is not None:
-        _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
         _checks.check_cu_seqlens(op, cu_seqlens, B, T)
+        _checks.check_same_device(op, {"q": q, "cu_seqlens": cu_seqlens})
 
 
 def _check_window(where: str, window: object) -> None:
