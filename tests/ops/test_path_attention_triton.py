@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Arguments of `path_attention_inputs`, and `window`; K and V are multiples of 16.
+# Arguments of `path_attention_inputs`, and `window`; K and V are multiples of 16. `initial` are the
+# tokens before the first query.
 CASES = {
     "plain": {"B": 1, "T": 200, "H": 1, "K": 16, "V": 16, "decay": None},
     "five chunks": {"B": 1, "T": 300, "H": 2, "K": 16, "V": 32, "decay": None},
@@ -36,6 +37,11 @@ CASES = {
     "long window, packed": {"B": 1, "T": 640, "H": 1, "K": 16, "V": 16, "window": 150,
                             "num_sequences": 3},
     "window of a token": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "window": 1},
+    "initial": {"B": 2, "T": 420, "H": 1, "K": 16, "V": 16, "decay": None, "initial": 291},
+    "initial, window, grouped heads, sinks": {"B": 1, "T": 420, "H": 1, "HQ": 2, "K": 16, "V": 16,
+                                              "with_sinks": True, "window": 150, "initial": 300},
+    "initial, wider than is held": {"B": 1, "T": 330, "H": 1, "K": 144, "V": 16, "initial": 257},
+    "initial alone": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "initial": 140},
 }  # fmt: skip
 # A chunk solves for 64 rows at once, in 16 dimensions, where the plain form solves for 16.
 FACTOR = 4.0
@@ -50,12 +56,14 @@ def compute(case: dict) -> str:
     from householder.testing import assert_as_accurate, path_attention_inputs
 
     case = dict(case)
-    window = case.pop("window", None)
+    window, initial = case.pop("window", None), case.pop("initial", 0)
     inputs = path_attention_inputs(**case, dtype=torch.float32)
     if case["T"]:
         inputs["beta"][:, ::4] = 0.0
     others = 0.3, window, inputs["cu_seqlens"]
+    inputs["q"] = inputs["q"][:, initial:]
     arguments = [inputs[name] for name in NAMES]
+    torch.use_deterministic_algorithms(True)  # so that memory comes filled with NaN
     o, lse = triton.forward(*arguments, *others)
     wide = [x if x is None else x.double() for x in arguments]
     expected, expected_lse = chunk.forward(*wide, *others)

@@ -111,6 +111,7 @@ def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
 class PathAttention(torch.autograd.Function):
     """Differentiable `(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens, form)`.
 
+    q may have fewer tokens than the others, and is that of the last ones then.
     `form` is "chunk", whose o is in the dtype of the computation, or "triton", whose o is in v's.
     """
 
@@ -140,7 +141,9 @@ class PathAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, cu_seqlens, o, lse)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if do is None:
+            return (None,) * 11
         *tensors, cu_seqlens, o, lse = ctx.saved_tensors
         inputs = (*tensors, ctx.scale, ctx.window, cu_seqlens)
         grads = apply(PathAttentionBackward, do, *inputs, o, lse, ctx.form)

@@ -48,9 +48,11 @@ def backward(
     dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=p.dtype)
     lse = lse.unsqueeze(-1)
     for portion in p.portions():
-        o_rows, lse_rows, do_rows = (portion.gather(x, p.dtype, p.group) for x in (o, lse, do))
+        o_rows, lse_rows, do_rows = (
+            portion.gather(x, p.dtype, p.group, p.first_query) for x in (o, lse, do)
+        )
         grads = attend_backward(p.load(portion), o_rows, lse_rows, do_rows)
-        portion.scatter(grads.q.mul_(scale), dq, p.group)
+        portion.scatter(grads.q.mul_(scale), dq, p.group, p.first_query)
         for rows, out in zip(grads[1:5], (dk, dv, dw, dbeta), strict=True):
             portion.scatter(rows, out, 1)
         if dg is not None and grads.g is not None:
@@ -102,7 +104,7 @@ def attend_backward(x: Heads, o: Tensor, lse: Tensor, do: Tensor) -> Gradients:
     q, k = chunks.queries_at_start().view_as(x.q), chunks.keys_at_end().view_as(x.k)
     f = chunks.products().view(b, -1, K, K)
     climbed: list[tuple[list[Pairs], list[Tensor], list[Tensor], Tensor]] = []
-    for pairs in levels(L, C):
+    for pairs in levels(L, C, x.first_query):
         q_right = [pair.split(q, G)[1].clone() for pair in pairs]
         k_left = [pair.split(k)[0].clone() for pair in pairs]
         climbed.append((pairs, q_right, k_left, f))
@@ -115,6 +117,8 @@ def attend_backward(x: Heads, o: Tensor, lse: Tensor, do: Tensor) -> Gradients:
         if 2 * pairs[0].left < L:
             df = part(pairs, x, dq, dk, df, q_right, k_left, f)
         for pair, q_pair, k_pair in zip(pairs, q_right, k_left, strict=True):
+            if not pair.has_queries(x.first_query):
+                continue
             rectangle_backward(
                 pair, x, q_pair.flatten(0, 1), k_pair.flatten(0, 1), lse, do, delta, dq, dk, dv, dg
             )
@@ -161,16 +165,19 @@ def part(
     for pair, q_pair, k_pair in zip(pairs, q_right, k_left, strict=True):
         f_left, f_right = pair.split_products(f)
         df_left, df_right = pair.split_products(parted)
-        dq_right = pair.split(dq, G)[1]
-        df_left += q_pair.mT @ dq_right
-        dq_right.copy_(dq_right @ f_left.mT)
+        if pair.has_queries(x.first_query):
+            dq_right = pair.split(dq, G)[1]
+            df_left += q_pair.mT @ dq_right
+            dq_right.copy_(dq_right @ f_left.mT)
         if pair.right == pair.left:
             dk_left = pair.split(dk)[0]
             df_right += dk_left.mT @ k_pair
             dk_left.copy_(dk_left @ f_right)
             if df is not None:
-                df_left += f_right.mT @ df
-                df_right += df @ f_left.mT
+                at = pair.first // (2 * pair.left)
+                df_joined = df[:, at : at + pair.p]
+                df_left += f_right.mT @ df_joined
+                df_right += df_joined @ f_left.mT
     return parted
 
 

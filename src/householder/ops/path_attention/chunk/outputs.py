@@ -75,8 +75,10 @@ def climb(x: Heads, to_start: bool = False) -> tuple[Softmax, Tensor]:
 
     q, k = chunks.queries_at_start().view_as(x.q), chunks.keys_at_end().view_as(x.k)
     f = chunks.products().view(b, -1, K, K)
-    for pairs in levels(L, C):
+    for pairs in levels(L, C, x.first_query):
         for pair in pairs:
+            if not pair.has_queries(x.first_query):
+                continue
             q_right = pair.split(q, G)[1].flatten(0, 1)
             k_left, v_left = (pair.split(y)[0].flatten(0, 1) for y in (k, x.v))
             carried = [pair.split(y, G)[1] for y in softmax]
@@ -113,7 +115,7 @@ def forward(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend; arguments as in the public `path_attention`.
+    """Attend; arguments as in the public `path_attention`, q of the last tokens or of all.
 
     Returns:
         o `[B, T, HQ, V]` and the logarithms of the softmax's denominators `[B, T, HQ]`, both in the
@@ -126,6 +128,6 @@ def forward(
     lse = v.new_empty(B, T, HQ, 1, dtype=p.dtype)
     for portion in p.portions():
         o_rows, lse_rows = attend(p.load(portion))
-        portion.scatter(o_rows, o, p.group)
-        portion.scatter(lse_rows, lse, p.group)
+        portion.scatter(o_rows, o, p.group, p.first_query)
+        portion.scatter(lse_rows, lse, p.group, p.first_query)
     return o, lse.squeeze(-1)

@@ -33,29 +33,31 @@ class Portion(NamedTuple):
     length: int  # to which the sequences are filled up
     group: int
 
-    def gather(self, x: Tensor, dtype: torch.dtype, per_key_head: int) -> Tensor:
+    def gather(self, x: Tensor, dtype: torch.dtype, per_key_head: int, first: int = 0) -> Tensor:
         """Bring `[B, T, H·n, D]` to rows `[sequences · heads, length · n, D]`, filled with zeros.
 
-        n is `per_key_head`: the group for what query heads have, 1 for what key heads have.
+        n is `per_key_head`: the group for what query heads have, 1 for what key heads have. The
+        tokens of `x` are those of the sequences from `first` on.
         """
         x = x.unflatten(2, (-1, per_key_head))[:, :, self.heads]
         heads, D = x.shape[2], x.shape[-1]
         rows = x.new_empty(len(self.sequences), heads, self.length, per_key_head, D, dtype=dtype)
         for target, (row, start, stop) in zip(rows, self.sequences, strict=True):
-            target[:, : stop - start] = x[row, start:stop].transpose(0, 1)
+            target[:, :first] = 0
+            target[:, first : stop - start] = x[row, start : stop - first].transpose(0, 1)
             target[:, stop - start :] = 0
         return rows.view(-1, self.length * per_key_head, D)
 
-    def scatter(self, rows: Tensor, out: Tensor, per_key_head: int) -> None:
+    def scatter(self, rows: Tensor, out: Tensor, per_key_head: int, first: int = 0) -> None:
         """Undo `gather`: put rows into `out [B, T, H·n, D]`."""
         out = out.unflatten(2, (-1, per_key_head))[:, :, self.heads]
         rows = rows.view(len(self.sequences), -1, self.length, per_key_head, out.shape[-1])
         for source, (row, start, stop) in zip(rows, self.sequences, strict=True):
-            out[row, start:stop] = source[:, : stop - start].transpose(0, 1)
+            out[row, start : stop - first] = source[:, first : stop - start].transpose(0, 1)
 
 
 class Problem(NamedTuple):
-    """The op's inputs, each `[B, T, heads, D]`."""
+    """The op's inputs, each `[B, T, heads, D]`; q may be that of the last tokens only."""
 
     q: Tensor
     k: Tensor
@@ -72,6 +74,11 @@ class Problem(NamedTuple):
     @property
     def group(self) -> int:
         return self.q.shape[2] // self.k.shape[2]
+
+    @property
+    def first_query(self) -> int:
+        """The first token that has a query."""
+        return self.k.shape[1] - self.q.shape[1]
 
     def portions(self) -> Iterator[Portion]:
         """Yield all sequences and heads, as many at a time as suit the caches."""
@@ -107,7 +114,7 @@ class Problem(NamedTuple):
             sinks = self.sinks.to(self.dtype).unflatten(0, (-1, self.group))[portion.heads]
             sinks = sinks.repeat(len(portion.sequences), 1)
         return Heads(
-            q=portion.gather(self.q, self.dtype, self.group).mul_(self.scale),
+            q=portion.gather(self.q, self.dtype, self.group, self.first_query).mul_(self.scale),
             k=portion.gather(self.k, self.dtype, 1),
             v=portion.gather(self.v, self.dtype, 1),
             w=portion.gather(self.w, self.dtype, 1),
@@ -115,6 +122,7 @@ class Problem(NamedTuple):
             g=g,
             sinks=sinks,
             window=self.window,
+            first_query=self.first_query,
         )
 
 

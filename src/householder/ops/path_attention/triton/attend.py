@@ -37,7 +37,9 @@ from householder.ops.path_attention.triton.problem import (
     lowest_bit,
     make_problem,
     number_tiles,
+    put_behind,
     strides,
+    take_behind,
 )
 from householder.ops.path_attention.triton.tree import build_tree_and_begin, multiply_rows
 
@@ -82,7 +84,7 @@ def attend_keys(
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(
     q_levels, k_levels, f, v, decay, sinks, o, lse,
-    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, H,
+    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, H, first_query,
     v_b, v_h, v_t: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -105,6 +107,9 @@ def attend_kernel(
     token = chunk * 64
     if token >= length:
         return
+    if first_query is not None:  # noqa: SIM102 - a constant of the kernel, and a number
+        if token + 64 <= first_query:
+            return
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     num_rows = tl.cast(num_tiles, tl.int64) * 128
@@ -201,21 +206,25 @@ def forward(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend; arguments as in the public `path_attention`.
+    """Attend; arguments as in the public `path_attention`, q of the last tokens or of all.
 
     Returns:
         o `[B, T, HQ, V]` in v's dtype, and the logarithms of the softmax's denominators
         `[B, T, HQ]` in float32.
     """
-    packing = number_tiles(cu_seqlens, q.shape[1])
-    return _attend(q, k, v, w, beta, g, sinks, scale, window, *packing)
+    packing = number_tiles(cu_seqlens, k.shape[1])
+    first_query = k.shape[1] - q.shape[1]
+    q = put_behind(first_query, q)
+    o, lse = _attend(q, k, v, w, beta, g, sinks, scale, window, *packing, first_query or None)
+    return take_behind(first_query, o), take_behind(first_query, lse)
 
 
 def _kind(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
-    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None, *_: Any,
+    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None,
+    tile_sequence: Tensor | None, first_tile: Tensor | None, first_query: int | None,
 ) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens, first_query)
 
 
 @recorded
@@ -237,7 +246,7 @@ def _attend(*inputs: Any) -> tuple[Tensor, Tensor]:
         launch(
             attend_kernel, (p.chunks * HQ,),
             tree.q, tree.k, tree.f, p.v, tree.decay, p.sinks, o, lse, *p.packing, p.window, T,
-            p.num_tiles, H, **strides("v", p.v), **p.constants,
+            p.num_tiles, H, p.first_query, **strides("v", p.v), **p.constants,
             **p.value_constants, WINDOWED=p.window is not None, BN=columns, **parameters.options,
         )  # fmt: skip
     return o, lse

@@ -7,6 +7,7 @@ the chunks (`chunk_back.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -43,7 +44,9 @@ from householder.ops.path_attention.triton.problem import (
     kind_of_call,
     make_problem,
     number_tiles,
+    put_behind,
     strides,
+    take_behind,
 )
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
@@ -115,7 +118,7 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
         "WINDOWED": p.window is not None, "PRECISION": config.gradient_precision(p.precision),
     }  # fmt: skip
     rows_read = tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f
-    others = *p.packing, p.window, T, p.num_tiles, L, H
+    others = *p.packing, p.window, T, p.num_tiles, L, H, p.first_query
     tiles = config.query_tiles(K, V, p.precision)
     launch(
         query_kernel, (p.rows // tiles.rows * HQ,),
@@ -159,7 +162,8 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     if number:
         launch(
             sum_kernel, (number * H * pieces,),
-            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants(blocks),
+            *rows, df, *p.packing, T, p.num_tiles, L, H, B, p.first_query, GROUP=group,
+            **constants(blocks),
         )  # fmt: skip
     for level in range(L - 3, 0, -1):
         launch(
@@ -176,8 +180,8 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     blocks = config.leaf_blocks(K, p.precision)
     launch(
         leaf_kernel, (p.chunks * H,),
-        *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, w["w_b"], w["w_h"],
-        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
+        *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, p.first_query, w["w_b"],
+        w["w_h"], w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
     )  # fmt: skip
     return wdf, wdft
 
@@ -283,21 +287,26 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
-    packing = number_tiles(cu_seqlens, q.shape[1])
-    lse = lse.contiguous()
-    grads = _differentiate(do, o, lse, q, k, v, w, beta, g, sinks, scale, window, *packing)
+    packing = number_tiles(cu_seqlens, k.shape[1])
+    first_query = k.shape[1] - q.shape[1]
+    do, o, q = (put_behind(first_query, x) for x in (do, o, q))
+    # To nothing do rows attend that ask nothing.
+    lse = put_behind(first_query, lse.contiguous(), math.inf)
+    inputs = (q, k, v, w, beta, g, sinks, scale, window, *packing, first_query or None)
+    grads = _differentiate(do, o, lse, *inputs)
     dsinks = None
     if sinks is not None:
         dsinks = torch.zeros_like(sinks) if grads[6] is None else grads[6].sum(1).to(sinks.dtype)
-    return *grads[:6], dsinks
+    return take_behind(first_query, grads[0]), *grads[1:6], dsinks
 
 
 def _kind(
     do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor,
     g: Tensor | None, sinks: Tensor | None, scale: float, window: int | None,
-    cu_seqlens: Tensor | None, *_: Any,
+    cu_seqlens: Tensor | None, tile_sequence: Tensor | None, first_tile: Tensor | None,
+    first_query: int | None,
 ) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens, first_query)
 
 
 @recorded

@@ -38,7 +38,7 @@ LEAST_GATE = tl.constexpr(-1e30)
 # 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
 # number: T · H is such a multiple for some T, and words that grow would compile everything twice.
 SIZES = (
-    *("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch"),
+    *("T", "window", "first_query", "num_tiles", "num_levels", "level", "rows_of_batch"),
     *("beta_b", "g_b", "lse_b", "dg_b"),
 )
 
@@ -125,7 +125,7 @@ def has_near_heads(x: Tensor) -> bool:
 class Problem(NamedTuple):
     """The op's inputs as the kernels read them, and what follows from their shapes."""
 
-    q: Tensor  # [B, T, HQ, K]
+    q: Tensor  # [B, T, HQ, K], zero before the first query
     k: Tensor  # [B, T, H, K]
     v: Tensor  # [B, T, H, V]
     w: Tensor  # [B, T, H, K]
@@ -137,6 +137,8 @@ class Problem(NamedTuple):
     cu_seqlens: Tensor | None
     tile_sequence: Tensor | None  # [num_tiles]: the sequence of each tile
     first_tile: Tensor | None  # [S + 1]: the first tile of each sequence
+    # Tokens before it ask nothing; None if all do. What is theirs alone may be left out.
+    first_query: int | None
     num_tiles: int
     num_levels: int
     precision: str  # of products of q, k and v: "bf16", "fp16" or "tf32x3"
@@ -245,7 +247,7 @@ def number_tiles(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, ...]
     S = cu_seqlens.shape[0] - 1
     # Every sequence may end in one tile that is not full.
     num_tiles = T // TILE_TOKENS + S
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = cu_seqlens.contiguous()
     first_tile = torch.zeros_like(cu_seqlens)
     tiles = (cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS
     torch.cumsum(tiles, 0, dtype=torch.int32, out=first_tile[1:])
@@ -267,6 +269,7 @@ def make_problem(
     cu_seqlens: Tensor | None,
     tile_sequence: Tensor | None = None,
     first_tile: Tensor | None = None,
+    first_query: int | None = None,
 ) -> Problem:
     """Bring the inputs, with what `number_tiles` made, to what the kernels can read."""
     B, T = q.shape[:2]
@@ -288,10 +291,24 @@ def make_problem(
         cu_seqlens=cu_seqlens,
         tile_sequence=tile_sequence,
         first_tile=first_tile,
+        first_query=first_query,
         num_tiles=num_tiles,
         num_levels=num_levels(T),
         precision="fp16" if precision == "tf32" else precision,
     )
+
+
+def put_behind(first_query: int, x: Tensor, fill: float = 0.0) -> Tensor:
+    """Put `first_query` tokens of one number before those of `x [B, T, HQ, …]`."""
+    if first_query == 0:
+        return x
+    last_dims = (0, 0) * (x.dim() - 2)
+    return torch.nn.functional.pad(x, (*last_dims, first_query, 0), value=fill)
+
+
+def take_behind(first_query: int, x: Tensor) -> Tensor:
+    """Undo `put_behind`."""
+    return x[:, first_query:].clone() if first_query else x
 
 
 def kind_of_call(
@@ -303,8 +320,9 @@ def kind_of_call(
     sinks: Tensor | None,
     window: int | None,
     cu_seqlens: Tensor | None,
+    first_query: int | None,
 ) -> Hashable:
     """Return what the programs of a call depend on, whatever its batch and, in a deep tree, T."""
     tensors = tuple((x.dtype, x.stride(1), x.shape[2:]) for x in (q, k, v, w))
-    absent = tuple(x is None for x in (g, sinks, window, cu_seqlens))
+    absent = tuple(x is None for x in (g, sinks, window, cu_seqlens, first_query))
     return q.device, tensors, absent, min(num_levels(q.shape[1]), 4)
