@@ -234,8 +234,9 @@ class PathCache:
             ValueError: that many cannot be taken back.
         """
         if isinstance(num_tokens, int) and not isinstance(num_tokens, bool):
-            num_tokens = [num_tokens] * self.batch_size
-        counts = self._check_counts("rollback", "num_tokens", num_tokens)
+            counts = [num_tokens] * self.batch_size
+        else:
+            counts = self._check_counts("rollback", "num_tokens", num_tokens)
         if any(not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=True)):
             raise ValueError(
                 f"PathCache.rollback: `num_tokens` must be from 0 to {self._rollback} for each "
@@ -291,7 +292,7 @@ class PathCache:
             )
         return new
 
-    def _check_counts(self, method: str, name: str, counts: Sequence[int]) -> list[int]:
+    def _check_counts(self, method: str, name: str, counts: Any) -> list[int]:
         """Return a whole number for each sequence; a tensor's are read."""
         try:
             checked = [index(n) for n in counts]
