@@ -70,8 +70,8 @@ def delta_product(
         scale: factor on the output; `K ** -0.5` if None.
         initial_state: `[B, HV, K, V]`, or `[S, HV, K, V]` with `cu_seqlens`; zeros if None.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
-            Sequences may be empty.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T, on the
+            device of the tensors; then B = 1. Sequences may be empty.
         qk_norm: `"l2"` brings q and k to unit length over each head's K, in float32 at least and
             rounded to their dtype; None takes them as they are.
         qk_norm_eps: added to the squared length, so that a zero vector stays zero.
@@ -95,9 +95,9 @@ def delta_product(
     Raises:
         ValueError: a shape, device or `cu_seqlens` does not fit, `impl` or another option is
             unknown, or options contradict one another.
-        TypeError: an argument is no tensor, or is not real floating point.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of
-            a form other than the reference is asked for.
+        TypeError: an argument has the wrong type, or is not real floating point.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a gradient of the second
+            order or in forward mode is asked for of a form other than the reference.
 
     Gradients:
         First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
@@ -199,9 +199,9 @@ def delta_product_step(
         `state`.
 
     Raises:
-        ValueError: a shape or device does not fit, `impl` or another option is unknown, or options
-            contradict one another.
-        TypeError: an argument is no tensor, or is not real floating point.
+        ValueError: a shape or device does not fit, `impl` or another option is unknown, options
+            contradict one another, or with `inplace` entries of `state` share memory.
+        TypeError: an argument has the wrong type, or is not real floating point.
         NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on with it or
             with `inplace`.
 

@@ -59,8 +59,8 @@ def path_attention(
         sinks: one more logit per query head, `[HQ]`, or None. It takes its part of the softmax and
             has no value, so that a head may attend to nothing.
         window: how many tokens a query sees, its own included; all earlier ones if None.
-        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
-            Sequences may be empty.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T, on the
+            device of the tensors; then B = 1. Sequences may be empty.
         initial: k, v, w and beta, and g if `g` is given, of T0 tokens before the first query, as a
             tuple of tensors `[B, T0, …]`; T0 may be 0. Every query sees them, and windows and sinks
             count them, as if the sequence had begun with them. Not with `cu_seqlens`.
@@ -78,8 +78,8 @@ def path_attention(
             unknown.
         TypeError: an argument has the wrong type, or is not real floating point; or a part of
             `initial` has another dtype than the argument that it precedes.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of a
-            form other than the reference is asked for.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a gradient of the second
+            order or in forward mode is asked for of a form other than the reference.
 
     Gradients:
         First order, in closed form, to every floating-point tensor, those of `initial` among them
