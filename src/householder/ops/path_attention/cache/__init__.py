@@ -39,6 +39,9 @@ BOUND_STEP = 1024
 class PathCache:
     """Hold the tokens so far of a batch of sequences, for decoding with `path_attention`.
 
+    `append` takes new tokens and returns what `path_attention` would over all of them. There are no
+    gradients.
+
     Args:
         batch_size: B. The sequences may have different lengths.
         max_rollback: how many of the last tokens `rollback` can take back. As many more tokens are
@@ -156,6 +159,8 @@ class PathCache:
                 call.
             TypeError: an argument has the wrong type, or is not real floating point.
             NotImplementedError: a tensor requires a gradient: decoding has none.
+            RuntimeError: a CUDA graph is captured, and there is no room, or no append before it that
+                was not captured: see `reserve`.
         """
         check_inputs("PathCache.append", q, k, v, w, beta, g, sinks, window, None)
         tensors = [x for x in (q, k, v, w, beta, g, sinks) if x is not None]
