@@ -135,7 +135,7 @@ def test_tensors_are_checked_for_kind_dtype_and_device():
     x, nowhere = torch.zeros(2), torch.zeros(2, device="meta")
     check_tensors("op", {"x": x, "y": None, "z": x.bfloat16()}, optional="y")
     check_tensors("op", {"x": x.to(torch.complex64)}, allow_complex=True)
-    with pytest.raises(TypeError, match="op: `y` must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="op: `y` must be a tensor, got None; give one"):
         check_tensors("op", {"x": x, "y": None})
     with pytest.raises(TypeError, match="op: `x` must be real floating point"):
         check_tensors("op", {"x": x.to(torch.complex64)})

@@ -59,8 +59,8 @@ def path_attention(
         sinks: one more logit per query head, `[HQ]`, or None. It takes its part of the softmax and
             has no value, so that a head may attend to nothing.
         window: how many tokens a query sees, its own included; all earlier ones if None.
-        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
-            Sequences may be empty.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T, on the
+            device of the tensors; then B = 1. Sequences may be empty.
         initial: k, v, w and beta, and g if `g` is given, of T0 tokens before the first query, as a
             tuple of tensors `[B, T0, …]`; T0 may be 0. Every query sees them, and windows and sinks
             count them, as if the sequence had begun with them. Not with `cu_seqlens`.
@@ -78,8 +78,8 @@ def path_attention(
             unknown.
         TypeError: an argument has the wrong type, or is not real floating point; or a part of
             `initial` has another dtype than the argument that it precedes.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of a
-            form other than the reference is asked for.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a gradient of the second
+            order or in forward mode is asked for of a form other than the reference.
 
     Gradients:
         First order, in closed form, to every floating-point tensor, those of `initial` among them
@@ -124,11 +124,11 @@ def path_attention(
     form = examined(_KNOWN_CALLS, _examine, tensors, (initial is not None, window, impl))
     if cu_seqlens is not None:
         _checks.check_cu_seqlens("path_attention", cu_seqlens, q)
+    scale = _checks.check_scale("path_attention", scale, k.shape[-1])
     if initial is not None:
         of_keys = zip(initial, (k, v, w, beta), strict=False)
         k, v, w, beta = (torch.cat([before, x], dim=1) for before, x in of_keys)
         g = None if g is None else torch.cat([initial[4], g], dim=1)
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
     if form == "reference":
         return reference.forward(*args)
@@ -192,22 +192,26 @@ def check_inputs(
             )
     B, T, HQ, K = q.shape
     H = v.shape[2]
+    if K < 1:
+        raise ValueError(
+            f"{op}: `q` must have K ≥ 1 entries a head, got shape {list(q.shape)}; give wider heads"
+        )
     if H == 0 or HQ % H:
         raise ValueError(
             f"{op}: the query heads of `q` must be a multiple of the key heads of `v`, "
             f"got HQ = {HQ} and H = {H}; repeat or drop heads"
         )
-    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]))
+    sources = {"q": q, "v": v}
+    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]), q=q)
     for name, x in (("k", k), ("w", w)):
-        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K))
-    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H))
+        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K), **sources)
+    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H), **sources)
     if g is not None:
-        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ))
+        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ), q=q)
     if sinks is not None:
-        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,))
+        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,), q=q)
     _check_window(op, window)
     if cu_seqlens is not None:
-        _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
         _checks.check_cu_seqlens(op, cu_seqlens, q)
 
 
