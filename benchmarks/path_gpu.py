@@ -3,6 +3,8 @@
     python benchmarks/path_gpu.py                      # both groups
     python benchmarks/path_gpu.py table                # one of them: table, length
     python benchmarks/path_gpu.py --results /tmp/out   # the folder of `path-attention-gpu.csv`
+    python benchmarks/path_gpu.py compile --kernels /tmp/k   # on a busy machine, and later
+    python benchmarks/path_gpu.py --kernels /tmp/k           # on a quiet one
 
 bfloat16 inputs (the peer wants reflectors and coefficients in float32 and gets them so). `sdpa` is
 `scaled_dot_product_attention(is_causal=True)`, attention without positions: what the reflectors
@@ -11,7 +13,8 @@ to every input.
 
 First every form is compiled into an empty cache, in processes beside one another; they time our
 first calls and compare outputs and gradients with the chunked form in float64: a wrong answer of
-ours is not timed, and a peer that does not compile in `--compile-seconds` is left out.
+ours is not timed, and a peer that does not compile in `--compile-seconds` is left out. What was
+compiled into `--kernels` is taken from there, without the times of first calls.
 
 Times are medians of repeats with the L2 cache cleared in between, of the call replayed from a CUDA
 graph (`forward_ms`, `both_ms`: the device's share) and of the call as it is (`called_…`); calls of
@@ -23,6 +26,7 @@ than `--slowest-ms`, by what it took at another length.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import tempfile
@@ -228,6 +232,22 @@ def first_calls(limit_s: float) -> dict[tuple[str, int], Row]:
     return found
 
 
+def compile_all(kernels: Path, limit_s: float) -> dict[tuple[str, int], Row]:
+    """Make all first calls, or read what those found that compiled into the same folder."""
+    os.environ["TRITON_CACHE_DIR"] = str(kernels)
+    known = kernels / "first-calls.json"
+    if known.exists():
+        rows = json.loads(known.read_text())
+        return {
+            (variant, D): {name: x for name, x in row.items() if not name.startswith("first_")}
+            for variant, D, row in rows
+        }
+    found = first_calls(limit_s)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps([(*key, row) for key, row in found.items()]))
+    return found
+
+
 def refusal(reason: Exception) -> str:
     """Say in a row why a peer has no figure."""
     if isinstance(reason, torch.OutOfMemoryError):
@@ -356,16 +376,16 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", default=["table", "length"])
     add_arguments(parser)
     parser.add_argument("--compile-seconds", type=float, default=120.0, help="for peers")
+    parser.add_argument("--kernels", type=Path, help="the folder for what is compiled; kept")
     parser.add_argument("--slowest-ms", type=float, default=3000.0, help="of a peer's call")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
     arguments = parser.parse_args()
     where = environment(arguments.commit, triton=triton.__version__, fla=FLA_VERSION)
     # The peer's choices are made here, undisturbed, and not taken from other runs.
     os.environ["FLA_CACHE_RESULTS"] = "0"
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+    with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
-        firsts = first_calls(arguments.compile_seconds)
+        firsts = compile_all(arguments.kernels or Path(temporary), arguments.compile_seconds)
         print(f"compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
         quiet()
         try_quickly(PEER_TRIAL_MS)
