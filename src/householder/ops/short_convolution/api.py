@@ -152,5 +152,5 @@ def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     token = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
     # Not in cu_seqlens[1:]: compiled for a GPU by PyTorch 2.11, a slice is searched from where its
     # tensor begins, and sequences would see one another.
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
     return token - cu_seqlens[sequence]

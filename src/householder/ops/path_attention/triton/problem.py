@@ -248,7 +248,7 @@ def number_tiles(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, ...]
     S = cu_seqlens.shape[0] - 1
     # Every sequence may end in one tile that is not full.
     num_tiles = T // TILE_TOKENS + S
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = cu_seqlens.contiguous()
     first_tile = torch.zeros_like(cu_seqlens)
     tiles = (cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS
     torch.cumsum(tiles, 0, dtype=torch.int32, out=first_tile[1:])
