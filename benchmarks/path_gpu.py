@@ -2,6 +2,7 @@
 
     python benchmarks/path_gpu.py                      # both groups
     python benchmarks/path_gpu.py table                # one of them: table, length
+    python benchmarks/path_gpu.py first                # our first calls, on an idle machine
     python benchmarks/path_gpu.py --results /tmp/out   # the folder of `path-attention-gpu.csv`
     python benchmarks/path_gpu.py compile --kernels /tmp/k   # on a busy machine, and later
     python benchmarks/path_gpu.py --kernels /tmp/k           # on a quiet one
@@ -31,7 +32,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +99,30 @@ CASES = [
 ]
 
 
+class FirstCase(NamedTuple):
+    """A configuration of which only our first calls are timed."""
+
+    D: int
+    dtype: str
+    gated: bool = False
+    wide: bool = False  # reflectors and β in float32
+
+    @property
+    def name(self) -> str:
+        kinds = "-gated" * self.gated + "-wide" * self.wide
+        return f"first-1x{CHECKED_TOKENS}x4x{self.D}-{self.dtype}{kinds}"
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FIRST_CASES = [
+    *(FirstCase(D, dtype) for dtype in DTYPES for D in (64, 128, 256)),
+    *(FirstCase(D, dtype, gated=True) for dtype in ("bf16", "fp32") for D in (64, 128)),
+    *(FirstCase(D, dtype, wide=True) for dtype in ("bf16", "fp16") for D in (64, 128)),
+]
+# Each compiles eight kernels at the same time, one or two of which take most of the time.
+FIRST_TOGETHER = 3
+
+
 def make_inputs(case: PathCase) -> Inputs:
     """Draw inputs like a trained layer's: unit reflectors, β in (0, 2)."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -161,11 +186,30 @@ def first_call(variant: str, D: int) -> Row:
     quiet()
     case = PathCase("first", 1, CHECKED_TOKENS, 16, D)
     do = output_gradient(case)
-    exact = {n: x.detach().double().requires_grad_() for n, x in make_inputs(case).items()}
+    return time_first(variant, as_wanted(variant, make_inputs(case)), do)
+
+
+def first_call_of(case: FirstCase) -> Row:
+    """Do the same with an empty cache; for a process that has compiled nothing."""
+    quiet()
+    sizes = PathCase("first", 1, CHECKED_TOKENS, 4, case.D)
+    dtype = DTYPES[case.dtype]
+    inputs = {name: x.detach().to(dtype) for name, x in make_inputs(sizes).items()}
+    if case.wide:
+        inputs |= {name: inputs[name].float() for name in ("w", "beta")}
+    if case.gated:
+        inputs["g"] = F.logsigmoid(inputs["q"][..., 0] + 4)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        return time_first(OURS, leaves(inputs), output_gradient(sizes).to(dtype))
+
+
+def time_first(variant: str, inputs: Inputs, do: Tensor) -> Row:
+    """Return the times of the first calls, and the largest error of outputs and gradients."""
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     expected = differentiate(
         lambda x: path_attention(*x.values(), impl="chunk"), exact, do.double()
     )
-    inputs = as_wanted(variant, make_inputs(case))
     torch.cuda.synchronize()
     start = time.perf_counter()
     o = VARIANTS[variant](inputs)
@@ -355,6 +399,14 @@ def bench_captured(run: Callable[[], object], called_ms: float) -> float:
     return bench(graph.replay)
 
 
+def measure_first_calls() -> Iterator[list[Row]]:
+    """Time our first calls, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(FIRST_TOGETHER, maxtasksperchild=1) as pool:
+        for case, row in zip(FIRST_CASES, pool.imap(first_call_of, FIRST_CASES), strict=True):
+            yield [{"case": case.name, "variant": OURS} | row]
+
+
 def report(path: Path, rows: list[Row], where: Row) -> None:
     """Append rows to the CSV file and print them."""
     append(path, COLUMNS, [row | where for row in rows])
@@ -383,6 +435,11 @@ def main() -> None:
     where = environment(arguments.commit, triton=triton.__version__, fla=FLA_VERSION)
     # The peer's choices are made here, undisturbed, and not taken from other runs.
     os.environ["FLA_CACHE_RESULTS"] = "0"
+    if "first" in arguments.groups:
+        for rows in measure_first_calls():
+            report(arguments.results / FILE, rows, where)
+    if arguments.groups == ["first"]:
+        return
     with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
         firsts = compile_all(arguments.kernels or Path(temporary), arguments.compile_seconds)
