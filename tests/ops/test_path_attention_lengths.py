@@ -40,13 +40,14 @@ def test_longer_sequences_compile_nothing_anew(lengths, form, specialized, monke
 def test_forms_that_copy_reflectors_beside_keys_know_their_dtypes(dtype, specialized, monkeypatch):
     """Reflectors may have the keys' dtype or float32; the portable kernels take others."""
     from householder.ops.path_attention import triton
+    from householder.ops.path_attention.inputs import Inputs
     from householder.ops.path_attention.triton import problem
 
     monkeypatch.setattr(problem, "is_hopper", lambda device: True)
     q, k, v, w = (torch.zeros(1, 700, 4, 128, dtype=torch.bfloat16) for _ in range(4))
     beta = torch.zeros(1, 700, 4)
     inputs = q, k, v, w.to(dtype), beta, None, None, 0.3, None, None
-    assert problem.make_problem(*inputs).precision == "bf16"
+    assert problem.make_problem(*problem.arrange(Inputs(*inputs))).precision == "bf16"
     o, lse = triton.forward(*inputs)
     grads = triton.backward(torch.zeros_like(o), *inputs, o, lse)
     assert grads[3].dtype == dtype

@@ -145,26 +145,22 @@ def _examine(
     g: Tensor | None,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
-    k_before: Tensor | None,
-    v_before: Tensor | None,
-    w_before: Tensor | None,
-    beta_before: Tensor | None,
-    g_before: Tensor | None,
-    has_initial: bool,
-    window: int | None,
-    impl: str,
+    *others: Any,
 ) -> str:
-    """Check the arguments of `path_attention` and return the form that runs."""
+    """Check the arguments of `path_attention` and return the form that runs.
+
+    The others are the parts of `initial`, whether there are any, `window` and `impl`.
+    """
+    *parts, has_initial, window, impl = others
     check_impl("path_attention", impl, IMPLS)
     check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
     if has_initial:
-        parts = (k_before, v_before, w_before, beta_before, g_before)
         _check_initial("path_attention", (k, v, w, beta, g), parts, cu_seqlens)
     if impl == "reference":
         return impl
-    others = {"w": w, "beta": beta, "g": g, "sinks": sinks}
+    beside = {"w": w, "beta": beta, "g": g, "sinks": sinks}
     kernels = runs_triton(
-        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **others)
+        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **beside)
     )
     return "triton" if kernels else "chunk"
 
