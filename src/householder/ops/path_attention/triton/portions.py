@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from householder.ops._dispatch import contiguous_like
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import attend, config, gradients
 
 # What copies of the queries may take together, unless one head needs more: on an H200, 131,072
@@ -20,19 +21,20 @@ from householder.ops.path_attention.triton import attend, config, gradients
 LEVEL_BYTES = 2**31
 
 
-def heads_at_once(q: Tensor, k: Tensor) -> int:
+def heads_at_once(p: Inputs) -> int:
     """Return how many key heads go through the kernels together, a divisor of all."""
-    B, T, H, K = k.shape
-    of_a_head = config.num_levels(T) * B * T * (q.shape[2] // H) * K * q.element_size()
+    B, tokens, H, K = p.k.shape
+    of_a_head = config.num_levels(tokens) * B * tokens * p.group * K * p.q.element_size()
     most = max(1, LEVEL_BYTES // max(1, of_a_head))
     return next(n for n in range(min(H, most), 0, -1) if H % n == 0)
 
 
-def portions(heads: int, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+def portions(p: Inputs) -> Iterator[tuple[slice, slice]]:
     """Yield the query heads and the key heads of one portion after the other."""
-    H, group = k.shape[2], q.shape[2] // k.shape[2]
-    for first in range(0, H, heads):
-        yield slice(first * group, (first + heads) * group), slice(first, first + heads)
+    heads = heads_at_once(p)
+    for first in range(0, p.k.shape[2], heads):
+        last = first + heads
+        yield slice(first * p.group, last * p.group), slice(first, last)
 
 
 def pick(here: tuple[slice, slice], inputs: Sequence[Any]) -> list[Any]:
@@ -48,27 +50,15 @@ def pick(here: tuple[slice, slice], inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Do what `attend.forward` does."""
-    inputs = q, k, v, w, beta, g, sinks, scale, window, cu_seqlens
-    heads = heads_at_once(q, k)
-    if heads == k.shape[2]:
+    p = Inputs(*inputs)
+    if heads_at_once(p) == p.k.shape[2]:
         return attend.forward(*inputs)
     results: list[Tensor] = []
-    for here in portions(heads, q, k):
-        parts = attend.forward(*pick(here, inputs))
-        results = results or [x.new_empty(*q.shape[:3], *x.shape[3:]) for x in parts]
+    for here in portions(p):
+        parts = attend.forward(*pick(here, p))
+        results = results or [x.new_empty(*p.q.shape[:3], *x.shape[3:]) for x in parts]
         for whole, part in zip(results, parts, strict=True):
             whole[:, :, here[0]].copy_(part)
         del parts, part
@@ -77,29 +67,17 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
+    do: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Do what `gradients.backward` does."""
-    inputs = q, k, v, w, beta, g, sinks, scale, window, cu_seqlens
-    heads = heads_at_once(q, k)
-    if heads == k.shape[2]:
-        return gradients.backward(do, *inputs, o, lse)
-    results = [None if x is None else contiguous_like(x) for x in inputs[:7]]
-    for here in portions(heads, q, k):
+    *given, o, lse = inputs
+    p = Inputs(*given)
+    if heads_at_once(p) == p.k.shape[2]:
+        return gradients.backward(do, *inputs)
+    results = [None if x is None else contiguous_like(x) for x in given[:7]]
+    for here in portions(p):
         do_part, *saved = (x[:, :, here[0]] for x in (do, o, lse))
-        arguments = do_part, *pick(here, inputs), *saved
+        arguments = do_part, *pick(here, p), *saved
         parts = gradients.backward(*arguments)
         for whole, part in zip(pick(here, results), parts, strict=True):
             if whole is not None:
