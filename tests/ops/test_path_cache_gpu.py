@@ -255,6 +255,20 @@ def test_decoding_does_not_drift():
     assert drifted <= 1.05 * relative_error(prefilled, exact[:, -tail:])
 
 
+@pytest.mark.parametrize("B", [4095, 4096])
+def test_batches_larger_than_a_grid(B):
+    """Of 65,536 query heads the last would have no program."""
+    inputs = path_attention_inputs(
+        B=B, T=3, H=16, K=16, V=16, decay=None, dtype=torch.bfloat16, device="cuda"
+    )
+    cache = PathCache(B)
+    cache.append(*part(inputs, 0, 2))
+    assert cache.has_kernels == (B == 4095)
+    o = cache.append(*part(inputs, 2, 3))
+    expected = path_attention(*(inputs[n] for n in TOKENS))[:, 2:]
+    assert relative_error(o, expected.double()) < 1e-2
+
+
 def test_views_are_read_through_their_strides():
     """Heads of one projection, and rows of a larger batch, are not copied and not mixed up."""
     inputs, options, cache = arrange("narrow", torch.bfloat16)
