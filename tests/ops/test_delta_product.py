@@ -215,6 +215,16 @@ def test_segmented_equals_whole(cut):
     torch.testing.assert_close(end, state, rtol=1e-12, atol=1e-12)
 
 
+def test_a_step_from_a_state_in_half_precision_is_computed_in_float32():
+    inputs = cast(delta_product_inputs(T=1), torch.bfloat16)
+    token, state = {name: inputs[name][:, 0] for name in NAMES[:5]}, inputs["initial_state"]
+    o, actual = delta_product_step(**token, state=state)
+    assert (o.dtype, actual.dtype) == (torch.bfloat16, torch.float32)
+    wide = {name: x.double() for name, x in token.items()}
+    _, expected = delta_product_step(**wide, state=state.double())
+    assert relative_error(actual, expected) < 1e-6
+
+
 @pytest.mark.parametrize("decay", [None, 0.1])
 def test_step_by_step_equals_whole(decay):
     inputs = delta_product_inputs(T=70, N=3, HV=4, decay=decay)
