@@ -80,13 +80,14 @@ def compute_levels() -> str:
     """Compare what each level keeps with dense products of reflectors."""
     import torch
 
-    from householder.ops.path_attention.triton.problem import make_problem
+    from householder.ops.path_attention.inputs import Inputs
+    from householder.ops.path_attention.triton.problem import arrange, make_problem
     from householder.ops.path_attention.triton.tree import build_tree
     from householder.testing import path_attention_inputs
 
     T, K, C = 300, 16, 64
     inputs = path_attention_inputs(1, T, 1, K, 16, dtype=torch.float32)
-    p = make_problem(*(inputs[name] for name in NAMES), 0.3, None, None)
+    p = make_problem(*arrange(Inputs(*(inputs[name] for name in NAMES), 0.3, None, None)))
     tree = build_tree(p, inverse=True)
     q, k, w, beta, g = (inputs[name][0, :, 0].double() for name in ("q", "k", "w", "beta", "g"))
     chunks = -(-T // C)
@@ -241,7 +242,7 @@ def test_tiles_are_where_their_sequence_has_them():
     x = torch.zeros(1, sum(lengths), 1, 16)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     tables = number_tiles(cu_seqlens, sum(lengths))
-    p = make_problem(x, x, x, x, x[..., 0], None, None, 1.0, None, *tables)
+    p = make_problem(x, x, x, x, x[..., 0], None, None, 1.0, None, *tables, None)
     expected = [i for i, length in enumerate(lengths) for _ in range(-(-length // 128))]
     assert p.tile_sequence[: len(expected)].tolist() == expected
     assert p.num_tiles >= len(expected)

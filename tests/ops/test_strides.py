@@ -25,8 +25,8 @@ TOKENS = ("q", "k", "v", "w", "beta", "g")
 
 def every_other(x):
     """Return the same numbers with others between them, which must not be read."""
-    # What is no number, or no bound, no label.
-    other = float("nan") if x.is_floating_point() else 10**6
+    # Bounds and labels that lie outside would end in more than wrong numbers.
+    other = float("nan") if x.is_floating_point() else 0
     wide = torch.full((*x.shape, 2), other, dtype=x.dtype, device=x.device)
     wide[..., 0] = x
     return wide[..., 0]

@@ -106,8 +106,8 @@ def check_writable(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int, T: int) -> int:
-    """Check the packed batch's bounds and return how many sequences it holds.
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, x: Tensor) -> int:
+    """Check the bounds of the packed batch `x [B, T, ...]`, and return how many sequences it holds.
 
     The values are read only where that costs nothing: on the CPU, and not while compiling.
     """
@@ -117,10 +117,16 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int, T: int) -> int:
             f"{op}: `cu_seqlens` must be int32 [S + 1] with S ≥ 1, got {cu_seqlens.dtype} "
             f"{list(cu_seqlens.shape)}; give the S + 1 bounds 0 = b_0 ≤ … ≤ b_S = T as int32"
         )
+    B, T = x.shape[:2]
     if B != 1:
         raise ValueError(
             f"{op}: with `cu_seqlens` the batch must be packed as B = 1, got B = {B}; "
             "concatenate the sequences along T"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(
+            f"{op}: `cu_seqlens` must be on {x.device} as the other tensors are, got "
+            f"{cu_seqlens.device}; move it with .to(device)"
         )
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()

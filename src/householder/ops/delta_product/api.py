@@ -134,7 +134,7 @@ def delta_product(
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
     (qk_eps, beta_scale), form = examined(_KNOWN_SEQUENCES, _examine_sequences, tensors, options)
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens("delta_product", cu_seqlens, *v.shape[:2])
+        _checks.check_cu_seqlens("delta_product", cu_seqlens, v)
     scale = _checks.check_scale("delta_product", scale, k.shape[-1])
     q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale, form)
     if impl == "reference":
@@ -369,8 +369,7 @@ def _check_sequence_inputs(
         _checks.check_shape(op, "g", g, "[B, T, HV]", (B, T, HV), **sources)
     sequences, axes = B, "[B, HV, K, V]"
     if cu_seqlens is not None:
-        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, B, T), "[S, HV, K, V]"
-        _checks.check_same_device(op, {"v": v, "cu_seqlens": cu_seqlens})
+        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, v), "[S, HV, K, V]"
         sources["cu_seqlens"] = cu_seqlens
     if initial_state is not None:
         shape = (sequences, HV, K, V)

@@ -123,7 +123,7 @@ def path_attention(
     tensors = (q, k, v, w, beta, g, sinks, cu_seqlens, *_name_parts(initial))
     form = examined(_KNOWN_CALLS, _examine, tensors, (initial is not None, window, impl))
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens("path_attention", cu_seqlens, *q.shape[:2])
+        _checks.check_cu_seqlens("path_attention", cu_seqlens, q)
     scale = _checks.check_scale("path_attention", scale, k.shape[-1])
     if initial is not None:
         of_keys = zip(initial, (k, v, w, beta), strict=False)
@@ -145,26 +145,22 @@ def _examine(
     g: Tensor | None,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
-    k_before: Tensor | None,
-    v_before: Tensor | None,
-    w_before: Tensor | None,
-    beta_before: Tensor | None,
-    g_before: Tensor | None,
-    has_initial: bool,
-    window: int | None,
-    impl: str,
+    *others: Any,
 ) -> str:
-    """Check the arguments of `path_attention` and return the form that runs."""
+    """Check the arguments of `path_attention` and return the form that runs.
+
+    The others are the parts of `initial`, whether there are any, `window` and `impl`.
+    """
+    *parts, has_initial, window, impl = others
     check_impl("path_attention", impl, IMPLS)
     check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
     if has_initial:
-        parts = (k_before, v_before, w_before, beta_before, g_before)
         _check_initial("path_attention", (k, v, w, beta, g), parts, cu_seqlens)
     if impl == "reference":
         return impl
-    others = {"w": w, "beta": beta, "g": g, "sinks": sinks}
+    beside = {"w": w, "beta": beta, "g": g, "sinks": sinks}
     kernels = runs_triton(
-        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **others)
+        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **beside)
     )
     return "triton" if kernels else "chunk"
 
@@ -212,8 +208,7 @@ def check_inputs(
         _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,), q=q)
     _check_window(op, window)
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens(op, cu_seqlens, B, T)
-        _checks.check_same_device(op, {"q": q, "cu_seqlens": cu_seqlens})
+        _checks.check_cu_seqlens(op, cu_seqlens, q)
 
 
 # The parts of `initial`, of which the last one may be absent.

@@ -6,38 +6,25 @@ Runs on any device and in any floating dtype, and PyTorch differentiates it to a
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
-from householder.ops.wy import compute_dtype
+from householder.ops.path_attention.inputs import Inputs
 
 
 @without_autocast
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Attend token by token; arguments as in the public `path_attention`.
-
-    q may have fewer tokens than the others: it is that of the last ones.
-    """
-    dtype = compute_dtype(q, k, v, w, beta)
-    B, T, HQ, _ = q.shape
-    tokens, group = k.shape[1], HQ // k.shape[2]
-    first_query = tokens - T
+def forward(*inputs: Any) -> Tensor:
+    """Attend token by token; `inputs` are those of `Inputs`."""
+    x = Inputs(*inputs)
+    q, k, v, w, beta, g, sinks, scale, window, cu_seqlens = x
+    dtype, first_query = x.dtype, x.first_query
+    B, _, HQ, _ = q.shape
     # Every query head gets a copy of its key head.
-    k, values, w, beta = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k, v, w, beta))
-    bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    k, values, w, beta = (y.to(dtype).repeat_interleave(x.group, dim=2) for y in (k, v, w, beta))
+    bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     outputs = []
     for lo, hi in pairwise(bounds):
         keys = k.new_zeros(B, 0, HQ, k.shape[-1])

@@ -78,7 +78,7 @@ def short_convolution(
         _checks.check_shape(op, "history", history, "[B, W − 1, D]", shape)
     position = None
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens(op, cu_seqlens, B, T)
+        _checks.check_cu_seqlens(op, cu_seqlens, x)
         if history is not None:
             raise ValueError(
                 f"{op}: `history` must be None with `cu_seqlens`, got both; put what came before a "

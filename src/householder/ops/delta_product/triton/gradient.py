@@ -120,8 +120,8 @@ def gradient_kernel(
     p_dv = dv + (first_row * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
     o_vrows = o_r * HV * V
-    # Of 32-bit offsets of queries, ptxas 12.8 (Triton 3.6's) makes the upper half of an address from
-    # a register that holds its lower half by then: float16, 64 columns, gates.
+    # From 32-bit offsets of queries ptxas 12.8 (Triton 3.6's) makes the upper half of an address
+    # out of a register that holds the lower half by then: in float16, 64 columns, with gates.
     o_qrows = o_c.to(tl.int64) * q_t
     p_table = table + i_ch * (6 * R if GATED else R)
     b_beta = tl.load(p_table + BETA * R + o_r)

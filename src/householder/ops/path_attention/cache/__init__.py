@@ -382,7 +382,9 @@ class PathCache:
             self._tell_counts(q.device)
         assert self._counts is not None
         same = min(new) == q.shape[1]
-        appended = None if same else torch.tensor(new, dtype=torch.int32, device=q.device)
+        appended = None
+        if not same:
+            appended = torch.tensor(new, dtype=torch.int32).to(q.device, non_blocking=True)
         # In steps: so a call's launches are those of the call before.
         bound = min(store.room(), -(-max(self._old) // BOUND_STEP) * BOUND_STEP)
         o = store.decode(tokens, options, self._counts, appended, bound)
@@ -405,12 +407,15 @@ class PathCache:
         return store.decode(tokens, options, self._counts, None, store.room())
 
     def _tell_counts(self, device: torch.device) -> None:
-        """Bring the device's counts up to date, where they are."""
+        """Bring the device's counts up to date, where they are.
+
+        CUDA has copied what is not pinned by the time it returns: there is nothing to wait for.
+        """
         counts = torch.tensor([self._old, self._recent], dtype=torch.int32)
         if self._counts is None:
-            self._counts = counts.to(device)
+            self._counts = counts.to(device, non_blocking=True)
         else:
-            self._counts.copy_(counts)
+            self._counts.copy_(counts, non_blocking=True)
         self._counts_known = True
 
     def _count(self, store: Store, new: list[int]) -> None:

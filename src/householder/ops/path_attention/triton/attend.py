@@ -7,7 +7,6 @@ are all tokens before it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -26,18 +25,18 @@ from householder.ops._triton import (
     on_its_device,
     store_tile,
 )
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.problem import (
     LN_2,
     LOG2_E,
     SIZES,
+    arrange,
     block_slot,
     kind_of_call,
     locate_tile,
     lowest_bit,
     make_problem,
-    number_tiles,
-    put_behind,
     strides,
     take_behind,
 )
@@ -194,44 +193,23 @@ def attend_kernel(
 
 
 @on_its_device
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attend; arguments as in the public `path_attention`, q of the last tokens or of all.
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Attend; `inputs` are those of `Inputs`.
 
     Returns:
         o `[B, T, HQ, V]` in v's dtype, and the logarithms of the softmax's denominators
         `[B, T, HQ]` in float32.
     """
-    packing = number_tiles(cu_seqlens, k.shape[1])
-    first_query = k.shape[1] - q.shape[1]
-    q = put_behind(first_query, q)
-    o, lse = _attend(q, k, v, w, beta, g, sinks, scale, window, *packing, first_query or None)
-    return take_behind(first_query, o), take_behind(first_query, lse)
-
-
-def _kind(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
-    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None,
-    tile_sequence: Tensor | None, first_tile: Tensor | None, first_query: int | None,
-) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens, first_query)
+    x = Inputs(*inputs)
+    o, lse = _attend(*arrange(x))
+    return take_behind(x.first_query, o), take_behind(x.first_query, lse)
 
 
 @recorded
-@compiled_together(_kind)
-def _attend(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """Do what `forward` does, for a batch whose tiles are numbered."""
-    p = make_problem(*inputs)
+@compiled_together(kind_of_call)
+def _attend(*arranged: Any) -> tuple[Tensor, Tensor]:
+    """Do what `forward` does, for what has been arranged for the kernels."""
+    p = make_problem(*arranged)
     B, T, HQ, K = p.q.shape
     H, V = p.v.shape[2:]
     o = room((B, T, HQ, V), p.v.dtype, p.v.device)

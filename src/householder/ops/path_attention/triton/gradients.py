@@ -22,6 +22,7 @@ from householder.ops._triton import (
     launch,
     on_its_device,
 )
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
@@ -40,10 +41,10 @@ from householder.ops.path_attention.triton.descend import (
 from householder.ops.path_attention.triton.gates_back import gate_kernel, totals_kernel
 from householder.ops.path_attention.triton.problem import (
     Problem,
+    arrange,
     has_near_heads,
     kind_of_call,
     make_problem,
-    number_tiles,
     put_behind,
     strides,
     take_behind,
@@ -272,51 +273,36 @@ def finish_chunks(
 
 @on_its_device
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
+    do: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
-    packing = number_tiles(cu_seqlens, k.shape[1])
-    first_query = k.shape[1] - q.shape[1]
-    do, o, q = (put_behind(first_query, x) for x in (do, o, q))
-    # To nothing do rows attend that ask nothing.
-    lse = put_behind(first_query, lse.contiguous(), math.inf)
-    inputs = (q, k, v, w, beta, g, sinks, scale, window, *packing, first_query or None)
-    grads = _differentiate(do, o, lse, *inputs)
+    """Return the gradients of q, k, v, w, beta, g and sinks.
+
+    `inputs` are those of `Inputs`, and then what `forward` returned for them.
+    """
+    *given, o, lse = inputs
+    x = Inputs(*given)
+    do, o = (put_behind(x.first_query, y) for y in (do, o))
+    # Rows that ask nothing attend to nothing.
+    lse = put_behind(x.first_query, lse.contiguous(), math.inf)
+    dq, dk, dv, dw, dbeta, dg, by_row = _differentiate(do, o, lse, *arrange(x))
     dsinks = None
-    if sinks is not None:
-        dsinks = torch.zeros_like(sinks) if grads[6] is None else grads[6].sum(1).to(sinks.dtype)
-    return take_behind(first_query, grads[0]), *grads[1:6], dsinks
+    if x.sinks is not None:
+        dsinks = torch.zeros_like(x.sinks) if by_row is None else by_row.sum(1).to(x.sinks.dtype)
+    return take_behind(x.first_query, dq), dk, dv, dw, dbeta, dg, dsinks
 
 
-def _kind(
-    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor,
-    g: Tensor | None, sinks: Tensor | None, scale: float, window: int | None,
-    cu_seqlens: Tensor | None, tile_sequence: Tensor | None, first_tile: Tensor | None,
-    first_query: int | None,
-) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens, first_query)
+def _kind(do: Tensor, o: Tensor, lse: Tensor, *arranged: Any) -> Hashable:
+    return kind_of_call(*arranged)
 
 
 @recorded
 @compiled_together(_kind)
 def _differentiate(
-    do: Tensor, o: Tensor, lse: Tensor, *inputs: Any
+    do: Tensor, o: Tensor, lse: Tensor, *arranged: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients, and in place of that of sinks what each row gives to it."""
-    p = make_problem(*inputs)
-    dq, dk, dv, dw, dbeta = (room_like(x) for x in inputs[:5])
+    p = make_problem(*arranged)
+    dq, dk, dv, dw, dbeta = (room_like(x) for x in arranged[:5])
     dg = None if p.g is None else room_like(p.g)
     if p.num_tiles == 0 or p.heads == 0:
         return dq, dk, dv, dw, dbeta, dg, None
