@@ -530,7 +530,7 @@ class TestErrors:
     def test_bounds_of_another_device(self):
         inputs = delta_product_inputs(B=1, T=9, with_initial_state=False)
         inputs["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32, device="meta")
-        with pytest.raises(ValueError, match="`cu_seqlens` must be on cpu.*, got meta"):
+        with pytest.raises(ValueError, match=r"`cu_seqlens` must be on cpu.*, got meta"):
             delta_product(**inputs)
 
     def test_step_checks_too(self):

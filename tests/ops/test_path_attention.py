@@ -497,7 +497,7 @@ def test_options_are_checked_by_type_whatever_was_called_before():
 def test_bounds_of_another_device_are_refused():
     inputs = path_attention_inputs(B=1, T=9)
     inputs["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match="`cu_seqlens` must be on cpu.*, got meta"):
+    with pytest.raises(ValueError, match=r"`cu_seqlens` must be on cpu.*, got meta"):
         path_attention(**inputs)
 
 
