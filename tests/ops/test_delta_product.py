@@ -47,15 +47,18 @@ def cast(inputs, dtype):
 def check(inputs, factor=2.0, **options):
     """Hold the chunked form to the accuracy rule, in its outputs and in every gradient.
 
-    Float64 inputs are first compared in float64, where a slip of the algebra shows at once, and
-    then cast to float32 for the rule.
+    Float64 inputs are rounded to float32 for it, and compared in float64 as well, where a slip of
+    the algebra shows at once.
     """
-    if inputs["v"].dtype == torch.float64:
-        actual, expected = run(inputs, "chunk", **options), run(inputs, "reference", **options)
+    is_double = inputs["v"].dtype == torch.float64
+    if is_double:
+        inputs = cast(inputs, torch.float32)
+    wide = cast(inputs, torch.float64)
+    expected = run(wide, "reference", **options)
+    if is_double:
+        actual = run(wide, "chunk", **options)
         for name in expected:
             assert relative_error(actual[name], expected[name]) < 1e-12, name
-        inputs = cast(inputs, torch.float32)
-    expected = run(cast(inputs, torch.float64), "reference", **options)
     plain = run(inputs, "reference", **options)
     actual = run(inputs, "chunk", **options)
     assert actual.keys() == expected.keys()
@@ -210,6 +213,16 @@ def test_segmented_equals_whole(cut):
     o2, end = delta_product(**second, initial_state=between, output_final_state=True)
     torch.testing.assert_close(torch.cat([o1, o2], 1), o, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(end, state, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_from_a_state_in_half_precision_is_computed_in_float32():
+    inputs = cast(delta_product_inputs(T=1), torch.bfloat16)
+    token, state = {name: inputs[name][:, 0] for name in NAMES[:5]}, inputs["initial_state"]
+    o, actual = delta_product_step(**token, state=state)
+    assert (o.dtype, actual.dtype) == (torch.bfloat16, torch.float32)
+    wide = {name: x.double() for name, x in token.items()}
+    _, expected = delta_product_step(**wide, state=state.double())
+    assert relative_error(actual, expected) < 1e-6
 
 
 @pytest.mark.parametrize("decay", [None, 0.1])
@@ -517,7 +530,7 @@ class TestErrors:
     def test_bounds_of_another_device(self):
         inputs = delta_product_inputs(B=1, T=9, with_initial_state=False)
         inputs["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32, device="meta")
-        with pytest.raises(ValueError, match="`cu_seqlens` must be on cpu.*, got meta"):
+        with pytest.raises(ValueError, match=r"`cu_seqlens` must be on cpu.*, got meta"):
             delta_product(**inputs)
 
     def test_step_checks_too(self):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from householder import delta_product, delta_product_step
+from householder.ops.delta_product.activations import definition
 from householder.testing import assert_as_accurate, delta_product_inputs, relative_error
 
 OPTIONS = {
@@ -106,6 +107,17 @@ def differentiate(call, arguments, impl, dtype=None):
     return results | {
         f"d{name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coefficients_and_gates_of_half_precision_are_float32(dtype):
+    x = projections(OPTIONS["all"], dtype)
+    inputs = [x[name] for name in ("q", "k", "beta", "g", "A_log", "dt_bias")]
+    _, _, *actual = definition(*inputs, 1e-6, 2.0)
+    _, _, *expected = definition(*(x.double() for x in inputs), 1e-6, 2.0)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("impl", ["chunk", "reference"])

@@ -162,6 +162,30 @@ def test_counts_may_be_tensors():
     assert cache.lengths == [7, 4]
 
 
+def test_selected_rows_go_on_by_themselves():
+    inputs = path_attention_inputs(T=150)
+    expected = path_attention(**inputs)
+    cache = PathCache(2, max_rollback=10)
+    cache.append(*part(inputs, 0, 140), lengths=[140, 137])
+    cache.rollback([6, 0])
+    rows = torch.tensor([1, 0, 1])
+    chosen = cache.select(rows)
+    assert chosen.lengths == [137, 134, 137]
+    with pytest.raises(ValueError, match=r"from 0 to \[10, 4, 10\]"):
+        chosen.rollback([0, 5, 0])
+    chosen.rollback([10, 4, 0])
+    starts = [127, 130, 137]
+    tokens = [
+        torch.stack([x[row, at : at + 3] for row, at in zip(rows, starts, strict=True)])
+        for x in (inputs[n] for n in TOKENS)
+    ]
+    o = chosen.append(*tokens)
+    for i, (row, at) in enumerate(zip(rows, starts, strict=True)):
+        agree(o[i], expected[row, at : at + 3])
+    assert cache.lengths == [134, 137]
+    agree(cache.append(*part(inputs, 134, 137), lengths=[3, 0])[0], expected[0, 134:137])
+
+
 def test_everything_can_be_taken_back():
     inputs = path_attention_inputs(T=40)
     cache = PathCache(2, max_rollback=40)

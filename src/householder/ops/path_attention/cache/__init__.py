@@ -159,8 +159,8 @@ class PathCache:
                 call.
             TypeError: an argument has the wrong type, or is not real floating point.
             NotImplementedError: a tensor requires a gradient: decoding has none.
-            RuntimeError: a CUDA graph is captured, and there is no room, or no append before it that
-                was not captured: see `reserve`.
+            RuntimeError: a CUDA graph is captured, and there is no room, or there was no append
+                before it that was not captured: see `reserve`.
         """
         check_inputs("PathCache.append", q, k, v, w, beta, g, sinks, window, None)
         tensors = [x for x in (q, k, v, w, beta, g, sinks) if x is not None]
