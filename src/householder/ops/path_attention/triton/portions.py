@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from householder.ops._dispatch import contiguous_like
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import attend, config, gradients
 
 # What copies of the queries may take together, unless one head needs more: on an H200, 131,072
@@ -20,19 +21,19 @@ from householder.ops.path_attention.triton import attend, config, gradients
 LEVEL_BYTES = 2**31
 
 
-def heads_at_once(q: Tensor, k: Tensor) -> int:
+def heads_at_once(x: Inputs) -> int:
     """Return how many key heads go through the kernels together, a divisor of all."""
-    B, T, H, K = k.shape
-    of_a_head = config.num_levels(T) * B * T * (q.shape[2] // H) * K * q.element_size()
+    B, T, H, K = x.k.shape
+    of_a_head = config.num_levels(T) * B * T * x.group * K * x.q.element_size() if H else 0
     most = max(1, LEVEL_BYTES // max(1, of_a_head))
-    return next(n for n in range(min(H, most), 0, -1) if H % n == 0)
+    return next((n for n in range(min(H, most), 0, -1) if H % n == 0), 0)
 
 
-def portions(heads: int, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+def portions(heads: int, x: Inputs) -> Iterator[tuple[slice, slice]]:
     """Yield the query heads and the key heads of one portion after the other."""
-    H, group = k.shape[2], q.shape[2] // k.shape[2]
-    for first in range(0, H, heads):
-        yield slice(first * group, (first + heads) * group), slice(first, first + heads)
+    for first in range(0, x.k.shape[2], heads):
+        last = first + heads
+        yield slice(first * x.group, last * x.group), slice(first, last)
 
 
 def pick(here: tuple[slice, slice], inputs: Sequence[Any]) -> list[Any]:
@@ -48,27 +49,16 @@ def pick(here: tuple[slice, slice], inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Do what `attend.forward` does."""
-    inputs = q, k, v, w, beta, g, sinks, scale, window, cu_seqlens
-    heads = heads_at_once(q, k)
-    if heads == k.shape[2]:
+    x = Inputs(*inputs)
+    heads = heads_at_once(x)
+    if heads == x.k.shape[2]:
         return attend.forward(*inputs)
     results: list[Tensor] = []
-    for here in portions(heads, q, k):
+    for here in portions(heads, x):
         parts = attend.forward(*pick(here, inputs))
-        results = results or [x.new_empty(*q.shape[:3], *x.shape[3:]) for x in parts]
+        results = results or [y.new_empty(*x.q.shape[:3], *y.shape[3:]) for y in parts]
         for whole, part in zip(results, parts, strict=True):
             whole[:, :, here[0]].copy_(part)
         del parts, part
@@ -77,30 +67,18 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
+    do: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Do what `gradients.backward` does."""
-    inputs = q, k, v, w, beta, g, sinks, scale, window, cu_seqlens
-    heads = heads_at_once(q, k)
-    if heads == k.shape[2]:
-        return gradients.backward(do, *inputs, o, lse)
-    results = [None if x is None else contiguous_like(x) for x in inputs[:7]]
-    for here in portions(heads, q, k):
-        do_part, *saved = (x[:, :, here[0]] for x in (do, o, lse))
-        arguments = do_part, *pick(here, inputs), *saved
-        parts = gradients.backward(*arguments)
+    *given, o, lse = inputs
+    x = Inputs(*given)
+    heads = heads_at_once(x)
+    if heads == x.k.shape[2]:
+        return gradients.backward(do, *inputs)
+    results = [None if y is None else contiguous_like(y) for y in x[:7]]
+    for here in portions(heads, x):
+        do_part, *saved = (y[:, :, here[0]] for y in (do, o, lse))
+        parts = gradients.backward(do_part, *pick(here, x), *saved)
         for whole, part in zip(pick(here, results), parts, strict=True):
             if whole is not None:
                 whole.copy_(part)
