@@ -253,15 +253,20 @@ def _check_initial(
     named = {f"initial {name}": part for name, part in zip(_PARTS, parts, strict=True)}
     _checks.check_tensors(op, named, optional=("initial g",))
     _checks.check_same_device(op, {"k": arguments[0], **named})
-    k = named["initial k"]
-    T0 = k.shape[1] if k is not None and k.dim() > 1 else 0
-    for (name, part), axes, x in zip(named.items(), _PARTS.values(), arguments, strict=True):
+    T0 = None
+    for (name, axes), part, x in zip(_PARTS.items(), parts, arguments, strict=True):
         if part is None or x is None:
             continue
-        _checks.check_shape(op, name, part, axes, (x.shape[0], T0, *x.shape[2:]))
+        sources = {name: x}
+        if T0 is None:
+            T0 = part.shape[1] if part.dim() > 1 else 0
+        elif parts[0] is not None:
+            sources["initial k"] = parts[0]
+        sizes = (x.shape[0], T0, *x.shape[2:])
+        _checks.check_shape(op, f"initial {name}", part, axes, sizes, **sources)
         if part.dtype != x.dtype:
             raise TypeError(
-                f"{op}: `{name}` must have the dtype of what it precedes, {x.dtype}, got "
+                f"{op}: `initial {name}` must have the dtype of `{name}`, {x.dtype}, got "
                 f"{part.dtype}; convert one of them with .to(...)"
             )
 

@@ -21,20 +21,19 @@ from householder.ops.path_attention.triton import attend, config, gradients
 LEVEL_BYTES = 2**31
 
 
-def heads_at_once(p: Inputs) -> int:
+def heads_at_once(x: Inputs) -> int:
     """Return how many key heads go through the kernels together, a divisor of all."""
-    B, tokens, H, K = p.k.shape
-    of_a_head = config.num_levels(tokens) * B * tokens * p.group * K * p.q.element_size()
+    B, T, H, K = x.k.shape
+    of_a_head = config.num_levels(T) * B * T * x.group * K * x.q.element_size() if H else 0
     most = max(1, LEVEL_BYTES // max(1, of_a_head))
-    return next(n for n in range(min(H, most), 0, -1) if H % n == 0)
+    return next((n for n in range(min(H, most), 0, -1) if H % n == 0), 0)
 
 
-def portions(p: Inputs) -> Iterator[tuple[slice, slice]]:
+def portions(heads: int, x: Inputs) -> Iterator[tuple[slice, slice]]:
     """Yield the query heads and the key heads of one portion after the other."""
-    heads = heads_at_once(p)
-    for first in range(0, p.k.shape[2], heads):
+    for first in range(0, x.k.shape[2], heads):
         last = first + heads
-        yield slice(first * p.group, last * p.group), slice(first, last)
+        yield slice(first * x.group, last * x.group), slice(first, last)
 
 
 def pick(here: tuple[slice, slice], inputs: Sequence[Any]) -> list[Any]:
@@ -52,13 +51,14 @@ def pick(here: tuple[slice, slice], inputs: Sequence[Any]) -> list[Any]:
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Do what `attend.forward` does."""
-    p = Inputs(*inputs)
-    if heads_at_once(p) == p.k.shape[2]:
+    x = Inputs(*inputs)
+    heads = heads_at_once(x)
+    if heads == x.k.shape[2]:
         return attend.forward(*inputs)
     results: list[Tensor] = []
-    for here in portions(p):
-        parts = attend.forward(*pick(here, p))
-        results = results or [x.new_empty(*p.q.shape[:3], *x.shape[3:]) for x in parts]
+    for here in portions(heads, x):
+        parts = attend.forward(*pick(here, inputs))
+        results = results or [y.new_empty(*x.q.shape[:3], *y.shape[3:]) for y in parts]
         for whole, part in zip(results, parts, strict=True):
             whole[:, :, here[0]].copy_(part)
         del parts, part
@@ -71,14 +71,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Do what `gradients.backward` does."""
     *given, o, lse = inputs
-    p = Inputs(*given)
-    if heads_at_once(p) == p.k.shape[2]:
+    x = Inputs(*given)
+    heads = heads_at_once(x)
+    if heads == x.k.shape[2]:
         return gradients.backward(do, *inputs)
-    results = [None if x is None else contiguous_like(x) for x in given[:7]]
-    for here in portions(p):
-        do_part, *saved = (x[:, :, here[0]] for x in (do, o, lse))
-        arguments = do_part, *pick(here, p), *saved
-        parts = gradients.backward(*arguments)
+    results = [None if y is None else contiguous_like(y) for y in x[:7]]
+    for here in portions(heads, x):
+        do_part, *saved = (y[:, :, here[0]] for y in (do, o, lse))
+        parts = gradients.backward(do_part, *pick(here, x), *saved)
         for whole, part in zip(pick(here, results), parts, strict=True):
             if whole is not None:
                 whole.copy_(part)
