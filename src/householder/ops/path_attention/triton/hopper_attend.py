@@ -229,9 +229,7 @@ def attend_kernel(
     HQ = gl.to_tensor(H) * GROUP
     num_tiles = gl.to_tensor(num_tiles)
     per_row = num_tiles if PACKED else (gl.to_tensor(T) + 127) // 128
-    i_sequence, i_m = locate_program(
-        gl.program_id(0), per_row, num_tiles // per_row * HQ, T, K + V
-    )
+    i_sequence, i_m = locate_program(gl.program_id(0), per_row, num_tiles // per_row * HQ, T, K + V)
     i_hq = i_sequence % HQ
     i_m = (i_sequence // HQ + 1) * per_row - 1 - i_m
     batch, first, length, tile = locate_tile(i_m, T, cu_seqlens, tile_sequence, first_tile, PACKED)
