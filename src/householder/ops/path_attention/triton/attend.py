@@ -30,6 +30,7 @@ from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.problem import (
     LN_2,
     LOG2_E,
+    PLACES,
     SIZES,
     block_slot,
     kind_of_call,
@@ -97,7 +98,7 @@ def attend_kernel(
     HQ = H * GROUP
     per_row = 2 * (num_tiles if PACKED else tl.cdiv(T, 128))
     i_sequence, i_chunk = locate_program(
-        tl.program_id(0), per_row, 2 * num_tiles // per_row * HQ, T, K + V
+        tl.program_id(0), per_row, 2 * num_tiles // per_row * HQ, PLACES
     )
     i_hq = (i_sequence % HQ).to(tl.int64)
     i_chunk = (i_sequence // HQ + 1) * per_row - 1 - i_chunk

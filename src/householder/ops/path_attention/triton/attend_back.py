@@ -18,6 +18,7 @@ import triton.language as tl
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.problem import (
     LOG2_E,
+    PLACES,
     SIZES,
     block_slot,
     has_right,
@@ -73,7 +74,7 @@ def query_kernel(
     HQ = H * GROUP
     per_row = (num_tiles if PACKED else tl.cdiv(T, 128)) * (128 // BM)
     sequences = num_tiles * (128 // BM) // per_row * HQ
-    i_sequence, i_m = locate_program(tl.program_id(0), per_row, sequences, T, K + V)
+    i_sequence, i_m = locate_program(tl.program_id(0), per_row, sequences, PLACES)
     i_hq = (i_sequence % HQ).to(tl.int64)
     i_m = (i_sequence // HQ + 1) * per_row - 1 - i_m
     batch, first, length, tile = locate_tile(
@@ -175,7 +176,7 @@ def key_kernel(
     HQ = H * GROUP
     per_row = (num_tiles if PACKED else tl.cdiv(T, 128)) * (128 // BN)
     sequences = num_tiles * (128 // BN) // per_row * H
-    i_sequence, i_n = locate_program(tl.program_id(0), per_row, sequences, T, K + V)
+    i_sequence, i_n = locate_program(tl.program_id(0), per_row, sequences, PLACES)
     i_h = (i_sequence % H).to(tl.int64)
     i_n += i_sequence // H * per_row
     batch, first, length, tile = locate_tile(

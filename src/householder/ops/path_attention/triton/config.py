@@ -55,10 +55,9 @@ def prepare_launch(precision: str) -> tuple[int, Launch]:
     return 64, Launch(8 if precision == "tf32x3" else 4, 1)
 
 
-def hopper_prepare_launch(K: int, V: int, wide: bool) -> Launch:
-    """Parameters of the form of that kernel for Hopper; `wide` if reflectors are float32."""
-    # Three programs fit on a multiprocessor but where K is above 64 and the reflectors are wide.
-    return Launch(4, 1, None if wide and max(K, V) > 64 else 168)
+def hopper_prepare_launch(K: int, V: int) -> Launch:
+    """Parameters of the form of that kernel for Hopper."""
+    return Launch(4, 1, 168 if max(K, V) <= 64 else None)
 
 
 def join_launch(K: int, precision: str) -> tuple[int, Launch]:

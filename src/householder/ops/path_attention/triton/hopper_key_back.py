@@ -20,6 +20,7 @@ from householder.ops._triton import launch
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
+    PLACES,
     REGISTERS,
     barriers,
     copy_block,
@@ -186,7 +187,7 @@ def key_kernel(
     H = gl.to_tensor(H)
     num_tiles = gl.to_tensor(num_tiles)
     per_row = num_tiles if PACKED else (gl.to_tensor(T) + 127) // 128
-    i_sequence, i_n = locate_program(gl.program_id(0), per_row, num_tiles // per_row * H, T, K + V)
+    i_sequence, i_n = locate_program(gl.program_id(0), per_row, num_tiles // per_row * H, PLACES)
     i_h = i_sequence % H
     i_n += i_sequence // H * per_row
     batch, first, length, tile = locate_tile(i_n, T, cu_seqlens, tile_sequence, first_tile, PACKED)

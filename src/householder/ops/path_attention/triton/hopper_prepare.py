@@ -88,35 +88,35 @@ def invert_unit_lower(minus):
 
 
 @gluon.jit
-def rest_in_float16(x):
-    """Return what is lost where a float32 tile is rounded to float16, in float16."""
-    return (x - x.to(gl.float16).to(gl.float32)).to(gl.float16)
-
-
-@gluon.jit
 def refine(s_x, minus, o_r, o_c, layout: gl.constexpr):
     """Return (I − m)⁻¹ in float32, for m strictly lower, from one in float16 in shared memory.
 
     One step of Newton's iteration, X + X (I − X + m X) with both halves of m's bits. Joins in
     float16 alone are off by 1e-2 where reflectors are nearly parallel and β is 2.
     """
-    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     b_x = s_x.load(layout)
     s_n = squares(1, gl.float16).index(0)
     s_n.store(b_x)
     b_x = b_x.to(gl.float32)
-    high = gl.convert_layout(minus.to(gl.float16), operand)
-    low = gl.convert_layout(rest_in_float16(minus), operand)
+    s_m = squares(2, gl.float16)
+    high = minus.to(gl.float16)
+    s_m.index(0).store(high)
+    s_m.index(1).store((minus - high.to(gl.float32)).to(gl.float16))
     fence_async_shared()
     barrier()
     rest = gl.where(o_r[:, None] == o_c[None, :], 1.0, 0.0) - b_x
-    rest = warpgroup_mma(high, s_n, rest)
-    rest = warpgroup_mma(low, s_n, rest)
-    s_rest = squares(1, gl.float16).index(0)
-    s_rest.store(rest.to(gl.float16))
+    rest = warpgroup_mma(s_m.index(0), s_n, rest)
+    rest = warpgroup_mma(s_m.index(1), s_n, rest)
+    s_m.index(0).store(rest.to(gl.float16))
     fence_async_shared()
     barrier()
-    return warpgroup_mma(s_n, s_rest, b_x)
+    return warpgroup_mma(s_n, s_m.index(0), b_x)
+
+
+@gluon.jit
+def rest_in_float16(x):
+    """Return what is lost where a float32 tile is rounded to float16, in float16."""
+    return (x - x.to(gl.float16).to(gl.float32)).to(gl.float16)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -204,13 +204,14 @@ def prepare_kernel(
             b_m = add_product(s_rest, s_w, b_m, NK)
         b_y = product(s_w, s_kx, NK, pairs)
         b_x = product(s_qx, s_w, NK, pairs)
-        b_m, b_y, b_x = warpgroup_mma_wait(0, [b_m, b_y, b_x])
-        # From here on in float16, which has three bits more than bfloat16.
+        b_a = product(s_qx, s_kx, NK, pairs)
+        # In float16, which has three bits more than bfloat16.
         s_wh = s_w
-        if half == gl.bfloat16 and not WIDE:
-            barrier()
-            turn_into_float16(s_w, NK)
-            s_wh = in_float16(s_w)
+        if not WIDE:
+            s_wh = squares(NK, gl.float16)
+            for i in gl.static_range(NK):
+                s_wh.index(i).store(s_w.index(i).load(load).to(gl.float16))
+        b_m, b_y, b_x, b_a = warpgroup_mma_wait(0, [b_m, b_y, b_x, b_a])
         s_y = squares(1, gl.float16).index(0)
         s_y.store(gl.where(below, b_y, 0.0).to(gl.float16))
         b_x = gl.convert_layout(gl.where(not_above, b_x, 0.0).to(gl.float16), operand)
@@ -229,24 +230,18 @@ def prepare_kernel(
         fence_async_shared()
         barrier()
         s_e = squares(1, gl.float16).index(0)
+        s_z = squares(NK, gl.float16)
+        s_z_rest = squares(NK, gl.float16)
         s_e.store(multiply(b_t, s_y, pairs).to(gl.float16))
+        for i in gl.static_range(NK):
+            b_z = multiply(b_t, s_wh.index(i), pairs)
+            b_z = warpgroup_mma(b_t_rest, s_wh.index(i), b_z)
+            if WIDE:
+                b_z = warpgroup_mma(b_t, s_rest.index(i), b_z)
+            s_z.index(i).store(b_z.to(gl.float16))
+            s_z_rest.index(i).store(rest_in_float16(b_z))
         fence_async_shared()
         barrier()
-        of_token = (batch * T + start) * H + i_h
-        b_p = b_t
-        if DIAGONAL:
-            # The attention inside the chunk but for the values.
-            b_a = product(s_qx, s_kx, NK, pairs)
-            b_less = gl.zeros([64, 64], gl.float32, layout=pairs)
-            b_less = warpgroup_mma(b_x, s_e, b_less, use_acc=False, is_async=True)
-            b_a, b_less = warpgroup_mma_wait(0, [b_a, b_less])
-            b_a = (b_a - b_less) * (scale * LOG2_E)
-            b_a = gl.where(not_above, b_a, float("-inf"))
-            b_top = gl.max(b_a, axis=1)
-            b_a = gl.exp2(b_a - b_top[:, None])
-            b_total = gl.sum(b_a, axis=1)
-            gl.store(lse + of_token + o_r * H, b_top + gl.log2(b_total), mask=o_r < n)
-            b_p = gl.convert_layout((b_a / b_total[:, None]).to(half), operand)
 
         # Bits of `chunk` that are zero, and one: where its keys and its queries are used first.
         query_level = lowest_bit(chunk).to(gl.int64)
@@ -260,36 +255,22 @@ def prepare_kernel(
         p_f = f + (i_h * (num_rows // 32) + 2 * i_chunk) * (K * K)
         n_f = gl.where(num_levels > 0, K, 0)
         for i in gl.static_range(NK):
+            b_q = s_qx.index(i).load(pairs).to(gl.float32) - multiply(b_x, s_z.index(i), pairs)
+            s_q.index(i).store((b_q * scale).to(half))
             b_k = s_kx.index(i).load(pairs).to(gl.float32)
             b_k -= multiply(s_e.permute([1, 0]), s_wh.index(i), pairs)
             s_k.index(i).store(b_k.to(half))
-            store_rows(p_ks + 64 * i, s_k.index(i), n_k, K, K - 64 * i, K, 64, 64, load)
-        # Nobody reads the keys any more, and Z may take their place.
-        s_z = in_float16(s_k)
-        s_z_rest = squares(NK, gl.float16)
-        barrier()
-        for i in gl.static_range(NK):
-            b_z = multiply(b_t, s_wh.index(i), pairs)
-            b_z = warpgroup_mma(b_t_rest, s_wh.index(i), b_z)
-            if WIDE:
-                b_z = warpgroup_mma(b_t, s_rest.index(i), b_z)
-            s_z.index(i).store(b_z.to(gl.float16))
-            s_z_rest.index(i).store(rest_in_float16(b_z))
-        fence_async_shared()
-        barrier()
-        for i in gl.static_range(NK):
-            b_q = s_qx.index(i).load(pairs).to(gl.float32) - multiply(b_x, s_z.index(i), pairs)
-            s_q.index(i).store((b_q * scale).to(half))
             store_rows(p_qs + 64 * i, s_q.index(i), n_q, K, K - 64 * i, K, 64, 64, load)
-        # Nor the queries, and V may take theirs.
-        s_v = s_q
+            store_rows(p_ks + 64 * i, s_k.index(i), n_k, K, K - 64 * i, K, 64, 64, load)
+        # Nobody reads the keys any more, and V may take their place.
+        s_v = s_k
         if NV > NK:
             s_v = squares(NV, half)
         barrier()
         if DIAGONAL:
             copy_squares(s_v, p_v, n, v_t, V, NV)
         async_copy.commit_group()
-        s_f = s_e
+        s_f = squares(1, gl.float16).index(0)
         for j in gl.static_range(NK):
             for i in gl.static_range(NK):
                 b_f = multiply(s_wh.index(j).permute([1, 0]), s_z.index(i), pairs)
@@ -305,6 +286,14 @@ def prepare_kernel(
                 store_rows(p_square, s_f, n_f - 64 * j, K, K - 64 * i, K, 64, 64, load)
 
         if DIAGONAL:
+            b_a = (b_a - multiply(b_x, s_e, pairs)) * (scale * LOG2_E)
+            b_a = gl.where(not_above, b_a, float("-inf"))
+            b_top = gl.max(b_a, axis=1)
+            b_p = gl.exp2(b_a - b_top[:, None])
+            b_total = gl.sum(b_p, axis=1)
+            of_token = (batch * T + start) * H + i_h
+            gl.store(lse + of_token + o_r * H, b_top + gl.log2(b_total), mask=o_r < n)
+            b_p = gl.convert_layout((b_p / b_total[:, None]).to(half), operand)
             async_copy.wait_group(0)
             fence_async_shared()
             barrier()

@@ -19,6 +19,7 @@ from householder.ops._gluon import barrier, exp2
 from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
+    PLACES,
     REGISTERS,
     barriers,
     copy_block,
@@ -90,8 +91,7 @@ def differentiate_rows(
 ):  # fmt: skip
     """Write dQ← of one chunk of the tile: the first one, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    by_near_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     by_column: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, by_column, 2)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, by_key))
@@ -115,14 +115,25 @@ def differentiate_rows(
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             b_k = s_k.index(slot)
-            b_a = multiply(s_q, b_k.permute([1, 0]), by_key)
-            b_dp = multiply(s_do, s_v.index(slot).permute([1, 0]), by_key)
-            b_a = warpgroup_mma_wait(1, [b_a])
-            b_p = exp2(b_a * LOG2_E - b_lse[:, None])
-            b_dp = warpgroup_mma_wait(0, [b_dp])
-            b_p = b_p * (b_dp - b_delta[:, None])
-            b_da = gl.convert_layout(b_p.to(half), operand)
-            b_dq = warpgroup_mma(b_da, b_k, b_dq)
+            b_v = s_v.index(slot)
+            # By halves: dA of one is made while the other's products run.
+            b_a = multiply(s_q, b_k.slice(0, 64).permute([1, 0]), by_key)
+            b_dp = multiply(s_do, b_v.slice(0, 64).permute([1, 0]), by_key)
+            b_b = multiply(s_q, b_k.slice(64, 64).permute([1, 0]), by_key)
+            b_dr = multiply(s_do, b_v.slice(64, 64).permute([1, 0]), by_key)
+            b_a = warpgroup_mma_wait(3, [b_a])
+            b_a = exp2(b_a * LOG2_E - b_lse[:, None])
+            b_dp = warpgroup_mma_wait(2, [b_dp])
+            b_a = b_a * (b_dp - b_delta[:, None])
+            b_da = gl.convert_layout(b_a.to(half), operand)
+            b_dq = warpgroup_mma(b_da, b_k.slice(0, 64), b_dq, is_async=True)
+            b_b = warpgroup_mma_wait(2, [b_b])
+            b_b = exp2(b_b * LOG2_E - b_lse[:, None])
+            b_dr = warpgroup_mma_wait(1, [b_dr])
+            b_b = b_b * (b_dr - b_delta[:, None])
+            b_da = gl.convert_layout(b_b.to(half), operand)
+            b_dq = warpgroup_mma(b_da, b_k.slice(64, 64), b_dq, is_async=True)
+            b_dq = warpgroup_mma_wait(0, [b_dq])
             barrier()
             mbarrier.arrive(empty.index(slot), count=1)
             step += 1
@@ -139,12 +150,11 @@ def differentiate_rows(
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             b_k = s_k.index(slot).slice(0, 64)
-            b_a = multiply(s_q, b_k.permute([1, 0]), by_near_key)
-            b_dp = multiply(s_do, s_v.index(slot).slice(0, 64).permute([1, 0]), by_near_key)
+            b_a = multiply(s_q, b_k.permute([1, 0]), by_key)
+            b_dp = multiply(s_do, s_v.index(slot).slice(0, 64).permute([1, 0]), by_key)
             b_a, b_dp = warpgroup_mma_wait(0, [b_a, b_dp])
-            near: gl.constexpr = gl.SliceLayout(1, by_near_key)
-            b_p = exp2(b_a * LOG2_E - gl.convert_layout(b_lse, near)[:, None])
-            b_p = b_p * (b_dp - gl.convert_layout(b_delta, near)[:, None])
+            b_p = exp2(b_a * LOG2_E - b_lse[:, None])
+            b_p = b_p * (b_dp - b_delta[:, None])
             b_dq = warpgroup_mma(gl.convert_layout(b_p.to(half), operand), b_k, b_dq)
     barrier()
     store_through(s_q, dq + of_row * K, b_dq, 64, K, K)
@@ -161,7 +171,7 @@ def query_kernel(
     HQ = gl.to_tensor(H) * GROUP
     num_tiles = gl.to_tensor(num_tiles)
     per_row = num_tiles if PACKED else (gl.to_tensor(T) + 127) // 128
-    i_sequence, i_m = locate_program(gl.program_id(0), per_row, num_tiles // per_row * HQ, T, K + V)
+    i_sequence, i_m = locate_program(gl.program_id(0), per_row, num_tiles // per_row * HQ, PLACES)
     i_hq = i_sequence % HQ
     i_m = (i_sequence // HQ + 1) * per_row - 1 - i_m
     batch, first, length, tile = locate_tile(i_m, T, cu_seqlens, tile_sequence, first_tile, PACKED)

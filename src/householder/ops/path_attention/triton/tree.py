@@ -276,14 +276,13 @@ def prepare(p: Problem, tree: Tree, o: Tensor | None, lse: Tensor | None) -> Non
     if p.suits_squares:
         from householder.ops.path_attention.triton import hopper_prepare
 
-        wide = p.w.dtype != p.k.dtype
-        parameters = config.hopper_prepare_launch(K, V, wide)
+        parameters = config.hopper_prepare_launch(K, V)
         launch(
             hopper_prepare.prepare_kernel, (p.chunks * H,),
             p.q, p.k, p.v, p.w, p.beta, tree.q, tree.k, tree.f, tree.inverse, o, lse, *p.packing,
             p.scale, T, H, p.rows, L, **steps, K=K, V=V, PACKED=p.cu_seqlens is not None,
             DIAGONAL=o is not None, NK=-(-K // 64), NV=-(-V // 64),
-            WIDE=wide, **parameters.options,
+            WIDE=p.w.dtype != p.k.dtype, **parameters.options,
         )  # fmt: skip
         return
     block, parameters = config.prepare_launch(p.precision)
