@@ -2,7 +2,10 @@
 
     python benchmarks/path_gpu.py                      # both groups
     python benchmarks/path_gpu.py table                # one of them: table, length
+    python benchmarks/path_gpu.py first                # our first calls, on an idle machine
     python benchmarks/path_gpu.py --results /tmp/out   # the folder of `path-attention-gpu.csv`
+    python benchmarks/path_gpu.py compile --kernels /tmp/k   # on a busy machine, and later
+    python benchmarks/path_gpu.py --kernels /tmp/k           # on a quiet one
 
 bfloat16 inputs (the peer wants reflectors and coefficients in float32 and gets them so). `sdpa` is
 `scaled_dot_product_attention(is_causal=True)`, attention without positions: what the reflectors
@@ -11,7 +14,8 @@ to every input.
 
 First every form is compiled into an empty cache, in processes beside one another; they time our
 first calls and compare outputs and gradients with the chunked form in float64: a wrong answer of
-ours is not timed, and a peer that does not compile in `--compile-seconds` is left out.
+ours is not timed, and a peer that does not compile in `--compile-seconds` is left out. What was
+compiled into `--kernels` is taken from there, without the times of first calls.
 
 Times are medians of repeats with the L2 cache cleared in between, of the call replayed from a CUDA
 graph (`forward_ms`, `both_ms`: the device's share) and of the call as it is (`called_…`); calls of
@@ -23,11 +27,12 @@ than `--slowest-ms`, by what it took at another length.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +99,30 @@ CASES = [
 ]
 
 
+class FirstCase(NamedTuple):
+    """A configuration of which only our first calls are timed."""
+
+    D: int
+    dtype: str
+    gated: bool = False
+    wide: bool = False  # reflectors and β in float32
+
+    @property
+    def name(self) -> str:
+        kinds = "-gated" * self.gated + "-wide" * self.wide
+        return f"first-1x{CHECKED_TOKENS}x4x{self.D}-{self.dtype}{kinds}"
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FIRST_CASES = [
+    *(FirstCase(D, dtype) for dtype in DTYPES for D in (64, 128, 256)),
+    *(FirstCase(D, dtype, gated=True) for dtype in ("bf16", "fp32") for D in (64, 128)),
+    *(FirstCase(D, dtype, wide=True) for dtype in ("bf16", "fp16") for D in (64, 128)),
+]
+# Each compiles eight kernels at the same time, one or two of which take most of the time.
+FIRST_TOGETHER = 3
+
+
 def make_inputs(case: PathCase) -> Inputs:
     """Draw inputs like a trained layer's: unit reflectors, β in (0, 2)."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -157,11 +186,30 @@ def first_call(variant: str, D: int) -> Row:
     quiet()
     case = PathCase("first", 1, CHECKED_TOKENS, 16, D)
     do = output_gradient(case)
-    exact = {n: x.detach().double().requires_grad_() for n, x in make_inputs(case).items()}
+    return time_first(variant, as_wanted(variant, make_inputs(case)), do)
+
+
+def first_call_of(case: FirstCase) -> Row:
+    """Do the same with an empty cache; for a process that has compiled nothing."""
+    quiet()
+    sizes = PathCase("first", 1, CHECKED_TOKENS, 4, case.D)
+    dtype = DTYPES[case.dtype]
+    inputs = {name: x.detach().to(dtype) for name, x in make_inputs(sizes).items()}
+    if case.wide:
+        inputs |= {name: inputs[name].float() for name in ("w", "beta")}
+    if case.gated:
+        inputs["g"] = F.logsigmoid(inputs["q"][..., 0] + 4)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        return time_first(OURS, leaves(inputs), output_gradient(sizes).to(dtype))
+
+
+def time_first(variant: str, inputs: Inputs, do: Tensor) -> Row:
+    """Return the times of the first calls, and the largest error of outputs and gradients."""
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     expected = differentiate(
         lambda x: path_attention(*x.values(), impl="chunk"), exact, do.double()
     )
-    inputs = as_wanted(variant, make_inputs(case))
     torch.cuda.synchronize()
     start = time.perf_counter()
     o = VARIANTS[variant](inputs)
@@ -225,6 +273,22 @@ def first_calls(limit_s: float) -> dict[tuple[str, int], Row]:
                 except Exception as reason:
                     found["fla", D] = {"note": refusal(reason)}
         found |= {(OURS, D): call.get() for D, call in own.items()}
+    return found
+
+
+def compile_all(kernels: Path, limit_s: float) -> dict[tuple[str, int], Row]:
+    """Make all first calls, or read what those found that compiled into the same folder."""
+    os.environ["TRITON_CACHE_DIR"] = str(kernels)
+    known = kernels / "first-calls.json"
+    if known.exists():
+        rows = json.loads(known.read_text())
+        return {
+            (variant, D): {name: x for name, x in row.items() if not name.startswith("first_")}
+            for variant, D, row in rows
+        }
+    found = first_calls(limit_s)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps([(*key, row) for key, row in found.items()]))
     return found
 
 
@@ -335,6 +399,14 @@ def bench_captured(run: Callable[[], object], called_ms: float) -> float:
     return bench(graph.replay)
 
 
+def measure_first_calls() -> Iterator[list[Row]]:
+    """Time our first calls, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(FIRST_TOGETHER, maxtasksperchild=1) as pool:
+        for case, row in zip(FIRST_CASES, pool.imap(first_call_of, FIRST_CASES), strict=True):
+            yield [{"case": case.name, "variant": OURS} | row]
+
+
 def report(path: Path, rows: list[Row], where: Row) -> None:
     """Append rows to the CSV file and print them."""
     append(path, COLUMNS, [row | where for row in rows])
@@ -356,16 +428,21 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", default=["table", "length"])
     add_arguments(parser)
     parser.add_argument("--compile-seconds", type=float, default=120.0, help="for peers")
+    parser.add_argument("--kernels", type=Path, help="the folder for what is compiled; kept")
     parser.add_argument("--slowest-ms", type=float, default=3000.0, help="of a peer's call")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
     arguments = parser.parse_args()
     where = environment(arguments.commit, triton=triton.__version__, fla=FLA_VERSION)
     # The peer's choices are made here, undisturbed, and not taken from other runs.
     os.environ["FLA_CACHE_RESULTS"] = "0"
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+    if "first" in arguments.groups:
+        for rows in measure_first_calls():
+            report(arguments.results / FILE, rows, where)
+    if arguments.groups == ["first"]:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
         start = time.perf_counter()
-        firsts = first_calls(arguments.compile_seconds)
+        firsts = compile_all(arguments.kernels or Path(temporary), arguments.compile_seconds)
         print(f"compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
         quiet()
         try_quickly(PEER_TRIAL_MS)

@@ -151,6 +151,24 @@ def path_attention_table() -> str:
     )
 
 
+def path_first_call_table() -> str:
+    """Seconds of the first calls of each configuration of `path_attention`."""
+    rows = read("path-attention-gpu.csv")
+    newest: dict[tuple[int, str, str, str], dict[str, str]] = {}
+    for case in of_group(rows, "first"):
+        D = path_sizes(case)[1][3]
+        _, _, dtype, *kinds = [*case.split("-"), *["bf16"] * (case.count("-") < 2)]
+        reflectors = "fp32" if "wide" in kinds else dtype
+        newest[D, dtype, reflectors, "yes" if "gated" in kinds else "no"] = rows[
+            case, "householder"
+        ]
+    lines = [
+        [str(D), dtype, reflectors, gates, figures(row, "first_forward_s", "first_backward_s")]
+        for (D, dtype, reflectors, gates), row in sorted(newest.items())
+    ]
+    return markdown("K = V | dtype | reflectors | gates | forward / backward, s", lines)
+
+
 def path_sizes(case: str) -> tuple[int, list[int]]:
     """Return T and then B, T, H and D of a case."""
     sizes = [int(x) for x in case.split("-")[1].split("x")]
@@ -408,6 +426,7 @@ def rounded(number: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "path-attention-gpu": path_attention_table,
+    "path-attention-gpu-first-call": path_first_call_table,
     "path-attention-decoding": decoding_table,
     "delta-product-gpu": delta_product_table,
     "delta-product-gpu-step": step_table,

@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from hypothesis import settings
 # repeated: a failure is the code's, and shows again.
 settings.register_profile("householder", deadline=None, derandomize=True, database=None)
 settings.load_profile("householder")
+
+# Runs a file under Triton's interpreter.
+INTERPRETER = Path(__file__).parent / "interpret.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,7 +65,7 @@ class InterpretedFiles:
     def _run(self, file: str) -> Any:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            [sys.executable, file],
+            [sys.executable, str(INTERPRETER), file],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -111,6 +115,22 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nothing_waits() -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes a context in which it is an error if the host waits for the GPU."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        try:
+            # It may warn when it is set already, and warnings are errors.
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def test_a_peer_is_not_asked_for_calls_that_take_too_long():
     path_gpu = importlib.import_module("path_gpu")
     cases = {case.name: case for case in path_gpu.CASES}
     assert len(cases) == len(path_gpu.CASES)
+    assert len({case.name for case in path_gpu.FIRST_CASES}) == len(path_gpu.FIRST_CASES)
     guard = path_gpu.Guard(slowest_ms=1000.0)
     short, long = cases["table-1x16384x16x64"], cases["length-1x131072x16x64"]
     guard.check(long, "fla", "both")  # nothing is known yet

@@ -222,8 +222,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_gradient(kind, base)
 
 
 @pytest.mark.gpu
-# The compiler's own, and its advice to give up float32.
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:TensorFloat32:UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the compiler's own
 @pytest.mark.parametrize("kind", ["hra", "hta", "two-sided-scaled"])
 def test_compiled_whole(kind, timm):
     model = attached(kind, ("vit", make_vit(timm, depth=1)))

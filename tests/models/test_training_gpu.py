@@ -8,12 +8,11 @@ from householder.testing import relative_error
 
 pytestmark = pytest.mark.gpu
 
-# What PyTorch says while it compiles, which as an error would stop it: of its own code, of TF32 (it
-# is off), and of gradients that it looks at behind a break.
+# What PyTorch says while it compiles, which as an error would stop it: of its own code, and of
+# gradients that it looks at behind a break.
 WITH_A_COMPILER = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
-    "ignore:TensorFloat32 tensor cores:UserWarning",
     "ignore:The .grad attribute:UserWarning",
 )
 

@@ -406,8 +406,16 @@ class TestTransforms:
         inputs = delta_product_inputs(B=1, T=3, N=2, H=1, K=2, V=2)
         with torch.no_grad(), forward_ad.dual_level():
             duals = {name: forward_ad.make_dual(inputs[name], inputs[name]) for name in NAMES}
-            with pytest.raises(NotImplementedError, match="jvp"):
+            with pytest.raises(NotImplementedError, match=r'forward-mode .* use impl="reference"'):
                 delta_product(**duals)
+
+    def test_forward_mode_of_transforms_is_refused(self):
+        inputs = delta_product_inputs(B=1, T=3, N=2, H=1, K=2, V=2)
+        v = inputs.pop("v")
+        for transform in (torch.func.jacfwd, lambda f: torch.func.vmap(torch.func.jacfwd(f))):
+            batch = v if transform is torch.func.jacfwd else torch.stack([v, v])
+            with pytest.raises(NotImplementedError, match="delta_product: this form has no forw"):
+                transform(lambda x: delta_product(v=x, **inputs)[0])(batch)
 
 
 def kept_for_the_gradient(call):
@@ -473,7 +481,21 @@ class TestErrors:
             ({"beta": torch.zeros(2, 37, 2)}, ValueError, r"`beta` must be \[B, T, N, HV\]"),
             ({"g": torch.zeros(2, 37, 1)}, ValueError, r"`g` must be \[B, T, HV\]"),
             ({"initial_state": torch.zeros(1, 2, 8, 6)}, ValueError, "`initial_state` must be"),
+            (
+                {"v": torch.zeros(2, 36, 2, 2, 6)},
+                ValueError,
+                r"`k` must be .* come from `v` \[2, 36, 2, 2, 6\] and `k` \[2, 37, 2, 2, 8\]",
+            ),
+            (
+                {"k": torch.zeros(2, 37, 0, 2, 8), "v": torch.zeros(2, 37, 0, 2, 6)},
+                ValueError,
+                "N ≥ 1 values a token",
+            ),
+            ({"k": torch.zeros(2, 37, 2, 2, 0)}, ValueError, "`k` must have K ≥ 1 entries"),
+            ({"scale": "1"}, TypeError, "`scale` must be a number, got '1'; give a float"),
+            ({"scale": torch.ones(())}, TypeError, "`scale` must be a number, got a tensor"),
             ({"q": [1.0]}, TypeError, "`q` must be a tensor, got list"),
+            ({"q": None}, TypeError, "`q` must be a tensor, got None; give one"),
             ({"q": torch.zeros(2, 37, 2, 8, dtype=torch.long)}, TypeError, "`q` must be real"),
             ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "triton"'),
             ({"g": torch.zeros(2, 37, 2, device="meta")}, ValueError, "one device"),
@@ -492,14 +514,33 @@ class TestErrors:
         with pytest.raises(ValueError, match="must rise from 0 to T = 9"):
             delta_product(**inputs)
 
+    def test_bounds_of_another_device(self):
+        inputs = delta_product_inputs(B=1, T=9, with_initial_state=False)
+        inputs["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32, device="meta")
+        with pytest.raises(ValueError, match="`cu_seqlens` must be on cpu.*, got meta"):
+            delta_product(**inputs)
+
     def test_step_checks_too(self):
         inputs = delta_product_inputs(T=1)
         token = {name: inputs[name][:, 0] for name in ("q", "k", "v", "beta", "g")}
         with pytest.raises(ValueError, match=r"`state` must be \[B, HV, K, V\]"):
             delta_product_step(**token, state=torch.zeros(2, 2, 6, 8))
+        state = inputs["initial_state"]
+        with pytest.raises(TypeError, match="`scale` must be a number"):
+            delta_product_step(**token, state=state, scale=torch.ones(()))
+        none = {name: token[name][:, :0] for name in ("k", "v", "beta")}
+        with pytest.raises(ValueError, match="N ≥ 1 values a token"):
+            delta_product_step(**{**token, **none}, state=state)
         token["k"] = token["k"][:, 0]
         with pytest.raises(ValueError, match=r"`k` must be \[B, N, H, K\]"):
-            delta_product_step(**token, state=inputs["initial_state"])
+            delta_product_step(**token, state=state)
+
+    def test_a_state_in_place_has_memory_of_its_own(self):
+        inputs = delta_product_inputs(T=1)
+        token = {name: inputs[name][:, 0] for name in ("q", "k", "v", "beta", "g")}
+        state = inputs["initial_state"][:1]
+        with torch.no_grad(), pytest.raises(ValueError, match=r"give state\.clone\(\)"):
+            delta_product_step(**token, state=state.expand(2, -1, -1, -1), inplace=True)
 
 
 class TestChoiceOfForm:

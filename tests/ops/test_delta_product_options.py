@@ -246,6 +246,7 @@ def test_compiles_without_graph_breaks(step):
     [
         ({"qk_norm": "sum"}, ValueError, "`qk_norm` must be None or one of \"l2\", got 'sum'"),
         ({"qk_norm": "l2", "qk_norm_eps": 0}, ValueError, "`qk_norm_eps` must be greater than 0"),
+        ({"qk_norm": "l2", "qk_norm_eps": "1"}, TypeError, "`qk_norm_eps` must be a number"),
         ({"beta_activation": "tanh"}, ValueError, '"sigmoid", "2sigmoid", got \'tanh\''),
         ({"gate_activation": "relu"}, ValueError, 'one of "softplus"'),
         ({"g": None}, ValueError, "needs `g` and `A_log`, got `g` None"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from householder import delta_product, delta_product_step
-from householder.ops import _dispatch
+from householder import delta_product, delta_product_step, path_attention
+from householder.ops import _dispatch, short_convolution
 from householder.ops._checks import check_tensors
 from householder.ops._dispatch import examined, first_order_only, remember
 
@@ -73,6 +73,19 @@ def test_bounds_are_read_at_every_call():
         delta_product(q, k, v, beta, cu_seqlens=torch.tensor([0, 5, 4], dtype=torch.int32))
 
 
+def test_bounds_on_another_device_are_refused():
+    """Kernels would take an address of the host's memory for one of their own."""
+    bounds = torch.tensor([0, 4], dtype=torch.int32, device="meta")
+    q, x = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 1, 2, 8)
+    for call in (
+        lambda: delta_product(q, x, x, x[..., 0], cu_seqlens=bounds),
+        lambda: path_attention(q, q, q, q, q[..., 0], cu_seqlens=bounds),
+        lambda: short_convolution(q[..., 0], torch.zeros(2, 1, 4), cu_seqlens=bounds),
+    ):
+        with pytest.raises(ValueError, match=r"`cu_seqlens` must be on cpu .* got meta"):
+            call()
+
+
 def test_one_token_is_examined_with_and_without_gradients():
     q, k, v = torch.zeros(1, 2, 8), torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8)
     beta, state = torch.zeros(1, 1, 2), torch.zeros(1, 2, 8, 8)
@@ -122,7 +135,7 @@ def test_tensors_are_checked_for_kind_dtype_and_device():
     x, nowhere = torch.zeros(2), torch.zeros(2, device="meta")
     check_tensors("op", {"x": x, "y": None, "z": x.bfloat16()}, optional="y")
     check_tensors("op", {"x": x.to(torch.complex64)}, allow_complex=True)
-    with pytest.raises(TypeError, match="op: `y` must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="op: `y` must be a tensor, got None; give one"):
         check_tensors("op", {"x": x, "y": None})
     with pytest.raises(TypeError, match="op: `x` must be real floating point"):
         check_tensors("op", {"x": x.to(torch.complex64)})

@@ -463,6 +463,9 @@ class TestErrors:
             ({"impl": "fast"}, ValueError, '`impl` must be one of "auto", "triton"'),
             ({"window": 0}, ValueError, "`window` must be at least 1, got 0"),
             ({"window": 2.0}, TypeError, "`window` must be an int"),
+            ({"scale": torch.ones(())}, TypeError, "`scale` must be a number, got a tensor"),
+            ({"k": torch.zeros(2, 36, 2, 8)}, ValueError, r"come from `q` \[2, 37, 2, 8\] and `v`"),
+            ({"q": torch.zeros(2, 37, 2, 0)}, ValueError, "`q` must have K ≥ 1 entries a head"),
             ({"g": torch.zeros(2, 37, 2, device="meta")}, ValueError, "one device"),
             ({"cu_seqlens": torch.tensor([0, 37])}, ValueError, "int32"),
             ({"cu_seqlens": torch.tensor([0, 37], dtype=torch.int32)}, ValueError, "B = 1"),
@@ -478,6 +481,28 @@ class TestErrors:
         inputs["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
         with pytest.raises(ValueError, match="must rise from 0 to T = 9"):
             path_attention(**inputs)
+
+
+def test_options_are_checked_by_type_whatever_was_called_before():
+    inputs = path_attention_inputs()
+    for known, other in ((2, 2.0), (1, True)):
+        path_attention(**inputs, window=known)
+        with pytest.raises(TypeError, match="`window` must be an int"):
+            path_attention(**inputs, window=other)
+
+
+def test_bounds_of_another_device_are_refused():
+    inputs = path_attention_inputs(B=1, T=9)
+    inputs["cu_seqlens"] = torch.tensor([0, 9], dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="`cu_seqlens` must be on cpu.*, got meta"):
+        path_attention(**inputs)
+
+
+def test_forward_mode_is_refused_with_the_remedy():
+    inputs = path_attention_inputs(B=1, T=3, H=1, K=2, V=2)
+    v = inputs.pop("v")
+    with pytest.raises(NotImplementedError, match="path_attention: this form has no forward-mode"):
+        torch.func.jvp(lambda x: path_attention(v=x, **inputs), (v,), (v,))
 
 
 def test_every_argument_is_documented():

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("triton")
 
 # Arguments of `path_attention_inputs`, and `window`; K and V are multiples of 16. `hide` is a token
-# with a gate of −∞. `tile` are the rows of a tile of the kernels of the rectangles.
+# with a gate of −∞. `tile` are the rows of a tile of the kernels of the rectangles, `initial` the
+# tokens before the first query.
 CASES = {
     "no tokens": {"B": 2, "T": 0, "H": 1, "K": 16, "V": 16, "with_sinks": True},
     "one token": {"B": 2, "T": 1, "H": 1, "K": 16, "V": 16},
@@ -29,6 +30,12 @@ CASES = {
     "window inside a chunk": {"B": 2, "T": 70, "H": 1, "K": 16, "V": 16, "window": 20},
     # The fewest for which the gradient of a product goes down two levels.
     "nine chunks": {"B": 1, "T": 515, "H": 1, "K": 16, "V": 16, "decay": None},
+    "initial": {"B": 1, "T": 515, "H": 1, "K": 16, "V": 16, "decay": None, "initial": 290},
+    "initial, grouped heads, gates, sinks": {"B": 1, "T": 330, "H": 1, "HQ": 2, "K": 16, "V": 16,
+                                             "with_sinks": True, "initial": 257, "tile": 128},
+    "initial, window": {"B": 2, "T": 260, "H": 1, "K": 16, "V": 16, "window": 70, "initial": 140,
+                        "tile": 32},
+    "initial alone": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "initial": 140},
     "nine chunks, packed": {"B": 1, "T": 640, "H": 1, "K": 16, "V": 16, "decay": 0.02,
                             "num_sequences": 3},
 }  # fmt: skip
@@ -47,6 +54,7 @@ def compute(case: dict) -> dict[str, str]:
     config = importlib.import_module("householder.ops.path_attention.triton.gradient_config")
     case = dict(case)
     window, tile, hide = (case.pop(name, None) for name in ("window", "tile", "hide"))
+    initial = case.pop("initial", 0)
     query_tiles, key_tiles = config.query_tiles, config.key_tiles
     if tile is not None:
         config.query_tiles = lambda *sizes: query_tiles(*sizes)._replace(rows=tile)
@@ -57,8 +65,10 @@ def compute(case: dict) -> dict[str, str]:
     if hide is not None:
         inputs["g"][:, hide] = -math.inf
     others = 0.3, window, inputs["cu_seqlens"]
+    inputs["q"] = inputs["q"][:, initial:]
     arguments = [inputs[name] for name in NAMES]
     wide = [x if x is None else x.double() for x in arguments]
+    torch.use_deterministic_algorithms(True)  # so that memory comes filled with NaN
     o, lse = triton.forward(*arguments, *others)
     do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
     actual = triton.backward(do, *arguments, *others, o, lse)

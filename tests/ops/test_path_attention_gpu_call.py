@@ -116,8 +116,12 @@ def test_function_transforms(decay):
 
 
 @pytest.mark.parametrize("decay", [None, 0.01])
-def test_memory_does_not_grow_with_the_square_of_the_length(decay):
-    """Beside what is linear there is a copy of the queries for every level of the tree."""
+def test_memory_does_not_grow_with_the_square_of_the_length(decay, monkeypatch):
+    """Beside what is linear there is a copy of the queries for every level of the tree.
+
+    Of long sequences, whose levels would take too much, not for all heads at once.
+    """
+    from householder.ops.path_attention.triton import portions
 
     def peak(T):
         inputs = arrange(1, T, 4, 128, 128, decay=decay)
@@ -133,6 +137,52 @@ def test_memory_does_not_grow_with_the_square_of_the_length(decay):
     assert large < 4.2 * small * levels[32_768] / levels[8192]
     # In copies of the queries: of 32,768 logits a query would take 256.
     assert large < (2 * levels[32_768] + 20) * (32_768 * 4 * 128 * 2)
+    monkeypatch.setattr(portions, "LEVEL_BYTES", 1)
+    assert peak(32_768) < 0.75 * large
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": None},
+        {"decay": 0.1, "HQ": 8, "with_sinks": True},
+        {"decay": None, "num_sequences": 5},
+    ],
+    ids=["plain", "gates, sinks", "packed"],
+)
+def test_heads_in_portions_have_the_same_bits(options, monkeypatch):
+    """So they go where the levels of all of them would take too much memory."""
+    from householder.ops.path_attention.triton import portions
+
+    inputs = arrange(1, 700, 4, 128, 128, **options)
+    together = differentiate(inputs)
+    monkeypatch.setattr(portions, "LEVEL_BYTES", 1)
+    for name, x in differentiate(inputs).items():
+        assert torch.equal(x, together[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("K", [64, 128])
+def test_more_than_two_to_the_31_elements(K):
+    """Of two packed sequences the second, behind so many numbers, is the one that it is alone."""
+    H, last = 2048 // K, 3000
+    # The copies of the queries at all levels of the tree.
+    T = 131_072 + last
+    assert T * H * K * (T // 64).bit_length() > 2**31
+    draw = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(1, T, H, *shape, generator=draw, device="cuda", dtype=torch.bfloat16)
+
+    inputs = {"q": normal(K), "k": normal(K), "v": normal(K), "beta": 2 * normal().sigmoid()}
+    inputs["w"] = torch.nn.functional.normalize(normal(K), dim=-1)
+    do = normal(K)
+    inputs = {n: x.requires_grad_() for n, x in inputs.items()}
+    bounds = torch.tensor([0, T - last, T], device="cuda", dtype=torch.int32)
+    together = differentiate(inputs, do, cu_seqlens=bounds)
+    alone = {n: x[:, -last:].detach().requires_grad_() for n, x in inputs.items()}
+    for name, x in differentiate(alone, do[:, -last:]).items():
+        assert torch.equal(x, together[name][:, -last:]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -32,13 +32,16 @@ from householder.ops.path_attention.triton import (  # noqa: E402 - it imports t
 LOG2_E = math.log2(math.e)
 CLOSE = 1e-13
 
-# B, T, H, query heads per key head, K, V. More query heads than tiles in flight; a last tile of one
-# chunk and of two, full and not; a sequence of two chunks.
+# B, T, H, query heads per key head, K, V, and the first token that has a query. More query heads
+# than tiles in flight; a last tile of one chunk and of two, full and not; a sequence of two chunks.
 CASES = [
-    (1, 100, 1, 1, 16, 16),
-    (2, 64 * 9, 1, 1, 16, 32),
-    (1, 700, 2, 1, 32, 16),
-    (1, 330, 1, 6, 16, 16),
+    (1, 100, 1, 1, 16, 16, None),
+    (2, 64 * 9, 1, 1, 16, 32, None),
+    (1, 700, 2, 1, 32, 16, None),
+    (1, 330, 1, 6, 16, 16, None),
+    (2, 64 * 9, 1, 1, 16, 16, 128),
+    (1, 700, 1, 2, 16, 16, 450),
+    (1, 330, 1, 1, 16, 16, 329),
 ]
 
 
@@ -59,8 +62,9 @@ def product_of(f, batch, tiles, level, block):
 class Rectangles:
     """Queries, keys and products of all levels, and what attention needs beside them."""
 
-    def __init__(self, B, T, H, group, K, V):
+    def __init__(self, B, T, H, group, K, V, first_query):
         self.sizes = B, T, H, group, K, V
+        self.first_query = first_query
         self.tiles = -(-T // 128)
         self.chunks = -(-T // 64)
         self.levels = max(self.chunks - 1, 0).bit_length()
@@ -77,6 +81,14 @@ class Rectangles:
             behind = slice(inside.stop, (b + 1) * self.tiles * 128)
             self.lse[:, inside], self.delta[:, inside] = torch.randn(2, heads, T)
             self.q[:, :, behind] = self.k[:, :, behind] = 0.0
+            asking_nothing = slice(inside.start, inside.start + (first_query or 0))
+            self.lse[:, asking_nothing] = math.inf
+            self.q[:, :, asking_nothing] = self.delta[:, asking_nothing] = 0.0
+        self.do[:, : first_query or 0] = 0.0
+
+    def asks(self, chunk):
+        """Return whether a query is in a chunk's tile, or in one before it."""
+        return self.first_query is None or 128 * (chunk // 2 + 1) > self.first_query
 
     def places(self):
         """Yield batch row, key head, chunk and the chunk's rows."""
@@ -127,7 +139,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("sizes", CASES)
 def test_gradients_of_queries(sizes):
     x = Rectangles(*sizes)
-    B, T, H, group, K, V = sizes
+    B, T, H, group, K, V, first_query = sizes
     heads = H * group
     expected, expected_levels = empty(heads, x.rows, K), empty(x.levels, heads, x.rows, K)
     for b, h, c, rows in x.places():
@@ -136,7 +148,7 @@ def test_gradients_of_queries(sizes):
             levels = [level for level in reversed(range(x.levels)) if (c >> level) % 2]
             for level in levels:
                 left = (c >> level) - 1
-                if level != levels[0]:
+                if level != levels[0] and x.asks(c):
                     expected_levels[level, hq, rows] = dq
                     dq = dq @ product_of(x.f[h], b, 2 * x.tiles, level, left).mT
                 keys = left << level, (left + 1) << level
@@ -147,7 +159,7 @@ def test_gradients_of_queries(sizes):
     gluon.run(
         hopper_query_back.query_kernel, B * x.tiles * heads, *x.described("q", "k", "v", "do", "f"),
         *map(gluon.Pointer, (x.lse, x.delta, actual_levels, actual)), None, None, None, T,
-        B * x.tiles, H, V, V, group, K, V, False, 2,
+        B * x.tiles, H, first_query, V, V, group, K, V, False, 2,
     )  # fmt: skip
     assert_close(actual, expected)
     if not expected_levels.isnan().all():
@@ -157,7 +169,7 @@ def test_gradients_of_queries(sizes):
 @pytest.mark.parametrize("sizes", CASES)
 def test_gradients_of_keys_and_values(sizes):
     x = Rectangles(*sizes)
-    B, T, H, group, K, V = sizes
+    B, T, H, group, K, V, first_query = sizes
     expected, expected_values = empty(H, x.rows, K), empty(H, x.rows, V)
     expected_levels = empty(x.levels, H, x.rows, K)
     for b, h, c, rows in x.places():
@@ -183,7 +195,7 @@ def test_gradients_of_keys_and_values(sizes):
     gluon.run(
         hopper_key_back.key_kernel, B * x.tiles * H, *x.described("q", "k", "v", "do", "f"),
         *map(gluon.Pointer, (x.lse, x.delta, actual_levels, actual, actual_values)), None, None,
-        None, T, B * x.tiles, H, V, V, group, K, V, False, 4,
+        None, T, B * x.tiles, H, first_query, V, V, group, K, V, False, 4,
     )  # fmt: skip
     assert_close(actual, expected)
     assert_close(actual_values, expected_values)
@@ -194,7 +206,7 @@ def test_gradients_of_keys_and_values(sizes):
 @pytest.mark.parametrize("sizes", CASES)
 def test_attention(sizes):
     x = Rectangles(*sizes)
-    B, T, H, group, K, V = sizes
+    B, T, H, group, K, V, first_query = sizes
     heads = H * group
     own, own_lse = torch.randn(B, T, heads, V), torch.randn(B, T, heads)
     sinks = torch.randn(heads)
@@ -216,12 +228,13 @@ def test_attention(sizes):
                 p = torch.exp(q @ x.k[level, h, of_k].mT)
                 o, total = o + p @ x.tokens(x.v, b, h)[keys], total + p.sum(1, keepdim=True)
                 q = q @ product_of(x.f[h], b, 2 * x.tiles, level, left)
-            expected[b, inside, hq], expected_lse[b, inside, hq] = o / total, total.log()[:, 0]
+            if x.asks(c):
+                expected[b, inside, hq], expected_lse[b, inside, hq] = o / total, total.log()[:, 0]
     actual, actual_lse = own.clone(), own_lse.clone()
     gluon.run(
         hopper_attend.attend_kernel, B * x.tiles * heads, *x.described("q", "k", "v", "f"),
         gluon.Description(actual.view(B, T, -1)), *map(gluon.Pointer, (sinks, actual, actual_lse)),
-        None, None, None, T, B * x.tiles, H, V, group, K, V, False, 2,
+        None, None, None, T, B * x.tiles, H, first_query, V, group, K, V, False, 2,
     )  # fmt: skip
     assert_close(actual, expected)
     assert_close(actual_lse, expected_lse)
@@ -229,15 +242,21 @@ def test_attention(sizes):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("K", [64, 112, 128])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 6])
-def test_products_of_chunks(chunk, K, wide):
+@pytest.mark.parametrize(
+    ("chunk", "first_query"), [(1, None), (2, None), (3, None), (4, None), (6, None), (2, 261),
+                               (3, 261), (4, 261)]
+)  # fmt: skip
+def test_products_of_chunks(chunk, first_query, K, wide):
     chunks, rows = 8, 512
     length, beside, above = rows - 20, chunk ^ 1, chunk // 2
     levels, gradients = torch.randn(2, rows, K)
     w, f, df = torch.randn(length, K), torch.randn(rows // 32, K, K), torch.randn(rows // 64, K, K)
     x, dx = (y[64 * beside : 64 * beside + 64] for y in (levels, gradients))
     passes = 0 < above < (chunks - 1) // 2
-    if chunk % 2 == 0:
+    if chunk % 2 == 0 and 128 * (above + 1) <= (first_query or 0):
+        expected = passes * f[2 * beside].mT @ df[2 * above]
+        dx[:] = math.nan
+    elif chunk % 2 == 0:
         expected = x.mT @ dx + passes * f[2 * beside].mT @ df[2 * above]
     else:
         expected = dx.mT @ x + passes * df[2 * above] @ f[2 * beside].mT
@@ -246,7 +265,7 @@ def test_products_of_chunks(chunk, K, wide):
     gluon.run(
         hopper_leaf.leaf_kernel, chunks,
         *map(gluon.Pointer, (levels, gradients, w, f, df, wdf, wdft)), None, None, None, length,
-        rows // 128, 1, 0, 0, K, K, False, -(-K // 64), wide,
+        rows // 128, 1, first_query, 0, 0, K, K, False, -(-K // 64), wide,
     )  # fmt: skip
     of_chunk = slice(64 * chunk, 64 * chunk + 64)
     assert_close(wdf[of_chunk], w_c @ expected)

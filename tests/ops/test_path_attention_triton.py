@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Arguments of `path_attention_inputs`, and `window`; K and V are multiples of 16.
+# Arguments of `path_attention_inputs`, and `window`; K and V are multiples of 16. `initial` are the
+# tokens before the first query.
 CASES = {
     "plain": {"B": 1, "T": 200, "H": 1, "K": 16, "V": 16, "decay": None},
     "five chunks": {"B": 1, "T": 300, "H": 2, "K": 16, "V": 32, "decay": None},
@@ -36,6 +37,11 @@ CASES = {
     "long window, packed": {"B": 1, "T": 640, "H": 1, "K": 16, "V": 16, "window": 150,
                             "num_sequences": 3},
     "window of a token": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "window": 1},
+    "initial": {"B": 2, "T": 420, "H": 1, "K": 16, "V": 16, "decay": None, "initial": 291},
+    "initial, window, grouped heads, sinks": {"B": 1, "T": 420, "H": 1, "HQ": 2, "K": 16, "V": 16,
+                                              "with_sinks": True, "window": 150, "initial": 300},
+    "initial, wider than is held": {"B": 1, "T": 330, "H": 1, "K": 144, "V": 16, "initial": 257},
+    "initial alone": {"B": 1, "T": 140, "H": 1, "K": 16, "V": 16, "initial": 140},
 }  # fmt: skip
 # A chunk solves for 64 rows at once, in 16 dimensions, where the plain form solves for 16.
 FACTOR = 4.0
@@ -50,12 +56,14 @@ def compute(case: dict) -> str:
     from householder.testing import assert_as_accurate, path_attention_inputs
 
     case = dict(case)
-    window = case.pop("window", None)
+    window, initial = case.pop("window", None), case.pop("initial", 0)
     inputs = path_attention_inputs(**case, dtype=torch.float32)
     if case["T"]:
         inputs["beta"][:, ::4] = 0.0
     others = 0.3, window, inputs["cu_seqlens"]
+    inputs["q"] = inputs["q"][:, initial:]
     arguments = [inputs[name] for name in NAMES]
+    torch.use_deterministic_algorithms(True)  # so that memory comes filled with NaN
     o, lse = triton.forward(*arguments, *others)
     wide = [x if x is None else x.double() for x in arguments]
     expected, expected_lse = chunk.forward(*wide, *others)
@@ -72,13 +80,14 @@ def compute_levels() -> str:
     """Compare what each level keeps with dense products of reflectors."""
     import torch
 
-    from householder.ops.path_attention.triton.problem import make_problem
+    from householder.ops.path_attention.inputs import Inputs
+    from householder.ops.path_attention.triton.problem import arrange, make_problem
     from householder.ops.path_attention.triton.tree import build_tree
     from householder.testing import path_attention_inputs
 
     T, K, C = 300, 16, 64
     inputs = path_attention_inputs(1, T, 1, K, 16, dtype=torch.float32)
-    p = make_problem(*(inputs[name] for name in NAMES), 0.3, None, None)
+    p = make_problem(*arrange(Inputs(*(inputs[name] for name in NAMES), 0.3, None, None)))
     tree = build_tree(p, inverse=True)
     q, k, w, beta, g = (inputs[name][0, :, 0].double() for name in ("q", "k", "w", "beta", "g"))
     chunks = -(-T // C)
@@ -233,7 +242,7 @@ def test_tiles_are_where_their_sequence_has_them():
     x = torch.zeros(1, sum(lengths), 1, 16)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     tables = number_tiles(cu_seqlens, sum(lengths))
-    p = make_problem(x, x, x, x, x[..., 0], None, None, 1.0, None, *tables)
+    p = make_problem(x, x, x, x, x[..., 0], None, None, 1.0, None, *tables, None)
     expected = [i for i, length in enumerate(lengths) for _ in range(-(-length // 128))]
     assert p.tile_sequence[: len(expected)].tolist() == expected
     assert p.num_tiles >= len(expected)

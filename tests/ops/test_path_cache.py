@@ -135,7 +135,7 @@ def test_rollback_of_each_its_own():
     agree(o[1], expected[1, 150:160])
 
 
-@pytest.mark.parametrize("num_tokens", [-1, 200, [1], [0, 200]])
+@pytest.mark.parametrize("num_tokens", [-1, 200, [0, 200]])
 def test_rollback_of_too_many_is_refused(num_tokens):
     inputs = path_attention_inputs(T=150)
     cache = PathCache(2, max_rollback=10)
@@ -152,6 +152,14 @@ def test_rollback_of_too_many_is_refused(num_tokens):
         cache.rollback(3)
     cache.rollback(2)
     assert cache.lengths == [140, 140]
+
+
+def test_counts_may_be_tensors():
+    inputs = path_attention_inputs(T=10)
+    cache = PathCache(2, max_rollback=4)
+    cache.append(*part(inputs, 0, 10), lengths=torch.tensor([10, 4]))
+    cache.rollback(torch.tensor([3, 0]))
+    assert cache.lengths == [7, 4]
 
 
 def test_everything_can_be_taken_back():
@@ -252,7 +260,10 @@ class TestErrors:
             ({"q": torch.zeros(2, 10, 3, 8)}, ValueError, "PathCache.append: the query heads"),
             ({"w": torch.zeros(2, 9, 2, 8)}, ValueError, r"PathCache.append: `w` must be"),
             ({"window": 0}, ValueError, "PathCache.append: `window`"),
-            ({"lengths": [10]}, ValueError, "`lengths` must be 2 numbers from 0 to T = 10"),
+            ({"lengths": [10]}, ValueError, "`lengths` must be 2 numbers, one for each sequence"),
+            ({"lengths": 10}, TypeError, "`lengths` must be an int for each sequence, got 10"),
+            ({"lengths": [10, 2.5]}, TypeError, "`lengths` must be an int for each sequence"),
+            ({"scale": "1"}, TypeError, "PathCache.append: `scale` must be a number, got '1'"),
             ({"lengths": [11, 0]}, ValueError, "`lengths` must be 2 numbers from 0 to T = 10"),
             ({"v": torch.zeros(2, 10, 2, 6, requires_grad=True)}, NotImplementedError, "no_grad"),
         ],
@@ -291,6 +302,10 @@ class TestErrors:
     def test_rollback_of_no_count(self, num_tokens):
         with pytest.raises(TypeError, match=r"rollback: `num_tokens` must be an int"):
             self.cache.rollback(num_tokens)
+
+    def test_rollback_of_too_few_counts(self):
+        with pytest.raises(ValueError, match="2 numbers, one for each sequence, got \\[1\\]"):
+            self.cache.rollback([1])
 
     @pytest.mark.parametrize(
         ("rows", "error"),

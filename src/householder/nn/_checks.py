@@ -62,7 +62,7 @@ def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | N
         )
     if cu_seqlens is None:
         return x.shape[0]
-    return check_cu_seqlens(where, cu_seqlens, x.shape[0], x.shape[1])
+    return check_cu_seqlens(where, cu_seqlens, x)
 
 
 def check_token(where: str, x: Tensor, d_model: int) -> None:

@@ -130,6 +130,25 @@ def first_order_only(form: str) -> Any:
     return staticmethod(backward)
 
 
+@functools.cache
+def without_forward_mode(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Return `function` with a `jvp` that says what to do instead.
+
+    Dynamo takes no function that has a `jvp`, so it is not in the function itself.
+    """
+    if function.jvp is not torch.autograd.Function.jvp:
+        return function
+    op = function.__module__.split(".ops.")[1].split(".")[0]
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{op}: this form has no forward-mode gradients, and one was asked for; use "
+            'impl="reference", which has them'
+        )
+
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call `function.apply(*args)`, at less cost where nothing is transformed or compiled.
 
@@ -137,9 +156,11 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     long as a launch. Its own last step is the one taken here; with gradients off, in a backward
     pass too, that one comes down to `forward`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*args)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return without_forward_mode(function).apply(*args)
+    if not torch.is_grad_enabled():
         return function.forward(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
@@ -175,7 +196,8 @@ def examined(
     Nothing of the tensors but their shapes, dtypes and devices may matter to it.
     """
     plain = all(type(x) in _PLAIN for x in options) and not torch.compiler.is_compiling()
-    key: list[Any] = [options]
+    # By type too: 2 and 2.0, 1 and True are equal, and not as good.
+    key: list[Any] = [options, *map(type, options)]
     for x in tensors:
         if x is None:
             key.append(None)

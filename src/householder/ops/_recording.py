@@ -21,7 +21,9 @@ from householder.ops._dispatch import remember
 from householder.ops._triton import this_thread
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Step = Callable[[list[Any]], None]
+# What a step of a call gets: all tensors, by their places, and where each begins in memory; numbers
+# and None are in the second list as they are.
+Step = Callable[[list[Any], list[Any]], None]
 
 # Up to so many bytes, what a call works with is one allocation; its parts are numbers. Allocating
 # and freeing twenty tensors takes the host 0.1 ms, as long as ten launches.
@@ -50,7 +52,7 @@ class _Made(NamedTuple):
 
 
 class _Address(int):
-    """Where memory begins; launchers and descriptors take it for a tensor."""
+    """Where memory begins; descriptors take it for a tensor."""
 
     def data_ptr(self) -> int:
         return self
@@ -60,8 +62,9 @@ class Recording:
     """What a call allocates and launches, in order, its tensors named by their places in a list.
 
     First in the list are the call's arguments, then what it allocates. A launch is noted as a
-    function of that list. Tensors that come from anywhere else, copies of arguments for example,
-    have no place: then the recording is no use.
+    function of their addresses: of a tensor Triton would ask for its own, and then the driver
+    whether it is one of the device's. Tensors that come from anywhere else, copies of arguments for
+    example, have no place: then the recording is no use.
     """
 
     def __init__(self, arguments: Iterable[Any]) -> None:
@@ -121,7 +124,7 @@ class Recording:
                 copies.append((i, place, _Description(value)))
         run = compiled[(*grid, 1, 1)[:3]]
 
-        def launch(found: list[Any]) -> None:
+        def launch(_: list[Any], found: list[Any]) -> None:
             given = values.copy()
             for i, place in tensors:
                 given[i] = found[place]
@@ -179,14 +182,15 @@ class Recording:
 
 
 def _make(made: _Made) -> Step:
-    def make(tensors: list[Any]) -> None:
+    def make(tensors: list[Any], found: list[Any]) -> None:
         tensors.append(made.allocate())
+        found.append(tensors[-1].data_ptr())
 
     return make
 
 
 def _let_go(place: int) -> Step:
-    def let_go(tensors: list[Any]) -> None:
+    def let_go(tensors: list[Any], _: list[Any]) -> None:
         tensors[place] = None
 
     return let_go
@@ -196,11 +200,16 @@ def _together(made: list[_Made], offsets: dict[int, int], size: int, device: tor
     """Return a step that allocates everything: what is in `offsets` together, the rest apart."""
     rooms = [(offsets.get(x.place), x) for x in made]
 
-    def make_all(tensors: list[Any]) -> None:
+    def make_all(tensors: list[Any], found: list[Any]) -> None:
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         start = memory.data_ptr()
         for offset, x in rooms:
-            tensors.append(x.allocate() if offset is None else _Address(start + offset))
+            if offset is None:
+                tensors.append(x.allocate())
+                found.append(tensors[-1].data_ptr())
+            else:
+                tensors.append(None)
+                found.append(start + offset)
         tensors.append(memory)  # until everything is launched
 
     return make_all
@@ -216,10 +225,10 @@ class _Description:
         self._type = type(descriptor)
         self._fields = {**vars(descriptor), "base": None}
 
-    def of(self, x: Any) -> Any:
+    def of(self, address: int) -> Any:
         descriptor = object.__new__(self._type)
         descriptor.__dict__.update(self._fields)
-        descriptor.base = x
+        descriptor.base = _Address(address)
         return descriptor
 
 
@@ -231,8 +240,9 @@ class Replay(NamedTuple):
 
     def __call__(self, arguments: Iterable[Any]) -> tuple[Tensor | None, ...]:
         tensors = list(arguments)
+        found = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
         for step in self.steps:
-            step(tensors)
+            step(tensors, found)
         return tuple(None if place < 0 else tensors[place] for place in self.results)
 
 

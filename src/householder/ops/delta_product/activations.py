@@ -126,7 +126,8 @@ def check_activations(
     _check_option(op, "qk_norm", qk_norm, ("l2",))
     _check_option(op, "beta_activation", beta_activation, tuple(BETA_SCALES))
     _check_option(op, "gate_activation", gate_activation, ("softplus",))
-    if qk_norm is not None and not qk_norm_eps > 0:
+    qk_eps = None if qk_norm is None else _checks.check_number(op, "qk_norm_eps", qk_norm_eps)
+    if qk_eps is not None and not qk_eps > 0:
         raise ValueError(
             f"{op}: `qk_norm_eps` must be greater than 0, got {qk_norm_eps}; "
             "without it a zero vector would become NaN"
@@ -147,10 +148,7 @@ def check_activations(
                 "gate_activation=None; set it, or leave the parameter out"
             )
         _checks.check_shape(op, name, x, "[HV]", (HV,))
-    return (
-        None if qk_norm is None else float(qk_norm_eps),
-        None if beta_activation is None else BETA_SCALES[beta_activation],
-    )
+    return qk_eps, None if beta_activation is None else BETA_SCALES[beta_activation]
 
 
 def _check_option(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:

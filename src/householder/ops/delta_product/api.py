@@ -70,8 +70,8 @@ def delta_product(
         scale: factor on the output; `K ** -0.5` if None.
         initial_state: `[B, HV, K, V]`, or `[S, HV, K, V]` with `cu_seqlens`; zeros if None.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
-            Sequences may be empty.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T, on the
+            device of the tensors; then B = 1. Sequences may be empty.
         qk_norm: `"l2"` brings q and k to unit length over each head's K, in float32 at least and
             rounded to their dtype; None takes them as they are.
         qk_norm_eps: added to the squared length, so that a zero vector stays zero.
@@ -95,9 +95,9 @@ def delta_product(
     Raises:
         ValueError: a shape, device or `cu_seqlens` does not fit, `impl` or another option is
             unknown, or options contradict one another.
-        TypeError: an argument is no tensor, or is not real floating point.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of
-            a form other than the reference is asked for.
+        TypeError: an argument has the wrong type, or is not real floating point.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a gradient of the second
+            order or in forward mode is asked for of a form other than the reference.
 
     Gradients:
         First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
@@ -134,8 +134,8 @@ def delta_product(
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation, impl)
     (qk_eps, beta_scale), form = examined(_KNOWN_SEQUENCES, _examine_sequences, tensors, options)
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens("delta_product", cu_seqlens, *v.shape[:2])
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+        _checks.check_cu_seqlens("delta_product", cu_seqlens, v)
+    scale = _checks.check_scale("delta_product", scale, k.shape[-1])
     q, k, beta, g = activate(q, k, beta, g, A_log, dt_bias, qk_eps, beta_scale, form)
     if impl == "reference":
         o, state = reference.forward(q, k, v, beta, g, scale, initial_state, cu_seqlens)
@@ -199,9 +199,9 @@ def delta_product_step(
         `state`.
 
     Raises:
-        ValueError: a shape or device does not fit, `impl` or another option is unknown, or options
-            contradict one another.
-        TypeError: an argument is no tensor, or is not real floating point.
+        ValueError: a shape or device does not fit, `impl` or another option is unknown, options
+            contradict one another, or with `inplace` entries of `state` share memory.
+        TypeError: an argument has the wrong type, or is not real floating point.
         NotImplementedError: `impl="triton"` cannot take the inputs, or gradients are on with it or
             with `inplace`.
 
@@ -224,7 +224,9 @@ def delta_product_step(
     (qk_eps, beta_scale), use_triton, dtype = examined(
         _KNOWN_TOKENS, _examine_token, tensors, (*options, inplace, torch.is_grad_enabled())
     )
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _checks.check_scale("delta_product_step", scale, k.shape[-1])
+    if inplace:
+        _checks.check_writable("delta_product_step", "state", state)
     state = state.to(dtype)
     if use_triton:
         args = (q, k, v, beta, g, scale, state, A_log, dt_bias, qk_eps, beta_scale)
@@ -302,13 +304,14 @@ def _examine_token(
         )
     B, N, HV, V = v.shape
     H, K = _key_shape(op, k, 4)
-    _check_groups(op, H, HV)
-    _checks.check_shape(op, "q", q, "[B, H, K]", (B, H, K))
-    _checks.check_shape(op, "k", k, "[B, N, H, K]", (B, N, H, K))
-    _checks.check_shape(op, "beta", beta, "[B, N, HV]", (B, N, HV))
+    _check_counts(op, k, v, H, K, N, HV)
+    sources = {"v": v, "k": k}
+    _checks.check_shape(op, "k", k, "[B, N, H, K]", (B, N, H, K), **sources)
+    _checks.check_shape(op, "q", q, "[B, H, K]", (B, H, K), **sources)
+    _checks.check_shape(op, "beta", beta, "[B, N, HV]", (B, N, HV), **sources)
     if g is not None:
-        _checks.check_shape(op, "g", g, "[B, HV]", (B, HV))
-    _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V))
+        _checks.check_shape(op, "g", g, "[B, HV]", (B, HV), **sources)
+    _checks.check_shape(op, "state", state, "[B, HV, K, V]", (B, HV, K, V), **sources)
     options = (qk_norm, qk_norm_eps, beta_activation, gate_activation)
     activations = check_activations(op, *options, g, A_log, dt_bias, HV)
     dtype = compute_dtype(q, k, v, beta, state)
@@ -357,23 +360,20 @@ def _check_sequence_inputs(
         )
     B, T, N, HV, V = v.shape
     H, K = _key_shape(op, k, 5)
-    if N < 1:
-        raise ValueError(
-            f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}; "
-            "where nothing is to be written, give β = 0"
-        )
-    _check_groups(op, H, HV)
-    _checks.check_shape(op, "q", q, "[B, T, H, K]", (B, T, H, K))
-    _checks.check_shape(op, "k", k, "[B, T, N, H, K]", (B, T, N, H, K))
-    _checks.check_shape(op, "beta", beta, "[B, T, N, HV]", (B, T, N, HV))
+    _check_counts(op, k, v, H, K, N, HV)
+    sources = {"v": v, "k": k}
+    _checks.check_shape(op, "k", k, "[B, T, N, H, K]", (B, T, N, H, K), **sources)
+    _checks.check_shape(op, "q", q, "[B, T, H, K]", (B, T, H, K), **sources)
+    _checks.check_shape(op, "beta", beta, "[B, T, N, HV]", (B, T, N, HV), **sources)
     if g is not None:
-        _checks.check_shape(op, "g", g, "[B, T, HV]", (B, T, HV))
+        _checks.check_shape(op, "g", g, "[B, T, HV]", (B, T, HV), **sources)
     sequences, axes = B, "[B, HV, K, V]"
     if cu_seqlens is not None:
-        _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
-        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, B, T), "[S, HV, K, V]"
+        sequences, axes = _checks.check_cu_seqlens(op, cu_seqlens, v), "[S, HV, K, V]"
+        sources["cu_seqlens"] = cu_seqlens
     if initial_state is not None:
-        _checks.check_shape(op, "initial_state", initial_state, axes, (sequences, HV, K, V))
+        shape = (sequences, HV, K, V)
+        _checks.check_shape(op, "initial_state", initial_state, axes, shape, **sources)
 
 
 def _key_shape(op: str, k: Tensor, dims: int) -> tuple[int, int]:
@@ -386,7 +386,16 @@ def _key_shape(op: str, k: Tensor, dims: int) -> tuple[int, int]:
     return k.shape[-2], k.shape[-1]
 
 
-def _check_groups(op: str, H: int, HV: int) -> None:
+def _check_counts(op: str, k: Tensor, v: Tensor, H: int, K: int, N: int, HV: int) -> None:
+    if N < 1:
+        raise ValueError(
+            f"{op}: `v` must hold N ≥ 1 values a token, got shape {list(v.shape)}; "
+            "where nothing is to be written, give β = 0"
+        )
+    if K < 1:
+        raise ValueError(
+            f"{op}: `k` must have K ≥ 1 entries a head, got shape {list(k.shape)}; give wider keys"
+        )
     if H == 0 or HV % H:
         raise ValueError(
             f"{op}: the value heads of `v` must be a multiple of the key heads of `k`, "

@@ -52,7 +52,7 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int, gradient: boo
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     if M:
         softmax_gradient_kernel[(M,)](
-            logits, labels, losses, logits.stride(0), ignore, V,
+            logits, labels.contiguous(), losses, logits.stride(0), ignore, V,
             GRADIENT=gradient, BLOCK=power_of_two(V, most=COLUMNS), num_warps=WARPS,
         )  # fmt: skip
     return losses

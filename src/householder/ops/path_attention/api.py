@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from householder.ops import _checks
@@ -28,6 +30,7 @@ def path_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    initial: Sequence[Tensor] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attend with the product of the reflectors between two tokens as their relative position.
@@ -56,8 +59,11 @@ def path_attention(
         sinks: one more logit per query head, `[HQ]`, or None. It takes its part of the softmax and
             has no value, so that a head may attend to nothing.
         window: how many tokens a query sees, its own included; all earlier ones if None.
-        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T; then B = 1.
-            Sequences may be empty.
+        cu_seqlens: bounds of S packed sequences along T, int32 `[S + 1]`, from 0 to T, on the
+            device of the tensors; then B = 1. Sequences may be empty.
+        initial: k, v, w and beta, and g if `g` is given, of T0 tokens before the first query, as a
+            tuple of tensors `[B, T0, …]`; T0 may be 0. Every query sees them, and windows and sinks
+            count them, as if the sequence had begun with them. Not with `cu_seqlens`.
         impl: `"triton"` (kernels for CUDA; K and V multiples of 16 up to 256; float32, bfloat16 or
             float16), `"chunk"` (the same algorithm as PyTorch's matrix products, on any device),
             `"reference"` (a loop over tokens), or `"auto"`: `"triton"` on CUDA for what it takes,
@@ -68,14 +74,17 @@ def path_attention(
         float32; `"chunk"` and `"reference"` also multiply in float32.
 
     Raises:
-        ValueError: a shape, device, `window` or `cu_seqlens` does not fit, or `impl` is unknown.
-        TypeError: an argument has the wrong type, or is not real floating point.
-        NotImplementedError: `impl="triton"` cannot take the inputs, or a second-order gradient of a
-            form other than the reference is asked for.
+        ValueError: a shape, device, `window`, `cu_seqlens` or `initial` does not fit, or `impl` is
+            unknown.
+        TypeError: an argument has the wrong type, or is not real floating point; or a part of
+            `initial` has another dtype than the argument that it precedes.
+        NotImplementedError: `impl="triton"` cannot take the inputs, or a gradient of the second
+            order or in forward mode is asked for of a form other than the reference.
 
     Gradients:
-        First order, in closed form, to every floating-point tensor (`torch.func` grad, vmap and
-        jacrev included). Higher orders and forward mode: `impl="reference"`.
+        First order, in closed form, to every floating-point tensor, those of `initial` among them
+        (`torch.func` grad, vmap and jacrev included). Higher orders and forward mode:
+        `impl="reference"`.
 
     Examples:
         >>> import torch
@@ -95,17 +104,31 @@ def path_attention(
         >>> torch.allclose(o, plain.transpose(1, 2), atol=1e-5)
         True
 
+        The second part of a sequence, after the first one:
+
+        >>> first, second = ([x[:, part] for x in (k, v, w)] for part in (slice(4), slice(4, 6)))
+        >>> beta = torch.rand(B, T, H)
+        >>> o = path_attention(
+        ...     q[:, 4:], *second, beta[:, 4:], initial=(*first, beta[:, :4])
+        ... )
+        >>> torch.allclose(o, path_attention(q, k, v, w, beta)[:, 4:], atol=1e-5)
+        True
+
     References:
         - PaTH Attention: Position Encoding via Accumulating Householder Transformations (Yang et
           al., 2025), https://arxiv.org/abs/2505.16381
         - Forgetting Transformer: Softmax Attention with a Forget Gate (Lin et al., 2025),
           https://arxiv.org/abs/2503.02130
     """
-    tensors = (q, k, v, w, beta, g, sinks, cu_seqlens)
-    form = examined(_KNOWN_CALLS, _examine, tensors, (window, impl))
+    tensors = (q, k, v, w, beta, g, sinks, cu_seqlens, *_name_parts(initial))
+    form = examined(_KNOWN_CALLS, _examine, tensors, (initial is not None, window, impl))
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens("path_attention", cu_seqlens, *q.shape[:2])
-    scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
+        _checks.check_cu_seqlens("path_attention", cu_seqlens, q)
+    scale = _checks.check_scale("path_attention", scale, k.shape[-1])
+    if initial is not None:
+        of_keys = zip(initial, (k, v, w, beta), strict=False)
+        k, v, w, beta = (torch.cat([before, x], dim=1) for before, x in of_keys)
+        g = None if g is None else torch.cat([initial[4], g], dim=1)
     args = (q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
     if form == "reference":
         return reference.forward(*args)
@@ -122,17 +145,22 @@ def _examine(
     g: Tensor | None,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
-    window: int | None,
-    impl: str,
+    *others: Any,
 ) -> str:
-    """Check the arguments of `path_attention` and return the form that runs."""
+    """Check the arguments of `path_attention` and return the form that runs.
+
+    The others are the parts of `initial`, whether there are any, `window` and `impl`.
+    """
+    *parts, has_initial, window, impl = others
     check_impl("path_attention", impl, IMPLS)
     check_inputs("path_attention", q, k, v, w, beta, g, sinks, window, cu_seqlens)
+    if has_initial:
+        _check_initial("path_attention", (k, v, w, beta, g), parts, cu_seqlens)
     if impl == "reference":
         return impl
-    others = {"w": w, "beta": beta, "g": g, "sinks": sinks}
+    beside = {"w": w, "beta": beta, "g": g, "sinks": sinks}
     kernels = runs_triton(
-        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **others)
+        "path_attention", impl, q.device, lambda: why_not_triton(q, k, v, **beside)
     )
     return "triton" if kernels else "chunk"
 
@@ -160,23 +188,82 @@ def check_inputs(
             )
     B, T, HQ, K = q.shape
     H = v.shape[2]
+    if K < 1:
+        raise ValueError(
+            f"{op}: `q` must have K ≥ 1 entries a head, got shape {list(q.shape)}; give wider heads"
+        )
     if H == 0 or HQ % H:
         raise ValueError(
             f"{op}: the query heads of `q` must be a multiple of the key heads of `v`, "
             f"got HQ = {HQ} and H = {H}; repeat or drop heads"
         )
-    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]))
+    sources = {"q": q, "v": v}
+    _checks.check_shape(op, "v", v, "[B, T, H, V]", (B, T, H, v.shape[3]), q=q)
     for name, x in (("k", k), ("w", w)):
-        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K))
-    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H))
+        _checks.check_shape(op, name, x, "[B, T, H, K]", (B, T, H, K), **sources)
+    _checks.check_shape(op, "beta", beta, "[B, T, H]", (B, T, H), **sources)
     if g is not None:
-        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ))
+        _checks.check_shape(op, "g", g, "[B, T, HQ]", (B, T, HQ), q=q)
     if sinks is not None:
-        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,))
+        _checks.check_shape(op, "sinks", sinks, "[HQ]", (HQ,), q=q)
     _check_window(op, window)
     if cu_seqlens is not None:
-        _checks.check_tensor(op, "cu_seqlens", cu_seqlens)
-        _checks.check_cu_seqlens(op, cu_seqlens, B, T)
+        _checks.check_cu_seqlens(op, cu_seqlens, q)
+
+
+# The parts of `initial`, of which the last one may be absent.
+_PARTS = {
+    "k": "[B, T0, H, K]", "v": "[B, T0, H, V]", "w": "[B, T0, H, K]", "beta": "[B, T0, H]",
+    "g": "[B, T0, HQ]",
+}  # fmt: skip
+
+
+def _name_parts(initial: Sequence[Tensor] | None) -> tuple[Tensor | None, ...]:
+    """Return k, v, w, beta and g of the tokens before the first query, None for what is absent."""
+    if initial is None:
+        return (None,) * len(_PARTS)
+    if not isinstance(initial, (tuple, list)) or len(initial) not in (4, 5):
+        number = f" of {len(initial)}" if isinstance(initial, (tuple, list)) else ""
+        raise TypeError(
+            "path_attention: `initial` must be a tuple (k, v, w, beta), or (k, v, w, beta, g) with "
+            f"gates, got {type(initial).__name__}{number}; give those of the tokens before the "
+            "first query"
+        )
+    return (*initial, *(None,) * (len(_PARTS) - len(initial)))
+
+
+def _check_initial(
+    op: str,
+    arguments: Sequence[Tensor | None],
+    parts: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise unless `parts`, of the tokens before, fit to k, v, w, beta and g."""
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"{op}: `initial` must be None where `cu_seqlens` packs sequences, got both; call the "
+            "op once per sequence, or pack each sequence's earlier tokens with it"
+        )
+    if (parts[4] is None) != (arguments[4] is None):
+        given, absent = ("g", "initial g") if parts[4] is None else ("initial g", "g")
+        raise ValueError(
+            f"{op}: `initial` must have g as its fifth part exactly where `g` is given, got "
+            f"`{given}` and no `{absent}`; gates of no effect are zeros"
+        )
+    named = {f"initial {name}": part for name, part in zip(_PARTS, parts, strict=True)}
+    _checks.check_tensors(op, named, optional=("initial g",))
+    _checks.check_same_device(op, {"k": arguments[0], **named})
+    k = named["initial k"]
+    T0 = k.shape[1] if k is not None and k.dim() > 1 else 0
+    for (name, part), axes, x in zip(named.items(), _PARTS.values(), arguments, strict=True):
+        if part is None or x is None:
+            continue
+        _checks.check_shape(op, name, part, axes, (x.shape[0], T0, *x.shape[2:]))
+        if part.dtype != x.dtype:
+            raise TypeError(
+                f"{op}: `{name}` must have the dtype of what it precedes, {x.dtype}, got "
+                f"{part.dtype}; convert one of them with .to(...)"
+            )
 
 
 def _check_window(where: str, window: object) -> None:

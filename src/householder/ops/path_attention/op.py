@@ -23,7 +23,7 @@ from householder.ops._dispatch import (
     with_signature,
 )
 from householder.ops.path_attention import chunk
-from householder.ops.wy import compute_dtype
+from householder.ops.path_attention.inputs import Inputs
 
 
 def why_not_triton(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> str | None:
@@ -56,13 +56,12 @@ def _backward(do: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(do.new_empty(0) if x is None else x for x in grads)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
-    *_, form = others
-    dtype = compute_dtype(q, k, v, w, beta)
-    o = v.new_empty(*q.shape[:3], v.shape[-1], dtype=v.dtype if form == "triton" else dtype)
-    return o, v.new_empty(q.shape[:3], dtype=dtype)
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, form = args
+    x = Inputs(*inputs)
+    dtype = x.v.dtype if form == "triton" else x.dtype
+    o = x.v.new_empty(*x.q.shape[:3], x.v.shape[-1], dtype=dtype)
+    return o, x.v.new_empty(x.q.shape[:3], dtype=x.dtype)
 
 
 def _backward_fake(do: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -95,8 +94,8 @@ _HEADS = {"q": 2, "k": 2, "v": 2, "w": 2, "beta": 2, "g": 2, "sinks": 0}
 
 
 def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
-    """Fold the op's ten inputs, of which the first seven have heads."""
-    if dims[9] is not None:
+    """Fold the op's inputs, of which the first seven have heads."""
+    if Inputs(*dims).cu_seqlens is not None:
         raise NotImplementedError(
             "path_attention: vmap over `cu_seqlens` is not supported, since it changes the "
             "lengths; call it once per packing"
@@ -105,11 +104,11 @@ def _fold_inputs(size: int, dims: Any, inputs: Any) -> tuple[Any, ...]:
         fold_into_heads(x, dim, size, heads)
         for x, dim, heads in zip(inputs[:7], dims[:7], _HEADS.values(), strict=True)
     )
-    return *folded, *inputs[7:10]
+    return *folded, *inputs[7:]
 
 
 class PathAttention(torch.autograd.Function):
-    """Differentiable `(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens, form)`.
+    """The differentiable op, of the fields of `Inputs` and `form`. Dynamo wants them by name.
 
     `form` is "chunk", whose o is in the dtype of the computation, or "triton", whose o is in v's.
     """
@@ -140,7 +139,9 @@ class PathAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, cu_seqlens, o, lse)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if do is None:
+            return (None,) * 11
         *tensors, cu_seqlens, o, lse = ctx.saved_tensors
         inputs = (*tensors, ctx.scale, ctx.window, cu_seqlens)
         grads = apply(PathAttentionBackward, do, *inputs, o, lse, ctx.form)
@@ -151,7 +152,7 @@ class PathAttention(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         *inputs, form = args
-        o, lse = PathAttention.apply(*_fold_inputs(size, in_dims, inputs), form)
+        o, lse = PathAttention.apply(*_fold_inputs(size, in_dims[:-1], inputs), form)
         return (unfold_from_heads(o, size, 2), unfold_from_heads(lse, size, 2)), (2, 2)
 
 

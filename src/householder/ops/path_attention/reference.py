@@ -6,34 +6,25 @@ Runs on any device and in any floating dtype, and PyTorch differentiates it to a
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
-from householder.ops.wy import compute_dtype
+from householder.ops.path_attention.inputs import Inputs
 
 
 @without_autocast
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Attend token by token; arguments as in the public `path_attention`."""
-    dtype = compute_dtype(q, k, v, w, beta)
-    B, T, HQ, _ = q.shape
-    group = HQ // k.shape[2]
+def forward(*inputs: Any) -> Tensor:
+    """Attend token by token; `inputs` are those of `Inputs`."""
+    x = Inputs(*inputs)
+    q, k, v, w, beta, g, sinks, scale, window, cu_seqlens = x
+    dtype, first_query = x.dtype, x.first_query
+    B, _, HQ, _ = q.shape
     # Every query head gets a copy of its key head.
-    k, values, w, beta = (x.to(dtype).repeat_interleave(group, dim=2) for x in (k, v, w, beta))
-    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    k, values, w, beta = (y.to(dtype).repeat_interleave(x.group, dim=2) for y in (k, v, w, beta))
+    bounds = [0, k.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     outputs = []
     for lo, hi in pairwise(bounds):
         keys = k.new_zeros(B, 0, HQ, k.shape[-1])
@@ -45,13 +36,16 @@ def forward(
             if g is not None:
                 decay = decay + g[:, t, None].to(dtype)
             decay = torch.cat([decay, decay.new_zeros(B, 1, HQ)], dim=1)
+            if t < first_query:
+                continue
+            query = q[:, t - first_query].to(dtype)
             first = 0 if window is None else max(0, t + 1 - lo - window)
-            logits = scale * torch.einsum("bhk,bjhk->bjh", q[:, t].to(dtype), keys[:, first:])
+            logits = scale * torch.einsum("bhk,bjhk->bjh", query, keys[:, first:])
             logits = logits + decay[:, first:]
             if sinks is not None:
                 # A sink takes part in the softmax and has no value.
                 logits = torch.cat([logits, sinks.to(dtype).expand(B, 1, HQ)], dim=1)
             attention = logits.softmax(dim=1)[:, : t + 1 - lo - first]
             outputs.append(torch.einsum("bjh,bjhv->bhv", attention, values[:, lo + first : t + 1]))
-    o = torch.stack(outputs, dim=1) if outputs else values.new_zeros(B, 0, HQ, v.shape[-1])
+    o = torch.stack(outputs, dim=1) if outputs else values[:, :0]
     return o.to(v.dtype)

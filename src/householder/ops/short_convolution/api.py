@@ -78,7 +78,7 @@ def short_convolution(
         _checks.check_shape(op, "history", history, "[B, W − 1, D]", shape)
     position = None
     if cu_seqlens is not None:
-        _checks.check_cu_seqlens(op, cu_seqlens, B, T)
+        _checks.check_cu_seqlens(op, cu_seqlens, x)
         if history is not None:
             raise ValueError(
                 f"{op}: `history` must be None with `cu_seqlens`, got both; put what came before a "
@@ -152,5 +152,5 @@ def _positions(cu_seqlens: Tensor, T: int) -> Tensor:
     token = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
     # Not in cu_seqlens[1:]: compiled for a GPU by PyTorch 2.11, a slice is searched from where its
     # tensor begins, and sequences would see one another.
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
     return token - cu_seqlens[sequence]

@@ -255,6 +255,7 @@ def activate(
     log_gate = empty(gate, B, T, HV)
     if norm:
         q, k = addressable(q), addressable(k)
+    A_log, dt_bias = (x if x is None else x.contiguous() for x in (A_log, dt_bias))
     tiles = make_tiles(B, T, HV, K)
     q_tiles = B * -(-T * H // tiles.rows) if norm else 0
     k_tiles = B * -(-T * N * H // tiles.rows) if norm else 0
@@ -301,7 +302,9 @@ def activate_backward(
     B, T, N, HV = beta.shape
     K = 16 if dq is None and dk is None else (q if dk is None else k).shape[-1]
     gate = dg is not None and g is not None and A_log is not None
-    dq, dk, dbeta, dg = (x if x is None else x.contiguous() for x in (dq, dk, dbeta, dg))
+    dq, dk, dbeta, dg, A_log, dt_bias = (
+        x if x is None else x.contiguous() for x in (dq, dk, dbeta, dg, A_log, dt_bias)
+    )
     dq_out, dk_out = empty_like(q, dq is not None), empty_like(k, dk is not None)
     dbeta_out = empty_like(beta, dbeta is not None)
     da = empty_like(g, gate) if g is not None else beta.new_empty(0)

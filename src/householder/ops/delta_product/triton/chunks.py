@@ -398,7 +398,7 @@ def make_problem(
     chunk_sequence = first_chunk = None
     if cu_seqlens is not None:
         C = plan.sizes["C"]
-        cu_seqlens = cu_seqlens.to(torch.int32)
+        cu_seqlens = cu_seqlens.contiguous()
         first_chunk = torch.zeros_like(cu_seqlens)
         torch.cumsum((cu_seqlens.diff() + (C - 1)) // C, 0, dtype=torch.int32, out=first_chunk[1:])
         numbers = torch.arange(plan.num_chunks, device=v.device, dtype=torch.int32)

@@ -120,6 +120,9 @@ def gradient_kernel(
     p_dv = dv + (first_row * N * HV + i_h) * V
     o_krows = row_offsets(R, N, k_t, k_n)
     o_vrows = o_r * HV * V
+    # From 32-bit offsets of queries ptxas 12.8 (Triton 3.6's) makes the upper half of an address
+    # out of a register that holds the lower half by then: in float16, 64 columns, with gates.
+    o_qrows = o_c.to(tl.int64) * q_t
     p_table = table + i_ch * (6 * R if GATED else R)
     b_beta = tl.load(p_table + BETA * R + o_r)
 
@@ -167,7 +170,7 @@ def gradient_kernel(
     if GATED:
         b_at *= scale * pair_decay(p_table, query[None, :], o_r[:, None], seen, R)
         b_dg += crossing_to_queries(
-            p_k, o_krows, m_r, p_q, o_c * q_t, m_c, b_at, N, K, R, BC, PRECISION, BK
+            p_k, o_krows, m_r, p_q, o_qrows, m_c, b_at, N, K, R, BC, PRECISION, BK
         )
     else:
         b_at *= scale
@@ -182,7 +185,7 @@ def gradient_kernel(
             b_s = load_tile(states + i_ch * K * V, o_v * K, o_v < V, i_k * BK, K, BK)
             b_k = load_tile(p_k, o_krows, m_r, i_k * BK, K, BK)
         b_ds = load_tile(dstates + i_ch * K * V, o_v * K, o_v < V, i_k * BK, K, BK)
-        b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k * BK, K, BK), PRECISION)
+        b_q = cast_operand(load_tile(p_q, o_qrows, m_c, i_k * BK, K, BK), PRECISION)
         k_rows = b_k.to(tl.float32)
         b_kh = cast_operand(b_k, PRECISION)
 
@@ -206,7 +209,7 @@ def gradient_kernel(
             b_dk *= tl.load(p_table + FROM_START * R + o_r)[:, None]
             b_read += tl.sum(b_dk * k_rows, axis=1)
             b_dq *= tl.load(p_table + TOKEN_FROM_START * R + o_c)[None, :]
-            q_columns = load_tile_t(p_q, o_c * q_t, m_c, i_k * BK, K, BK).to(tl.float32)
+            q_columns = load_tile_t(p_q, o_qrows, m_c, i_k * BK, K, BK).to(tl.float32)
             b_asked += tl.sum(q_columns * b_dq, axis=0)
         b_dq = dot_add(tl.trans(b_kh), b_at, b_dq, PRECISION)
         store_tile_t(p_dq, o_c * HV * K, m_c, i_k * BK, b_dq, K, BK)

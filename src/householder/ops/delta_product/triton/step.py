@@ -96,6 +96,7 @@ def step(
     """
     B, _, HV, V = v.shape
     o = v.new_empty(B, HV, V)
+    A_log, dt_bias = (x if x is None else x.contiguous() for x in (A_log, dt_bias))
     new_state = state if inplace else state.new_empty(state.shape)
     if B:
         key = (

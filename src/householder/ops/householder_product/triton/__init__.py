@@ -80,7 +80,7 @@ def forward(
     Returns:
         y `[G, M, D]` and, if asked for, what is saved, each as in `saved_shapes`.
     """
-    k = addressable(k)
+    k, beta = addressable(k), None if beta is None else addressable(beta)
     if x is not None and is_fused(True, k.shape[1]):
         precision = dot_precision(k)
         x = addressable(x)

@@ -18,13 +18,15 @@ when they are 64 more than a roll-back may take away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from householder.ops._checks import check_scale
 from householder.ops._dispatch import without_autocast
 from householder.ops.path_attention.api import check_inputs, path_attention
 from householder.ops.path_attention.cache.records import BLOCK, Group, Options, Tokens
@@ -36,6 +38,9 @@ BOUND_STEP = 1024
 
 class PathCache:
     """Hold the tokens so far of a batch of sequences, for decoding with `path_attention`.
+
+    `append` takes new tokens and returns what `path_attention` would over all of them. There are no
+    gradients.
 
     Args:
         batch_size: B. The sequences may have different lengths.
@@ -154,6 +159,8 @@ class PathCache:
                 call.
             TypeError: an argument has the wrong type, or is not real floating point.
             NotImplementedError: a tensor requires a gradient: decoding has none.
+            RuntimeError: a CUDA graph is captured, and there is no room, or no append before it that
+                was not captured: see `reserve`.
         """
         check_inputs("PathCache.append", q, k, v, w, beta, g, sinks, window, None)
         tensors = [x for x in (q, k, v, w, beta, g, sinks) if x is not None]
@@ -164,7 +171,7 @@ class PathCache:
             )
         new = self._check_lengths(q, lengths)
         tokens = Tokens(q, k, v, w, beta, g)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = check_scale("PathCache.append", scale, q.shape[-1])
         options = Options(scale, sinks, window)
         if self._store is None:
             self._store = Store(tokens, options, self.max_rollback)
@@ -231,21 +238,14 @@ class PathCache:
             TypeError: a number is no int.
             ValueError: that many cannot be taken back.
         """
-        if isinstance(num_tokens, Iterable):
-            counts = list(num_tokens)
-        else:
+        if isinstance(num_tokens, int) and not isinstance(num_tokens, bool):
             counts = [num_tokens] * self.batch_size
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
-            raise TypeError(
-                "PathCache.rollback: `num_tokens` must be an int or one for each sequence, got "
-                f"{num_tokens!r}; give counts"
-            )
-        if len(counts) != self.batch_size or any(
-            not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=False)
-        ):
+        else:
+            counts = self._check_counts("rollback", "num_tokens", num_tokens)
+        if any(not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=True)):
             raise ValueError(
                 f"PathCache.rollback: `num_tokens` must be from 0 to {self._rollback} for each "
-                f"sequence, got {num_tokens}; give the cache a larger max_rollback"
+                f"sequence, got {counts}; give the cache a larger max_rollback"
             )
         self._recent = [recent - n for recent, n in zip(self._recent, counts, strict=True)]
         self._counts_known = False
@@ -289,13 +289,29 @@ class PathCache:
             )
         if lengths is None:
             return [T] * B
-        new = [int(n) for n in lengths]
-        if len(new) != B or any(not 0 <= n <= T for n in new):
+        new = self._check_counts("append", "lengths", lengths)
+        if any(not 0 <= n <= T for n in new):
             raise ValueError(
                 f"PathCache.append: `lengths` must be {B} numbers from 0 to T = {T}, got {new}; "
                 "fill shorter rows up behind"
             )
         return new
+
+    def _check_counts(self, method: str, name: str, counts: Any) -> list[int]:
+        """Return a whole number for each sequence; a tensor's are read."""
+        try:
+            checked = [index(n) for n in counts]
+        except TypeError:
+            raise TypeError(
+                f"PathCache.{method}: `{name}` must be an int for each sequence, got {counts!r}; "
+                f"give {self.batch_size} whole numbers"
+            ) from None
+        if len(checked) != self.batch_size:
+            raise ValueError(
+                f"PathCache.{method}: `{name}` must be {self.batch_size} numbers, one for each "
+                f"sequence, got {checked}; give as many"
+            )
+        return checked
 
     def _groups(self, new: list[int]) -> Iterator[Group]:
         row = 0
@@ -366,7 +382,9 @@ class PathCache:
             self._tell_counts(q.device)
         assert self._counts is not None
         same = min(new) == q.shape[1]
-        appended = None if same else torch.tensor(new, dtype=torch.int32, device=q.device)
+        appended = None
+        if not same:
+            appended = torch.tensor(new, dtype=torch.int32).to(q.device, non_blocking=True)
         # In steps: so a call's launches are those of the call before.
         bound = min(store.room(), -(-max(self._old) // BOUND_STEP) * BOUND_STEP)
         o = store.decode(tokens, options, self._counts, appended, bound)
@@ -389,12 +407,15 @@ class PathCache:
         return store.decode(tokens, options, self._counts, None, store.room())
 
     def _tell_counts(self, device: torch.device) -> None:
-        """Bring the device's counts up to date, where they are."""
+        """Bring the device's counts up to date, where they are.
+
+        CUDA has copied what is not pinned by the time it returns: there is nothing to wait for.
+        """
         counts = torch.tensor([self._old, self._recent], dtype=torch.int32)
         if self._counts is None:
-            self._counts = counts.to(device)
+            self._counts = counts.to(device, non_blocking=True)
         else:
-            self._counts.copy_(counts)
+            self._counts.copy_(counts, non_blocking=True)
         self._counts_known = True
 
     def _count(self, store: Store, new: list[int]) -> None:

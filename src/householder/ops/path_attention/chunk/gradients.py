@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from householder.ops._dispatch import contiguous_like, without_autocast
-from householder.ops.path_attention.chunk.portions import make_problem
+from householder.ops.path_attention.chunk.portions import cut, load
 from householder.ops.path_attention.chunk.tree import (
     Chunks,
     Heads,
@@ -23,50 +23,39 @@ from householder.ops.path_attention.chunk.tree import (
     rectangle,
     tiles,
 )
+from householder.ops.path_attention.inputs import Inputs
 
 
 @without_autocast
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
+    do: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
-    p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    dq, dk, dv, dw, dbeta = (contiguous_like(x) for x in p[:5])
-    dg = None if p.g is None else contiguous_like(p.g)
-    dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=p.dtype)
-    lse = lse.unsqueeze(-1)
-    for portion in p.portions():
-        o_rows, lse_rows, do_rows = (portion.gather(x, p.dtype, p.group) for x in (o, lse, do))
-        grads = attend_backward(p.load(portion), o_rows, lse_rows, do_rows)
-        portion.scatter(grads.q.mul_(scale), dq, p.group)
-        for rows, out in zip(grads[1:5], (dk, dv, dw, dbeta), strict=True):
+    """Return the gradients of q, k, v, w, beta, g and sinks.
+
+    `inputs` are those of `Inputs`, and then what `forward` returned for them.
+    """
+    *given, o, lse = inputs
+    x = Inputs(*given)
+    dq, dk, dv, dw, dbeta = (contiguous_like(y) for y in x[:5])
+    dg = None if x.g is None else contiguous_like(x.g)
+    dsinks = None if x.sinks is None else torch.zeros_like(x.sinks, dtype=x.dtype)
+    for portion in cut(x):
+        o_rows, lse_rows, do_rows = (
+            portion.gather(y, x.dtype, x.group, x.first_query) for y in (o, lse.unsqueeze(-1), do)
+        )
+        grads = attend_backward(load(x, portion), o_rows, lse_rows, do_rows)
+        portion.scatter(grads.q.mul_(x.scale), dq, x.group, x.first_query)
+        for rows, out in zip(grads[1:5], (dk, dv, dw, dbeta.unsqueeze(-1)), strict=True):
             portion.scatter(rows, out, 1)
         if dg is not None and grads.g is not None:
-            portion.scatter(grads.g.reshape(-1, portion.length * p.group, 1), dg, p.group)
+            rows = grads.g.reshape(-1, portion.length * x.group, 1)
+            portion.scatter(rows, dg.unsqueeze(-1), x.group)
         if dsinks is not None and grads.sinks is not None:
-            by_head = dsinks.view(-1, p.group)[portion.heads]
+            by_head = dsinks.view(-1, x.group)[portion.heads]
             by_head += grads.sinks.view(-1, *by_head.shape).sum(0)
-    return (
-        dq,
-        dk,
-        dv,
-        dw,
-        dbeta.squeeze(-1),
-        None if dg is None else dg.squeeze(-1),
-        None if dsinks is None or sinks is None else dsinks.to(sinks.dtype),
-    )
+    if dsinks is not None and x.sinks is not None:
+        dsinks = dsinks.to(x.sinks.dtype)
+    return dq, dk, dv, dw, dbeta, dg, dsinks
 
 
 class Gradients(NamedTuple):
@@ -102,7 +91,7 @@ def attend_backward(x: Heads, o: Tensor, lse: Tensor, do: Tensor) -> Gradients:
     q, k = chunks.queries_at_start().view_as(x.q), chunks.keys_at_end().view_as(x.k)
     f = chunks.products().view(b, -1, K, K)
     climbed: list[tuple[list[Pairs], list[Tensor], list[Tensor], Tensor]] = []
-    for pairs in levels(L, C):
+    for pairs in levels(L, C, x.first_query):
         q_right = [pair.split(q, G)[1].clone() for pair in pairs]
         k_left = [pair.split(k)[0].clone() for pair in pairs]
         climbed.append((pairs, q_right, k_left, f))
@@ -115,6 +104,8 @@ def attend_backward(x: Heads, o: Tensor, lse: Tensor, do: Tensor) -> Gradients:
         if 2 * pairs[0].left < L:
             df = part(pairs, x, dq, dk, df, q_right, k_left, f)
         for pair, q_pair, k_pair in zip(pairs, q_right, k_left, strict=True):
+            if not pair.has_queries(x.first_query):
+                continue
             rectangle_backward(
                 pair, x, q_pair.flatten(0, 1), k_pair.flatten(0, 1), lse, do, delta, dq, dk, dv, dg
             )
@@ -161,16 +152,19 @@ def part(
     for pair, q_pair, k_pair in zip(pairs, q_right, k_left, strict=True):
         f_left, f_right = pair.split_products(f)
         df_left, df_right = pair.split_products(parted)
-        dq_right = pair.split(dq, G)[1]
-        df_left += q_pair.mT @ dq_right
-        dq_right.copy_(dq_right @ f_left.mT)
+        if pair.has_queries(x.first_query):
+            dq_right = pair.split(dq, G)[1]
+            df_left += q_pair.mT @ dq_right
+            dq_right.copy_(dq_right @ f_left.mT)
         if pair.right == pair.left:
             dk_left = pair.split(dk)[0]
             df_right += dk_left.mT @ k_pair
             dk_left.copy_(dk_left @ f_right)
             if df is not None:
-                df_left += f_right.mT @ df
-                df_right += df @ f_left.mT
+                at = pair.first // (2 * pair.left)
+                df_joined = df[:, at : at + pair.p]
+                df_left += f_right.mT @ df_joined
+                df_right += df_joined @ f_left.mT
     return parted
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from householder.ops._dispatch import without_autocast
-from householder.ops.path_attention.chunk.portions import make_problem
+from householder.ops.path_attention.chunk.portions import cut, load
 from householder.ops.path_attention.chunk.tree import (
     Heads,
     chunk_tokens,
@@ -20,6 +20,7 @@ from householder.ops.path_attention.chunk.tree import (
     rectangle,
     tiles,
 )
+from householder.ops.path_attention.inputs import Inputs
 
 
 class Softmax(NamedTuple):
@@ -75,8 +76,10 @@ def climb(x: Heads, to_start: bool = False) -> tuple[Softmax, Tensor]:
 
     q, k = chunks.queries_at_start().view_as(x.q), chunks.keys_at_end().view_as(x.k)
     f = chunks.products().view(b, -1, K, K)
-    for pairs in levels(L, C):
+    for pairs in levels(L, C, x.first_query):
         for pair in pairs:
+            if not pair.has_queries(x.first_query):
+                continue
             q_right = pair.split(q, G)[1].flatten(0, 1)
             k_left, v_left = (pair.split(y)[0].flatten(0, 1) for y in (k, x.v))
             carried = [pair.split(y, G)[1] for y in softmax]
@@ -101,31 +104,20 @@ def attend(x: Heads) -> tuple[Tensor, Tensor]:
 
 
 @without_autocast
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attend; arguments as in the public `path_attention`.
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Attend; `inputs` are those of `Inputs`.
 
     Returns:
         o `[B, T, HQ, V]` and the logarithms of the softmax's denominators `[B, T, HQ]`, both in the
         dtype of the computation: `backward` subtracts what o says from the gradient, and o rounded
         to half precision would say it less exactly.
     """
-    p = make_problem(q, k, v, w, beta, g, sinks, scale, window, cu_seqlens)
-    B, T, HQ, _ = q.shape
-    o = v.new_empty(B, T, HQ, v.shape[-1], dtype=p.dtype)
-    lse = v.new_empty(B, T, HQ, 1, dtype=p.dtype)
-    for portion in p.portions():
-        o_rows, lse_rows = attend(p.load(portion))
-        portion.scatter(o_rows, o, p.group)
-        portion.scatter(lse_rows, lse, p.group)
+    x = Inputs(*inputs)
+    B, T, HQ, _ = x.q.shape
+    o = x.v.new_empty(B, T, HQ, x.v.shape[-1], dtype=x.dtype)
+    lse = x.v.new_empty(B, T, HQ, 1, dtype=x.dtype)
+    for portion in cut(x):
+        o_rows, lse_rows = attend(load(x, portion))
+        portion.scatter(o_rows, o, x.group, x.first_query)
+        portion.scatter(lse_rows, lse, x.group, x.first_query)
     return o, lse.squeeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Heads(NamedTuple):
 
     G query heads share a key head; the rows of token t are t·G … t·G + G − 1. The number of tokens
     L is a multiple of C. What fills a sequence up lies behind all its tokens, where no query of
-    theirs looks.
+    theirs looks. Before token `first_query` nobody asks: there q is zero.
     """
 
     q: Tensor  # [b, L·G, K], scaled
@@ -45,6 +46,7 @@ class Heads(NamedTuple):
     g: Tensor | None  # [b, L, G], float64
     sinks: Tensor | None  # [b, G]
     window: int | None
+    first_query: int = 0
 
     @property
     def group(self) -> int:
@@ -135,13 +137,28 @@ class Pairs(NamedTuple):
         of_pairs = f[:, at : at + 2 * self.p]
         return of_pairs[:, ::2], of_pairs[:, 1::2]
 
+    def first_row(self, first_query: int) -> int:
+        """Return the first row of the right blocks that has a query; `right` if none has one.
 
-def levels(L: int, C: int) -> Iterator[list[Pairs]]:
-    """Yield the pairs that join at each level of the tree over L tokens, the smallest first."""
+        Of pairs from `levels`: all of them have queries, or none has, or there is one.
+        """
+        return min(max(0, first_query - self.first - self.left), self.right)
+
+    def has_queries(self, first_query: int) -> bool:
+        return self.first_row(first_query) < self.right
+
+
+def levels(L: int, C: int, first_query: int = 0) -> Iterator[list[Pairs]]:
+    """Yield the pairs that join at each level of the tree over L tokens, the smallest first.
+
+    Pairs wholly before the first query, the one that it lies in, and those after it are apart.
+    """
     n = C
     while n < L:
         full, rest = divmod(L, 2 * n)
-        pairs = [Pairs(0, full, n, n)] if full else []
+        before, up_to = first_query // (2 * n), -(-first_query // (2 * n))
+        bounds = sorted({0, min(before, full), min(up_to, full), full})
+        pairs = [Pairs(i * 2 * n, j - i, n, n) for i, j in pairwise(bounds)]
         if rest > n:
             pairs.append(Pairs(full * 2 * n, 1, n, rest - n))
         yield pairs
@@ -157,13 +174,13 @@ class Tile(NamedTuple):
 
 
 def tiles(pairs: Pairs, x: Heads) -> Iterator[Tile]:
-    """Cut the rectangles of all pairs alike, leaving out what no window shows."""
+    """Cut the rectangles of all pairs alike, leaving out what no query or window shows."""
     window = math.inf if x.window is None else x.window
     budget = TILE_ELEMENTS["cuda" if x.q.is_cuda else "cpu"]
     width = min(pairs.left, MAX_TILE_COLUMNS)
     height = max(MIN_TILE_ROWS, budget // (x.q.shape[0] * pairs.p * x.group * width))
     end = int(min(pairs.right, window - 1))
-    for top in range(0, end, height):
+    for top in range(pairs.first_row(x.first_query), end, height):
         bottom = min(end, top + height)
         # Row r and column c are left + r − c tokens apart.
         first = int(max(0, pairs.left + top + 1 - window))
@@ -230,13 +247,14 @@ def diagonal(chunks: Chunks, x: Heads) -> Tensor:
 def join(pairs: list[Pairs], x: Heads, q: Tensor, k: Tensor, f: Tensor) -> Tensor:
     """Bring Q← and K→, in place, to the bounds of the joined blocks, and return their products."""
     G = x.group
-    joined = f[:, :0]
+    joined = [f[:, :0]]
     for pair in pairs:
         f_left, f_right = pair.split_products(f)
-        q_right = pair.split(q, G)[1]
-        q_right.copy_(q_right @ f_left)
+        if pair.has_queries(x.first_query):
+            q_right = pair.split(q, G)[1]
+            q_right.copy_(q_right @ f_left)
         if pair.right == pair.left:
             k_left = pair.split(k)[0]
             k_left.copy_(k_left @ f_right.mT)
-            joined = f_right @ f_left
-    return joined
+            joined.append(f_right @ f_left)
+    return torch.cat(joined, dim=1) if len(joined) > 2 else joined[-1]

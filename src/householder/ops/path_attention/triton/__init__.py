@@ -1,6 +1,5 @@
 """`path_attention` as Triton kernels."""
 
-from householder.ops.path_attention.triton.attend import forward
-from householder.ops.path_attention.triton.gradients import backward
+from householder.ops.path_attention.triton.portions import backward, forward
 
 __all__ = ["backward", "forward"]

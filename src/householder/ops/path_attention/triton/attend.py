@@ -7,7 +7,6 @@ are all tokens before it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -26,20 +25,22 @@ from householder.ops._triton import (
     on_its_device,
     store_tile,
 )
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.problem import (
     LN_2,
     LOG2_E,
     PLACES,
     SIZES,
+    arrange,
     block_slot,
     kind_of_call,
     locate_program,
     locate_tile,
     lowest_bit,
     make_problem,
-    number_tiles,
     strides,
+    take_behind,
 )
 from householder.ops.path_attention.triton.tree import build_tree_and_begin, multiply_rows
 
@@ -84,7 +85,7 @@ def attend_keys(
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(
     q_levels, k_levels, f, v, decay, sinks, o, lse,
-    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, H,
+    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, H, first_query,
     v_b, v_h, v_t: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -109,6 +110,9 @@ def attend_kernel(
     token = chunk * 64
     if token >= length:
         return
+    if first_query is not None:  # noqa: SIM102 - a constant of the kernel, and a number
+        if token + 64 <= first_query:
+            return
     batch = tl.cast(batch, tl.int64)
     first = tl.cast(first, tl.int64)
     num_rows = tl.cast(num_tiles, tl.int64) * 128
@@ -193,40 +197,23 @@ def attend_kernel(
 
 
 @on_its_device
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attend; arguments as in the public `path_attention`.
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Attend; `inputs` are those of `Inputs`.
 
     Returns:
         o `[B, T, HQ, V]` in v's dtype, and the logarithms of the softmax's denominators
         `[B, T, HQ]` in float32.
     """
-    packing = number_tiles(cu_seqlens, q.shape[1])
-    return _attend(q, k, v, w, beta, g, sinks, scale, window, *packing)
-
-
-def _kind(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tensor | None,
-    sinks: Tensor | None, scale: float, window: int | None, cu_seqlens: Tensor | None, *_: Any,
-) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+    x = Inputs(*inputs)
+    o, lse = _attend(*arrange(x))
+    return take_behind(x.first_query, o), take_behind(x.first_query, lse)
 
 
 @recorded
-@compiled_together(_kind)
-def _attend(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """Do what `forward` does, for a batch whose tiles are numbered."""
-    p = make_problem(*inputs)
+@compiled_together(kind_of_call)
+def _attend(*arranged: Any) -> tuple[Tensor, Tensor]:
+    """Do what `forward` does, for what has been arranged for the kernels."""
+    p = make_problem(*arranged)
     B, T, HQ, K = p.q.shape
     H, V = p.v.shape[2:]
     o = room((B, T, HQ, V), p.v.dtype, p.v.device)
@@ -241,7 +228,7 @@ def _attend(*inputs: Any) -> tuple[Tensor, Tensor]:
         launch(
             attend_kernel, (p.chunks * HQ,),
             tree.q, tree.k, tree.f, p.v, tree.decay, p.sinks, o, lse, *p.packing, p.window, T,
-            p.num_tiles, H, **strides("v", p.v), **p.constants,
+            p.num_tiles, H, p.first_query, **strides("v", p.v), **p.constants,
             **p.value_constants, WINDOWED=p.window is not None, BN=columns, **parameters.options,
         )  # fmt: skip
     return o, lse

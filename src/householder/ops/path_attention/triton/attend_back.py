@@ -64,7 +64,7 @@ def pass_product(
 @triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     q_levels, k_levels, v, do, lse, delta, decay, f, dq_levels, dq, sums,
-    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H,
+    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H, first_query,
     v_b, v_h, do_b, do_h, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -134,6 +134,9 @@ def query_kernel(
                 # The first key that a row of this tile sees.
                 seen = tl.maximum(token, stop) + 1 - window
                 start = tl.maximum(start, seen // BN * BN)
+            if first_query is not None:
+                # Rows that ask nothing have zeros as gradients, which are written.
+                start = tl.where(token + BM <= first_query, stop, start)
             p_k = k_levels + ((level.to(tl.int64) * H + i_h) * num_rows + sequence) * K
             for key in range(start, stop, BN):
                 at = tl.cast(key, tl.int64)
@@ -162,7 +165,7 @@ def query_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     q_levels, k_levels, v, do, lse, delta, decay, f, dk_levels, dk, dv, sums,
-    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H,
+    cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, num_levels, H, first_query,
     v_b, v_h, do_b, do_h, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -231,6 +234,8 @@ def key_kernel(
             if WINDOWED:
                 # Behind the last row that sees a key of this tile.
                 stop = tl.minimum(stop, tl.minimum(token + BN, start) - 1 + window)
+            if first_query is not None:
+                start = tl.maximum(start, first_query // 64 * 64)
             for i in range(GROUP):
                 i_hq = i_h * GROUP + i
                 of_rows = (of_level * HQ + i_hq) * num_rows + sequence

@@ -111,8 +111,8 @@ def sum_rows(
 @triton.jit
 def sum_block(
     q_levels, k_levels, dq_levels, dk_levels, i_h, sequence, num_chunks, level, block, H,
-    num_rows, start, GROUP: tl.constexpr, K: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    num_rows, start, first_query, GROUP: tl.constexpr, K: tl.constexpr, BP: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return rows `start …` of a block's dF, `[BP, BK]`, without what comes from above."""
     b_df = tl.zeros((BP, BK), tl.float32)
@@ -121,6 +121,11 @@ def sum_block(
         # A left block: the queries of the right one have passed it.
         first = (block + 1) << level
         num = tl.minimum(num_chunks - first, 1 << level)
+        if first_query is not None:
+            # Tiles that ask nothing have no gradients here.
+            skipped = tl.maximum(first_query // 128 * 2 - first, 0)
+            first += skipped
+            num -= skipped
         for i in range(GROUP):
             of_head = ((of_level * H + i_h) * GROUP + i) * num_rows + sequence
             b_df = sum_rows(
@@ -139,7 +144,7 @@ def sum_block(
 @triton.jit(do_not_specialize=SIZES)
 def sum_kernel(
     q_levels, k_levels, dq_levels, dk_levels, df, cu_seqlens, tile_sequence, first_tile,
-    T, num_tiles, num_levels, H, rows_of_batch, GROUP: tl.constexpr, K: tl.constexpr,
+    T, num_tiles, num_levels, H, rows_of_batch, first_query, GROUP: tl.constexpr, K: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write rows `[BP]` of the sums of one block of a level ≥ 1 and one key head."""
@@ -171,7 +176,7 @@ def sum_kernel(
     num_rows = tl.cast(num_tiles, tl.int64) * 128
     b_df = sum_block(
         q_levels, k_levels, dq_levels, dk_levels, i_h, tl.cast(tile, tl.int64) * 128, num_chunks,
-        level, block, H, num_rows, start, GROUP, K, BP, BK, PRECISION,
+        level, block, H, num_rows, start, first_query, GROUP, K, BP, BK, PRECISION,
     )  # fmt: skip
     slot = (block_slot(2 * tile, level, block) // 2).to(tl.int64)
     o_p = start + tl.arange(0, BP)
@@ -224,7 +229,7 @@ def descend_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def leaf_kernel(
     q_levels, k_levels, dq_levels, dk_levels, w, f, df, wdf, wdft, cu_seqlens, tile_sequence,
-    first_tile, T, num_tiles, H, w_b, w_h, w_t: tl.constexpr, GROUP: tl.constexpr,
+    first_tile, T, num_tiles, H, first_query, w_b, w_h, w_t: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +260,7 @@ def leaf_kernel(
     for start in range(0, K, BP):
         b_df = sum_block(
             q_levels, k_levels, dq_levels, dk_levels, i_h, sequence, num_chunks, 0, chunk, H,
-            num_rows, start, GROUP, K, BP, BK, PRECISION,
+            num_rows, start, first_query, GROUP, K, BP, BK, PRECISION,
         )  # fmt: skip
         if (above > 0) & (above < (num_chunks - 1) // 2):
             if chunk % 2 == 0:

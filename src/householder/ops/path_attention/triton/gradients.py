@@ -7,6 +7,7 @@ the chunks (`chunk_back.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from householder.ops._triton import (
     launch,
     on_its_device,
 )
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.attend_back import key_kernel, query_kernel
 from householder.ops.path_attention.triton.chunk_back import (
@@ -39,11 +41,13 @@ from householder.ops.path_attention.triton.descend import (
 from householder.ops.path_attention.triton.gates_back import gate_kernel, totals_kernel
 from householder.ops.path_attention.triton.problem import (
     Problem,
+    arrange,
     has_near_heads,
     kind_of_call,
     make_problem,
-    number_tiles,
+    put_behind,
     strides,
+    take_behind,
 )
 from householder.ops.path_attention.triton.tree import Tree, build_tree
 
@@ -115,7 +119,7 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
         "WINDOWED": p.window is not None, "PRECISION": config.gradient_precision(p.precision),
     }  # fmt: skip
     rows_read = tree.q, tree.k, p.v, do, rows.lse, rows.delta, tree.decay, tree.f
-    others = *p.packing, p.window, T, p.num_tiles, L, H
+    others = *p.packing, p.window, T, p.num_tiles, L, H, p.first_query
     tiles = config.query_tiles(K, V, p.precision)
     launch(
         query_kernel, (p.rows // tiles.rows * HQ,),
@@ -159,7 +163,8 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     if number:
         launch(
             sum_kernel, (number * H * pieces,),
-            *rows, df, *p.packing, T, p.num_tiles, L, H, B, GROUP=group, **constants(blocks),
+            *rows, df, *p.packing, T, p.num_tiles, L, H, B, p.first_query, GROUP=group,
+            **constants(blocks),
         )  # fmt: skip
     for level in range(L - 3, 0, -1):
         launch(
@@ -176,8 +181,8 @@ def descend(p: Problem, tree: Tree, x: Climbed) -> tuple[Tensor, Tensor]:
     blocks = config.leaf_blocks(K, p.precision)
     launch(
         leaf_kernel, (p.chunks * H,),
-        *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, w["w_b"], w["w_h"],
-        w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
+        *rows, p.w, tree.f, df, wdf, wdft, *p.packing, T, p.num_tiles, H, p.first_query, w["w_b"],
+        w["w_h"], w_t=w["w_t"], GROUP=group, BR=blocks.second, **constants(blocks),
     )  # fmt: skip
     return wdf, wdft
 
@@ -268,46 +273,36 @@ def finish_chunks(
 
 @on_its_device
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
+    do: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of q, k, v, w, beta, g and sinks, from what `forward` returned."""
-    packing = number_tiles(cu_seqlens, q.shape[1])
-    lse = lse.contiguous()
-    grads = _differentiate(do, o, lse, q, k, v, w, beta, g, sinks, scale, window, *packing)
+    """Return the gradients of q, k, v, w, beta, g and sinks.
+
+    `inputs` are those of `Inputs`, and then what `forward` returned for them.
+    """
+    *given, o, lse = inputs
+    x = Inputs(*given)
+    do, o = (put_behind(x.first_query, y) for y in (do, o))
+    # Rows that ask nothing attend to nothing.
+    lse = put_behind(x.first_query, lse.contiguous(), math.inf)
+    dq, dk, dv, dw, dbeta, dg, by_row = _differentiate(do, o, lse, *arrange(x))
     dsinks = None
-    if sinks is not None:
-        dsinks = torch.zeros_like(sinks) if grads[6] is None else grads[6].sum(1).to(sinks.dtype)
-    return *grads[:6], dsinks
+    if x.sinks is not None:
+        dsinks = torch.zeros_like(x.sinks) if by_row is None else by_row.sum(1).to(x.sinks.dtype)
+    return take_behind(x.first_query, dq), dk, dv, dw, dbeta, dg, dsinks
 
 
-def _kind(
-    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor,
-    g: Tensor | None, sinks: Tensor | None, scale: float, window: int | None,
-    cu_seqlens: Tensor | None, *_: Any,
-) -> Hashable:  # fmt: skip
-    return kind_of_call(q, k, v, w, g, sinks, window, cu_seqlens)
+def _kind(do: Tensor, o: Tensor, lse: Tensor, *arranged: Any) -> Hashable:
+    return kind_of_call(*arranged)
 
 
 @recorded
 @compiled_together(_kind)
 def _differentiate(
-    do: Tensor, o: Tensor, lse: Tensor, *inputs: Any
+    do: Tensor, o: Tensor, lse: Tensor, *arranged: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients, and in place of that of sinks what each row gives to it."""
-    p = make_problem(*inputs)
-    dq, dk, dv, dw, dbeta = (room_like(x) for x in inputs[:5])
+    p = make_problem(*arranged)
+    dq, dk, dv, dw, dbeta = (room_like(x) for x in arranged[:5])
     dg = None if p.g is None else room_like(p.g)
     if p.num_tiles == 0 or p.heads == 0:
         return dq, dk, dv, dw, dbeta, dg, None

@@ -234,7 +234,7 @@ def attend_rows(
 @gluon.jit(do_not_specialize=SIZES)
 def attend_kernel(
     queries, keys, values, products, outputs, sinks, o, lse, cu_seqlens, tile_sequence, first_tile,
-    T, num_tiles, H, v_h, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    T, num_tiles, H, first_query, v_h, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     PACKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Write o and log Σ exp of 128 query rows of one head; those of their chunks alone are there.
@@ -254,9 +254,12 @@ def attend_kernel(
     num_rows = num_tiles * 128
     token = (i_m - tile) * 128
     left = length - token
-    # Tiles behind the end of a packed batch have nothing to do.
+    # Tiles behind the end of a packed batch have nothing to do, nor have those that ask nothing.
     pair = gl.where(left > 0, i_m - tile, 0)
     odd = (left > 64).to(gl.int32)
+    if first_query is not None:
+        pair = gl.where(token + 128 <= first_query, 0, pair)
+        odd = gl.where(token + 128 <= first_query, 0, odd)
     of_token = (batch.to(gl.int64) * T + first + token) * HQ + i_hq
 
     s_q = gl.allocate_shared_memory(
@@ -326,6 +329,6 @@ def attend(p: Problem, q: Tensor, k: Tensor, f: Tensor, o: Tensor, lse: Tensor) 
         attend_kernel, (p.num_tiles * p.heads,),
         describe_rows(q, 64), describe_rows(k, 128), describe_tokens(p.v, 128),
         describe_rows(f, K), describe_tokens(o, 64), p.sinks, o, lse, *p.packing, T, p.num_tiles,
-        H, p.v.stride(2), GROUP=p.heads // H, K=K, V=V, PACKED=p.cu_seqlens is not None,
-        STAGES=config.hopper_attend_stages(K, V), num_warps=4,
+        H, p.first_query, p.v.stride(2), GROUP=p.heads // H, K=K, V=V,
+        PACKED=p.cu_seqlens is not None, STAGES=config.hopper_attend_stages(K, V), num_warps=4,
     )  # fmt: skip

@@ -55,7 +55,8 @@ def left_levels(pair, last):
 def copy_for_keys(
     queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f, s_lse, s_delta,
     k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ, H, num_rows, batch, first,
-    sequence, token, v_column, do_h, pair, last, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    sequence, token, v_column, do_h, pair, last, first_query, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy what the keys' groups need, in the order in which they need it."""
     K: gl.constexpr = s_q.shape[2]
@@ -85,6 +86,8 @@ def copy_for_keys(
             copy_product(products, p_f, level, right, s_f, f_full, f_empty, number)
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
+        if first_query is not None:
+            start = gl.maximum(start, first_query // 64)
         for i_g in range(GROUP):
             i_hq = i_h * GROUP + i_g
             q_row = (level * HQ + i_hq) * num_rows + sequence
@@ -111,8 +114,8 @@ def copy_for_keys(
 @gluon.jit
 def differentiate_rows(
     s_q, s_k, s_v, s_do, s_f, s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full, f_empty,
-    dk_levels, dk, dv, of_row, of_level, pair, last, WHO: gl.constexpr, GROUP: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr,
+    dk_levels, dk, dv, of_row, of_level, pair, last, first_query, WHO: gl.constexpr,
+    GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Write dK→ and dV of one chunk of the tile: the first, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
@@ -139,6 +142,8 @@ def differentiate_rows(
         mbarrier.wait(k_full, number & 1)
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
+        if first_query is not None:
+            start = gl.maximum(start, first_query // 64)
         for _ in range((stop - start) * GROUP):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
@@ -166,7 +171,10 @@ def differentiate_rows(
         if 2 * pair < last:
             # What is copied for the first chunk only is let go of by both.
             mbarrier.arrive(k_empty, count=1, pred=number > 0)
-            for _ in range(GROUP):
+            copied = GROUP
+            if first_query is not None:
+                copied = gl.where(2 * pair + 1 < first_query // 64, 0, GROUP)
+            for _ in range(copied):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(slot), count=1)
@@ -179,8 +187,8 @@ def differentiate_rows(
 @gluon.jit(do_not_specialize=SIZES)
 def key_kernel(
     queries, keys, values, outputs, products, lse, delta, dk_levels, dk, dv, cu_seqlens,
-    tile_sequence, first_tile, T, num_tiles, H, v_h, do_h, GROUP: gl.constexpr, K: gl.constexpr,
-    V: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
+    tile_sequence, first_tile, T, num_tiles, H, first_query, v_h, do_h, GROUP: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Write dK→ and dV of 128 keys of one head but for what their own chunks give."""
     half: gl.constexpr = queries.dtype
@@ -227,7 +235,7 @@ def key_kernel(
                 (
                     s_q, s_k.index(0), s_v.index(0), s_do, s_f, s_lse, s_delta, k_full.index(0),
                     k_empty, v_full.index(0), full, empty, f_full, f_empty, dk_levels, dk, dv,
-                    of_row, of_level, pair, last, 0, GROUP, K, V, STAGES,
+                    of_row, of_level, pair, last, first_query, 0, GROUP, K, V, STAGES,
                 ),
             ),
             (
@@ -235,7 +243,7 @@ def key_kernel(
                 (
                     s_q, s_k.index(1), s_v.index(1), s_do, s_f, s_lse, s_delta, k_full.index(1),
                     k_empty, v_full.index(1), full, empty, f_full, f_empty, dk_levels, dk, dv,
-                    of_row + 64, of_level, pair, last, 1, GROUP, K, V, STAGES,
+                    of_row + 64, of_level, pair, last, first_query, 1, GROUP, K, V, STAGES,
                 ),
             ),
             (
@@ -244,7 +252,7 @@ def key_kernel(
                     queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f,
                     s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ,
                     H, num_rows, batch, first, tile * 128, token, i_h * v_h, do_h, pair, last,
-                    GROUP, STAGES,
+                    first_query, GROUP, STAGES,
                 ),
             ),
         ],
@@ -264,7 +272,7 @@ def differentiate_keys(
         key_kernel, (p.num_tiles * H,),
         describe_rows(q, 64), describe_rows(k, 64), describe_tokens(p.v, 64),
         describe_tokens(do, 64), describe_rows(f, K), lse, delta, dk_levels, dk, dv, *p.packing, T,
-        p.num_tiles, H, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
+        p.num_tiles, H, p.first_query, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
         PACKED=p.cu_seqlens is not None, STAGES=config.hopper_key_stages(),
         num_warps=4,
     )  # fmt: skip

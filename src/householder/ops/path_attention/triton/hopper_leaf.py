@@ -30,8 +30,8 @@ from householder.ops.path_attention.triton.problem import SIZES, Problem
 @gluon.jit(do_not_specialize=SIZES)
 def leaf_kernel(
     levels, dlevels, w, f, df, wdf, wdft, cu_seqlens, tile_sequence, first_tile, T, num_tiles, H,
-    w_b, w_h, w_t: gl.constexpr, K: gl.constexpr, PACKED: gl.constexpr, NK: gl.constexpr,
-    WIDE: gl.constexpr,
+    first_query, w_b, w_h, w_t: gl.constexpr, K: gl.constexpr, PACKED: gl.constexpr,
+    NK: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Write W dF and W dFᵀ of one chunk and head, for chunks whose product has a gradient.
 
@@ -63,11 +63,15 @@ def leaf_kernel(
         p_above = df + slot * (K * K)
         p_beside = f + (i_h * (num_rows // 32) + 2 * other) * (K * K)
         p_w = w + batch.to(gl.int64) * w_b + (first + chunk * 64).to(gl.int64) * w_t + i_h * w_h
+        n_other = 64
+        if first_query is not None:
+            # Tiles that ask nothing have no gradients here.
+            n_other = gl.where(is_left & ((above + 1) * 128 <= first_query), 0, 64)
         passed = gl.where((above > 0) & (above < last // 2), K, 0)
         s = squares(W + NK, bf16)
         for c in gl.static_range(NK):
             copy_square(s.index(c), levels + p_other, 64, K, 64 * c, K)
-            copy_square(s.index(NK + c), dlevels + p_other, 64, K, 64 * c, K)
+            copy_square(s.index(NK + c), dlevels + p_other, n_other, K, 64 * c, K)
             if WIDE:
                 s.index(W + c).store(load_part(p_w, 64, w_t, 64 * c, K, load).to(bf16))
             else:
@@ -149,7 +153,7 @@ def finish_leaves(
     w_b, w_t, w_h = p.w.stride()[:3]
     launch(
         leaf_kernel, (p.chunks * H,),
-        levels, dlevels, p.w, f, df, wdf, wdft, *p.packing, p.q.shape[1], p.num_tiles, H, w_b, w_h,
-        w_t=w_t, K=K, PACKED=p.cu_seqlens is not None, NK=-(-K // 64),
+        levels, dlevels, p.w, f, df, wdf, wdft, *p.packing, p.q.shape[1], p.num_tiles, H,
+        p.first_query, w_b, w_h, w_t=w_t, K=K, PACKED=p.cu_seqlens is not None, NK=-(-K // 64),
         WIDE=p.w.dtype != p.k.dtype, num_warps=4,
     )  # fmt: skip

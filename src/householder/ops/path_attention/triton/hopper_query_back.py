@@ -163,8 +163,8 @@ def differentiate_rows(
 @gluon.jit(do_not_specialize=SIZES)
 def query_kernel(
     queries, keys, values, outputs, products, lse, delta, dq_levels, dq, cu_seqlens, tile_sequence,
-    first_tile, T, num_tiles, H, v_h, do_h, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    PACKED: gl.constexpr, STAGES: gl.constexpr,
+    first_tile, T, num_tiles, H, first_query, v_h, do_h, GROUP: gl.constexpr, K: gl.constexpr,
+    V: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Write dQ← of 128 query rows of one head."""
     half: gl.constexpr = queries.dtype
@@ -179,9 +179,13 @@ def query_kernel(
     num_rows = num_tiles * 128
     token = (i_m - tile) * 128
     left = length - token
-    # Tiles behind the end of a packed batch have nothing to do.
+    # Tiles behind the end of a packed batch have nothing to do, and zeros get those that ask
+    # nothing.
     pair = gl.where(left > 0, i_m - tile, 0)
     odd = (left > 64).to(gl.int32)
+    if first_query is not None:
+        pair = gl.where(token + 128 <= first_query, 0, pair)
+        odd = gl.where(token + 128 <= first_query, 0, odd)
     of_row = i_hq.to(gl.int64) * num_rows + i_m * 128
     of_level = HQ.to(gl.int64) * num_rows
 
@@ -247,6 +251,6 @@ def differentiate_queries(
         query_kernel, (p.num_tiles * p.heads,),
         describe_rows(q, 64), describe_rows(k, 128), describe_tokens(p.v, 128),
         describe_tokens(do, 64), describe_rows(f, K), lse, delta, dq_levels, dq, *p.packing, T,
-        p.num_tiles, H, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
+        p.num_tiles, H, p.first_query, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
         PACKED=p.cu_seqlens is not None, STAGES=2, num_warps=4,
     )  # fmt: skip

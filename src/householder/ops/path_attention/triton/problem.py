@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from householder.ops._triton import addressable, dot_precision, has_wide_rows, is_hopper
+from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton.config import (
     CHUNK_TOKENS,
     MOST_HOPPER_COLUMNS,
@@ -41,7 +42,7 @@ PLACES = tl.constexpr(256)
 # 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
 # number: T · H is such a multiple for some T, and words that grow would compile everything twice.
 SIZES = (
-    *("T", "window", "num_tiles", "num_levels", "level", "rows_of_batch"),
+    *("T", "window", "first_query", "num_tiles", "num_levels", "level", "rows_of_batch"),
     *("beta_b", "g_b", "lse_b", "dg_b"),
 )
 
@@ -144,7 +145,7 @@ def has_near_heads(x: Tensor) -> bool:
 class Problem(NamedTuple):
     """The op's inputs as the kernels read them, and what follows from their shapes."""
 
-    q: Tensor  # [B, T, HQ, K]
+    q: Tensor  # [B, T, HQ, K], zero before the first query
     k: Tensor  # [B, T, H, K]
     v: Tensor  # [B, T, H, V]
     w: Tensor  # [B, T, H, K]
@@ -156,6 +157,8 @@ class Problem(NamedTuple):
     cu_seqlens: Tensor | None
     tile_sequence: Tensor | None  # [num_tiles]: the sequence of each tile
     first_tile: Tensor | None  # [S + 1]: the first tile of each sequence
+    # Tokens before it ask nothing; None if all do. What is theirs alone may be left out.
+    first_query: int | None
     num_tiles: int
     num_levels: int
     precision: str  # of products of q, k and v: "bf16", "fp16" or "tf32x3"
@@ -264,7 +267,7 @@ def number_tiles(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, ...]
     S = cu_seqlens.shape[0] - 1
     # Every sequence may end in one tile that is not full.
     num_tiles = T // TILE_TOKENS + S
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = cu_seqlens.contiguous()
     first_tile = torch.zeros_like(cu_seqlens)
     tiles = (cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS
     torch.cumsum(tiles, 0, dtype=torch.int32, out=first_tile[1:])
@@ -273,57 +276,60 @@ def number_tiles(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, ...]
     return cu_seqlens, tile_sequence.clamp_(max=S - 1), first_tile
 
 
-def make_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    tile_sequence: Tensor | None = None,
-    first_tile: Tensor | None = None,
-) -> Problem:
-    """Bring the inputs, with what `number_tiles` made, to what the kernels can read."""
-    B, T = q.shape[:2]
+def put_behind(first_query: int, x: Tensor, fill: float = 0.0) -> Tensor:
+    """Put `first_query` tokens of one number before those of `x [B, T, HQ, …]`."""
+    if first_query == 0:
+        return x
+    last_dims = (0, 0) * (x.dim() - 2)
+    return torch.nn.functional.pad(x, (*last_dims, first_query, 0), value=fill)
+
+
+def take_behind(first_query: int, x: Tensor) -> Tensor:
+    """Undo `put_behind`."""
+    return x[:, first_query:].clone() if first_query else x
+
+
+def arrange(x: Inputs) -> tuple[Any, ...]:
+    """Return what `make_problem` gets: the inputs, queries for all tokens, tables of a packing."""
+    cu_seqlens, tile_sequence, first_tile = number_tiles(x.cu_seqlens, x.k.shape[1])
+    all_queries = put_behind(x.first_query, x.q)
+    return all_queries, *x[1:9], cu_seqlens, tile_sequence, first_tile, x.first_query or None
+
+
+def make_problem(*arranged: Any) -> Problem:
+    """Bring what `arrange` returned to what the kernels can read, without computing anything."""
+    *inputs, tile_sequence, first_tile, first_query = arranged
+    x = Inputs(*inputs)
+    B, T = x.q.shape[:2]
     num_tiles = B * -(-T // TILE_TOKENS) if tile_sequence is None else tile_sequence.shape[0]
     # float16 products in TF32, which `dot_precision` names, would double the time of attention.
     # Reflectors may be float32 beside half queries, keys and values, as the layer has them.
-    precision = dot_precision(q, k, v)
+    precision = dot_precision(x.q, x.k, x.v)
     return Problem(
-        q=addressable(q),
-        k=addressable(k),
-        v=addressable(v),
-        w=addressable(w),
+        q=addressable(x.q),
+        k=addressable(x.k),
+        v=addressable(x.v),
+        w=addressable(x.w),
         # A value per token: their last dimension is heads, whatever its stride.
-        beta=beta,
-        g=g,
-        sinks=None if sinks is None else sinks.contiguous(),
-        scale=scale,
-        window=window,
-        cu_seqlens=cu_seqlens,
+        beta=x.beta,
+        g=x.g,
+        sinks=None if x.sinks is None else x.sinks.contiguous(),
+        scale=x.scale,
+        window=x.window,
+        cu_seqlens=x.cu_seqlens,
         tile_sequence=tile_sequence,
         first_tile=first_tile,
+        first_query=first_query,
         num_tiles=num_tiles,
         num_levels=num_levels(T),
         precision="fp16" if precision == "tf32" else precision,
     )
 
 
-def kind_of_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    sinks: Tensor | None,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> Hashable:
+def kind_of_call(*arranged: Any) -> Hashable:
     """Return what the programs of a call depend on, whatever its batch and, in a deep tree, T."""
-    tensors = tuple((x.dtype, x.stride(1), x.shape[2:]) for x in (q, k, v, w))
-    absent = tuple(x is None for x in (g, sinks, window, cu_seqlens))
-    return q.device, tensors, absent, min(num_levels(q.shape[1]), 4)
+    *inputs, _, _, first_query = arranged
+    x = Inputs(*inputs)
+    tensors = tuple((y.dtype, y.stride(1), y.shape[2:]) for y in x[:4])
+    absent = tuple(y is None for y in (x.g, x.sinks, x.window, x.cu_seqlens, first_query))
+    return x.q.device, tensors, absent, min(num_levels(x.q.shape[1]), 4)

@@ -98,6 +98,8 @@ def decode(
         o `[B, N, HQ, V]` in v's dtype, zero where there is no token.
     """
     vectors = [with_vectors(x) for x in tokens[:4]]
+    if options.sinks is not None:
+        options = options._replace(sinks=options.sinks.contiguous())
     (o,) = _decode(num_tokens, counts, new, *vectors, *tokens[4:], *options, *held)
     return o
 
