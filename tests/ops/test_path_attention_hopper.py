@@ -27,6 +27,7 @@ from householder.ops.path_attention.triton import (  # noqa: E402 - it imports t
     hopper_leaf,
     hopper_prepare,
     hopper_query_back,
+    problem,
 )
 
 LOG2_E = math.log2(math.e)
@@ -134,6 +135,20 @@ def assert_close(actual, expected):
     """Compare where something is expected."""
     there = ~expected.isnan()
     assert (actual[there] - expected[there]).abs().max() < CLOSE * expected[there].abs().max()
+
+
+@pytest.mark.parametrize(("tiles", "sequences"), [(1, 1), (3, 7), (5, 40), (32, 6), (200, 3)])
+@pytest.mark.parametrize("places", [16, 128])
+def test_programs_work_on_every_tile_once_and_on_costly_ones_first(tiles, sequences, places):
+    find = problem.locate_program.fn
+    found = [find(i, tiles, sequences, places) for i in range(tiles * sequences)]
+    assert sorted(found) == [(s, t) for s in range(sequences) for t in range(tiles)]
+    for sequence in range(sequences):
+        of_sequence = [tile for s, tile in found if s == sequence]
+        assert of_sequence == sorted(of_sequence)
+    # Those that take turns are at the same tile, and fill the places once.
+    together = min(max(places // tiles, 1), sequences)
+    assert found[:together] == [(s, 0) for s in range(together)]
 
 
 @pytest.mark.parametrize("sizes", CASES)

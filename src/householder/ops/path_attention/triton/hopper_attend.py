@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from householder.ops._gluon import barrier, exp2
@@ -31,7 +30,6 @@ from householder.ops.path_attention.triton.hopper_roles import (
     describe_tokens,
     locate_tile,
     lowest_bit,
-    multiply,
     store_through,
 )
 from householder.ops.path_attention.triton.problem import (
@@ -116,7 +114,7 @@ def attend_rows(
 ):  # fmt: skip
     """Attend for one chunk of the tile: the first one, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     by_column: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, by_value)
@@ -131,6 +129,7 @@ def attend_rows(
     b_o = gl.zeros([64, V], gl.float32, layout=by_value)
     b_top = b_own
     b_total = gl.full([64], 1.0, gl.float32, layout=by_row)
+    none = gl.zeros([64, 128], gl.float32, layout=by_key)
 
     step = gl.to_tensor(0)
     passed = gl.to_tensor(0)
@@ -142,7 +141,8 @@ def attend_rows(
     if odd > 0:
         if WHO == 1:
             # The second chunk sees the first one; the other half of the tile are its own keys.
-            b_a = gl.zeros([64, 64], gl.float32, layout=by_key)
+            chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+            b_a = gl.zeros([64, 64], gl.float32, layout=chunk_layout)
             b_k = s_k.index(0).slice(0, 64).permute([1, 0])
             mbarrier.wait(k_full.index(0), 0)
             b_a = warpgroup_mma(s_q, b_k, b_a, use_acc=False)
@@ -178,28 +178,12 @@ def attend_rows(
             slot = step % STAGES
             phase = (step // STAGES) & 1
             mbarrier.wait(k_full.index(slot), phase)
-            b_k = s_k.index(slot)
-            b_v = s_v.index(slot)
-            # By halves: the weights of the second are made while those of the first multiply.
-            b_a = multiply(s_q, b_k.slice(0, 64).permute([1, 0]), by_key)
-            b_b = multiply(s_q, b_k.slice(64, 64).permute([1, 0]), by_key)
-            b_a, b_b = warpgroup_mma_wait(0, [b_a, b_b])
+            b_a = warpgroup_mma(s_q, s_k.index(slot).permute([1, 0]), none, use_acc=False)
+            b_p, rescale, b_top, b_total = soften(b_a, b_top, b_total, weights, half)
             barrier()
             mbarrier.arrive(k_empty.index(slot), count=1)
-            new = gl.max(gl.maximum(b_a, b_b), axis=1)
-            new = gl.maximum(b_top, gl.convert_layout(new, by_row) * LOG2_E)
-            shift = gl.convert_layout(new, gl.SliceLayout(1, by_key))[:, None]
-            rescale = exp2(b_top - new)
-            b_top = new
-            b_a = exp2(b_a * LOG2_E - shift)
             mbarrier.wait(v_full.index(slot), phase)
-            b_p = gl.convert_layout(b_a.to(half), weights)
-            b_o = warpgroup_mma(b_p, b_v.slice(0, 64), b_o * rescale[:, None], is_async=True)
-            b_b = exp2(b_b * LOG2_E - shift)
-            b_total = b_total * rescale + gl.convert_layout(gl.sum(b_a + b_b, axis=1), by_row)
-            b_p = gl.convert_layout(b_b.to(half), weights)
-            b_o = warpgroup_mma(b_p, b_v.slice(64, 64), b_o, is_async=True)
-            b_o = warpgroup_mma_wait(0, [b_o])
+            b_o = warpgroup_mma(b_p, s_v.index(slot), b_o * rescale[:, None])
             barrier()
             mbarrier.arrive(v_empty.index(slot), count=1)
             step += 1

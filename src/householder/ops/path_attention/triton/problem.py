@@ -35,9 +35,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
 LEAST_GATE = tl.constexpr(-1e30)
-# Programs of 64 rows that run side by side on an H200, two or three a multiprocessor, as a power
-# of two.
-PLACES = tl.constexpr(256)
+# Programs of 64 rows that run side by side on an H200, up to three a multiprocessor, as a power of
+# two.
+PLACES = tl.constexpr(512)
 # Arguments of which one value is as good as another: kernels are not compiled again where they are
 # 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
 # number: T · H is such a multiple for some T, and words that grow would compile everything twice.
