@@ -25,7 +25,9 @@ from householder.ops.path_attention.triton import (  # noqa: E402 - it imports t
     hopper_chunk_back,
     hopper_key_back,
     hopper_leaf,
+    hopper_prepare,
     hopper_query_back,
+    problem,
 )
 
 LOG2_E = math.log2(math.e)
@@ -133,6 +135,20 @@ def assert_close(actual, expected):
     """Compare where something is expected."""
     there = ~expected.isnan()
     assert (actual[there] - expected[there]).abs().max() < CLOSE * expected[there].abs().max()
+
+
+@pytest.mark.parametrize(("tiles", "sequences"), [(1, 1), (3, 7), (5, 40), (32, 6), (200, 3)])
+@pytest.mark.parametrize("places", [16, 128])
+def test_programs_work_on_every_tile_once_and_on_costly_ones_first(tiles, sequences, places):
+    find = problem.locate_program.fn
+    found = [find(i, tiles, sequences, places) for i in range(tiles * sequences)]
+    assert sorted(found) == [(s, t) for s in range(sequences) for t in range(tiles)]
+    for sequence in range(sequences):
+        of_sequence = [tile for s, tile in found if s == sequence]
+        assert of_sequence == sorted(of_sequence)
+    # Those that take turns are at the same tile, and fill the places once.
+    together = min(max(places // tiles, 1), sequences)
+    assert found[:together] == [(s, 0) for s in range(together)]
 
 
 @pytest.mark.parametrize("sizes", CASES)
@@ -287,6 +303,56 @@ def chunk_by_definition(q, k, v, w, beta, scale, other, other_v):
     o = p[:, :64] @ v + p[:, 64:] * other_v
     rest = (scale * (q - x @ z), k - e.mT @ w, torch.eye(w.shape[1]) - w.mT @ z)
     return o, logits.logsumexp(1), t, rest
+
+
+def invert(minus):
+    """Return (I − m)⁻¹ for the strictly lower part m of `minus`, in shared memory."""
+    return gluon.Shared(torch.linalg.inv(torch.eye(64) - minus.tril(-1)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("attends", [False, True])
+@pytest.mark.parametrize(
+    ("K", "V", "chunk", "T"), [(128, 128, 1, 512), (64, 128, 2, 300), (112, 64, 4, 300)]
+)
+def test_what_chunks_have_to_themselves(K, V, chunk, T, attends, wide, monkeypatch):
+    monkeypatch.setattr(hopper_prepare, "invert_unit_lower", invert)
+    scale, rows, start = K**-0.5, -(-T // 128) * 128, 64 * chunk
+    chunks, n = rows // 64, min(T - start, 64)
+    valid = (torch.arange(64) < n)[:, None]
+    q, k = torch.randn(2, T, K)
+    v, beta = torch.randn(T, V), 2 * torch.rand(T)
+    w = torch.nn.functional.normalize(torch.randn(T, K), dim=1)
+    own = [
+        valid * torch.nn.functional.pad(x[start : start + 64], (0, 0, 0, 64 - n))
+        for x in (q, k, v, w, beta[:, None])
+    ]
+    unseen = torch.full((64,), -torch.inf), torch.zeros(64, V)
+    o, lse, t, (q_start, k_end, f) = chunk_by_definition(*own[:4], own[4][:, 0], scale, *unseen)
+    number = (chunks - 1).bit_length()
+    queries, keys = empty(number, rows, K), empty(number, rows, K)
+    products = empty(2 * chunks, K, K)
+    inverse, outputs, sums = empty(chunks, 64, 64), empty(T, V), empty(T)
+    given = [gluon.Pointer(x) for x in (q, k, v, w, beta, queries, keys, products)]
+    kept = [gluon.Pointer(x) for x in (inverse, outputs, sums)]
+    gluon.run(
+        hopper_prepare.prepare_kernel, chunks, *given, *kept, None, None, None, scale, T, 1, rows,
+        number, *(0, 0) * 4, 0, 1, 0, K, K, V, K, K, V, False, attends, -(-K // 64), -(-V // 64),
+        wide,
+    )  # fmt: skip
+    of_chunk = slice(start, start + 64)
+    assert_close(inverse[chunk], t)
+    assert_close(products[2 * chunk], f)
+    query_level = (chunk & -chunk).bit_length() - 1
+    key_level = (~chunk & (chunk + 1)).bit_length() - 1
+    assert_close(queries[query_level, of_chunk], q_start)
+    if ((chunk >> key_level) + 1) << key_level < -(-T // 64):
+        assert_close(keys[key_level, of_chunk], k_end)
+    else:
+        assert keys[:, of_chunk].isnan().all()
+    if attends:
+        assert_close(outputs[of_chunk], o[:n])
+        assert_close(sums[of_chunk], lse[:n] * LOG2_E)
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -30,10 +30,12 @@ from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.problem import (
     LN_2,
     LOG2_E,
+    PLACES,
     SIZES,
     arrange,
     block_slot,
     kind_of_call,
+    locate_program,
     locate_tile,
     lowest_bit,
     make_problem,
@@ -94,11 +96,13 @@ def attend_kernel(
     where a product can be held.
     """
     CARRIED: tl.constexpr = BK <= 64 or (BK <= 128 and PRECISION != "tf32x3")
-    # A head's chunks run together, so that they find its keys in the cache; long ones first.
     HQ = H * GROUP
     per_row = 2 * (num_tiles if PACKED else tl.cdiv(T, 128))
-    i_hq = ((tl.program_id(0) // per_row) % HQ).to(tl.int64)
-    i_chunk = (tl.program_id(0) // (per_row * HQ) + 1) * per_row - 1 - tl.program_id(0) % per_row
+    i_sequence, i_chunk = locate_program(
+        tl.program_id(0), per_row, 2 * num_tiles // per_row * HQ, PLACES
+    )
+    i_hq = (i_sequence % HQ).to(tl.int64)
+    i_chunk = (i_sequence // HQ + 1) * per_row - 1 - i_chunk
     batch, first, length, tile = locate_tile(
         i_chunk // 2, T, cu_seqlens, tile_sequence, first_tile, PACKED
     )

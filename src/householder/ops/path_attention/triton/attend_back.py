@@ -18,9 +18,11 @@ import triton.language as tl
 from householder.ops._triton import cast_operand, dot, dot_add, load_tile, store_tile
 from householder.ops.path_attention.triton.problem import (
     LOG2_E,
+    PLACES,
     SIZES,
     block_slot,
     has_right,
+    locate_program,
     locate_tile,
 )
 
@@ -69,11 +71,12 @@ def query_kernel(
     BK: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write dQ← of BM query rows of one head, and with gates the sums of their rows of dA."""
-    # A head's tiles run together, so that they find its keys in the cache; long ones first.
     HQ = H * GROUP
-    tiles = num_tiles * (128 // BM)
-    i_hq = (tl.program_id(0) // tiles).to(tl.int64)
-    i_m = tiles - 1 - tl.program_id(0) % tiles
+    per_row = (num_tiles if PACKED else tl.cdiv(T, 128)) * (128 // BM)
+    sequences = num_tiles * (128 // BM) // per_row * HQ
+    i_sequence, i_m = locate_program(tl.program_id(0), per_row, sequences, PLACES)
+    i_hq = (i_sequence % HQ).to(tl.int64)
+    i_m = (i_sequence // HQ + 1) * per_row - 1 - i_m
     batch, first, length, tile = locate_tile(
         i_m // (128 // BM), T, cu_seqlens, tile_sequence, first_tile, PACKED
     )
@@ -174,9 +177,11 @@ def key_kernel(
     keys' columns of dA are written too.
     """
     HQ = H * GROUP
-    tiles = num_tiles * (128 // BN)
-    i_h = (tl.program_id(0) // tiles).to(tl.int64)
-    i_n = tl.program_id(0) % tiles
+    per_row = (num_tiles if PACKED else tl.cdiv(T, 128)) * (128 // BN)
+    sequences = num_tiles * (128 // BN) // per_row * H
+    i_sequence, i_n = locate_program(tl.program_id(0), per_row, sequences, PLACES)
+    i_h = (i_sequence % H).to(tl.int64)
+    i_n += i_sequence // H * per_row
     batch, first, length, tile = locate_tile(
         i_n // (128 // BN), T, cu_seqlens, tile_sequence, first_tile, PACKED
     )

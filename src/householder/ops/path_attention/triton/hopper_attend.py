@@ -21,6 +21,7 @@ from householder.ops._triton import launch
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
+    PLACES,
     REGISTERS,
     barriers,
     copy_rows,
@@ -31,7 +32,13 @@ from householder.ops.path_attention.triton.hopper_roles import (
     lowest_bit,
     store_through,
 )
-from householder.ops.path_attention.triton.problem import LN_2, LOG2_E, SIZES, Problem
+from householder.ops.path_attention.triton.problem import (
+    LN_2,
+    LOG2_E,
+    SIZES,
+    Problem,
+    locate_program,
+)
 
 
 @gluon.jit
@@ -220,15 +227,15 @@ def attend_kernel(
     `values` is `[B, T, H · V]`; all as descriptors of what is copied at a time.
     """
     half: gl.constexpr = queries.dtype
-    # A head's tiles run together, so that they find its keys in the cache; long ones first.
     HQ = gl.to_tensor(H) * GROUP
-    per_row = gl.to_tensor(num_tiles) if PACKED else (gl.to_tensor(T) + 127) // 128
-    program = gl.program_id(0)
-    i_hq = (program // per_row) % HQ
-    i_m = (program // (per_row * HQ) + 1) * per_row - 1 - program % per_row
+    num_tiles = gl.to_tensor(num_tiles)
+    per_row = num_tiles if PACKED else (gl.to_tensor(T) + 127) // 128
+    i_sequence, i_m = locate_program(gl.program_id(0), per_row, num_tiles // per_row * HQ, PLACES)
+    i_hq = i_sequence % HQ
+    i_m = (i_sequence // HQ + 1) * per_row - 1 - i_m
     batch, first, length, tile = locate_tile(i_m, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     i_h = i_hq // GROUP
-    num_rows = gl.to_tensor(num_tiles) * 128
+    num_rows = num_tiles * 128
     token = (i_m - tile) * 128
     left = length - token
     # Tiles behind the end of a packed batch have nothing to do, nor have those that ask nothing.

@@ -20,6 +20,7 @@ from householder.ops._triton import launch
 from householder.ops.path_attention.triton import gradient_config as config
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
+    PLACES,
     REGISTERS,
     barriers,
     copy_block,
@@ -34,7 +35,7 @@ from householder.ops.path_attention.triton.hopper_roles import (
     multiply,
     store_through,
 )
-from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem
+from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem, locate_program
 
 
 @gluon.jit
@@ -191,19 +192,21 @@ def key_kernel(
 ):  # fmt: skip
     """Write dK→ and dV of 128 keys of one head but for what their own chunks give."""
     half: gl.constexpr = queries.dtype
-    program = gl.program_id(0)
+    H = gl.to_tensor(H)
     num_tiles = gl.to_tensor(num_tiles)
-    i_h = program // num_tiles
-    i_n = program % num_tiles
+    per_row = num_tiles if PACKED else (gl.to_tensor(T) + 127) // 128
+    i_sequence, i_n = locate_program(gl.program_id(0), per_row, num_tiles // per_row * H, PLACES)
+    i_h = i_sequence % H
+    i_n += i_sequence // H * per_row
     batch, first, length, tile = locate_tile(i_n, T, cu_seqlens, tile_sequence, first_tile, PACKED)
-    HQ = gl.to_tensor(H) * GROUP
+    HQ = H * GROUP
     num_rows = num_tiles * 128
     token = (i_n - tile) * 128
     # Tiles behind the end of a packed batch have nothing to do.
     last = (length + 63) // 64 - 1
     pair = gl.minimum(i_n - tile, last // 2)
     of_row = i_h.to(gl.int64) * num_rows + i_n * 128
-    of_level = gl.to_tensor(H).to(gl.int64) * num_rows
+    of_level = H.to(gl.int64) * num_rows
 
     rows_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], half)
     rows_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, V], half)

@@ -23,6 +23,7 @@ from householder.ops._gluon import (
     row_layout,
     store_rows,
 )
+from householder.ops.path_attention.triton.hopper_roles import lowest_bit
 from householder.ops.path_attention.triton.hopper_squares import (
     copy_squares,
     in_float16,
@@ -243,10 +244,8 @@ def prepare_kernel(
         barrier()
 
         # Bits of `chunk` that are zero, and one: where its keys and its queries are used first.
-        lowest = (chunk & -chunk).to(gl.float32)
-        query_level = ((lowest.to(gl.int32, bitcast=True) >> 23) - 127).to(gl.int64)
-        lowest = ((-1 - chunk) & (chunk + 1)).to(gl.float32)
-        key_level = (lowest.to(gl.int32, bitcast=True) >> 23) - 127
+        query_level = lowest_bit(chunk).to(gl.int64)
+        key_level = lowest_bit(-1 - chunk)
         right = ((chunk >> key_level) + 1) << key_level
         of_level = num_rows * H
         p_qs = q_levels + (query_level * of_level + row) * K

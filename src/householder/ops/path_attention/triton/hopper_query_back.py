@@ -19,6 +19,7 @@ from householder.ops._gluon import barrier, exp2
 from householder.ops._triton import launch
 from householder.ops.path_attention.triton.hopper_roles import (
     COPY_REGISTERS,
+    PLACES,
     REGISTERS,
     barriers,
     copy_block,
@@ -33,7 +34,7 @@ from householder.ops.path_attention.triton.hopper_roles import (
     multiply,
     store_through,
 )
-from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem
+from householder.ops.path_attention.triton.problem import LOG2_E, SIZES, Problem, locate_program
 
 
 @gluon.jit
@@ -158,12 +159,12 @@ def query_kernel(
 ):  # fmt: skip
     """Write dQ← of 128 query rows of one head."""
     half: gl.constexpr = queries.dtype
-    # A head's tiles run together, so that they find its keys in the cache; long ones first.
     HQ = gl.to_tensor(H) * GROUP
-    program = gl.program_id(0)
     num_tiles = gl.to_tensor(num_tiles)
-    i_hq = program // num_tiles
-    i_m = num_tiles - 1 - program % num_tiles
+    per_row = num_tiles if PACKED else (gl.to_tensor(T) + 127) // 128
+    i_sequence, i_m = locate_program(gl.program_id(0), per_row, num_tiles // per_row * HQ, PLACES)
+    i_hq = i_sequence % HQ
+    i_m = (i_sequence // HQ + 1) * per_row - 1 - i_m
     batch, first, length, tile = locate_tile(i_m, T, cu_seqlens, tile_sequence, first_tile, PACKED)
     i_h = i_hq // GROUP
     num_rows = num_tiles * 128

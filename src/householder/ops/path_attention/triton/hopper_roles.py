@@ -29,6 +29,8 @@ copy_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 # Registers of a thread of the two groups, and of the warp that copies.
 REGISTERS = gl.constexpr(240)
 COPY_REGISTERS = gl.constexpr(24)
+# Programs that run side by side on an H200, one a multiprocessor, as a power of two.
+PLACES = gl.constexpr(128)
 
 
 @gluon.jit

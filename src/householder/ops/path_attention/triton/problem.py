@@ -35,6 +35,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Stronger gates, -inf among them, act the same, and their sums and differences stay finite.
 LEAST_GATE = tl.constexpr(-1e30)
+# Programs of 64 rows that run side by side on an H200, up to three a multiprocessor, as a power of
+# two.
+PLACES = tl.constexpr(512)
 # Arguments of which one value is as good as another: kernels are not compiled again where they are
 # 1, or become multiples of 16. Strides of rows of the batch are among them where a token has one
 # number: T · H is such a multiple for some T, and words that grow would compile everything twice.
@@ -72,6 +75,22 @@ def locate_chunk(i_chunk, T, cu_seqlens, tile_sequence, first_tile, PACKED: tl.c
     chunk = i_chunk - 2 * tile
     start = tl.cast(first, tl.int64) + chunk * 64
     return tl.cast(batch, tl.int64), start, chunk, length - chunk * 64
+
+
+@triton.jit
+def locate_program(program, tiles, sequences, PLACES: tl.constexpr):
+    """Return the sequence, one of a batch row and head, and the tile that a program works on.
+
+    Tiles are counted from the costly end of a sequence, where most of the others are on the side
+    that the program goes through. As many sequences take turns as have tiles for all PLACES where
+    programs run. If one came after the other, the last one's costly tiles would begin when most
+    places have nothing left to do; if more took turns, the cache would not hold them.
+    """
+    section = max(PLACES // tiles, 1)
+    first = program // (tiles * section) * section
+    size = min(section, sequences - first)
+    rest = program - first * tiles
+    return first + rest % size, rest // size
 
 
 @triton.jit
