@@ -6,15 +6,23 @@ here: in a process of its own, whose driver compiles for an H200 and launches no
 must find them all on disk.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
+
+SPECIFICATION = importlib.util.spec_from_file_location(
+    "addresses", Path(__file__).parents[1] / "addresses.py"
+)
+addresses = importlib.util.module_from_spec(SPECIFICATION)
+SPECIFICATION.loader.exec_module(addresses)
 
 # Arguments of `delta_product_inputs` or of `path_attention_inputs`, which has no N, and the kernels
 # that a forward and a backward call have.
@@ -45,9 +53,15 @@ SHARED_BYTES = 232_448
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where the programs are kept."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module")
+def processes(folder):
     """Return what is known of each case's programs in a first process, and in one after it."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
     found = []
     for _ in range(2):
@@ -82,6 +96,30 @@ def test_another_process_finds_all_programs_on_disk(name, processes):
     assert sorted(x["name"] for x in second) == sorted(x["name"] for x in first)
     assert not any(x["from_disk"] for x in first)
     assert all(x["from_disk"] for x in second)
+
+
+def test_no_address_has_mixed_halves(processes, folder):
+    files = list(folder.rglob("*.cubin"))
+    assert len(files) >= 20
+    for file in files:
+        assert not list(addresses.mixed_addresses(addresses.disassemble(file))), file
+
+
+def test_mixed_halves_are_found():
+    line = "        /*{}*/  {} ;"
+    lower = line.format("a820", "LEA R26, P3, R26, R21, 0x5")
+    again = line.format("a830", "IMAD.SHL.U32 R21, R26, 0x10, RZ")
+    upper = line.format("a840", "@P6 LEA.HI.X R27, R21.reuse, R236, RZ, 0x1, P3")
+    kept = line.format("a830", "IMAD.SHL.U32 R21, R28, 0x10, RZ")
+    assert list(addresses.mixed_addresses("\n".join([lower, again, upper]))) == ["a840"]
+    assert not list(addresses.mixed_addresses("\n".join([again, lower, upper])))
+    assert not list(addresses.mixed_addresses("\n".join([lower, kept, upper])))
+    # Moved on the way, or in another lower half.
+    moved = line.format("a838", "MOV R30, R21")
+    assert list(
+        addresses.mixed_addresses("\n".join([lower, again, moved, upper.replace("R21", "R30")]))
+    )
+    assert not list(addresses.mixed_addresses("\n".join([lower, again, upper.replace("P3", "P2")])))
 
 
 def without_gpu():
