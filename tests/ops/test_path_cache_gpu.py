@@ -255,6 +255,19 @@ def test_decoding_does_not_drift():
     assert drifted <= 1.05 * relative_error(prefilled, exact[:, -tail:])
 
 
+def test_sequences_are_selected_from_either_side():
+    """Which ones is known on the host or on the device."""
+    inputs, options, cache = arrange("narrow", torch.bfloat16)
+    cache.append(*part(inputs, 0, PROMPT), **options)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        chosen = cache.select(torch.tensor([1, 1, 0], device=device))
+        here = [None if x is None else x[[1, 1, 0]] for x in part(inputs, PROMPT, PROMPT + 1)]
+        outputs.append(chosen.append(*here, **options))
+    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0][:2], outputs[0][[1, 0]])
+
+
 @pytest.mark.parametrize("B", [4095, 4096])
 def test_batches_larger_than_a_grid(B):
     """Of 65,536 query heads the last would have no program."""

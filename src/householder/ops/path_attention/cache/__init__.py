@@ -255,7 +255,7 @@ class PathCache:
         """Return a cache of some of the sequences, in any order and as often as asked.
 
         Args:
-            rows: int64 `[B']`, which of the B sequences each of the new ones is.
+            rows: int64 `[B']`, which of the B sequences each of the new ones is; on any device.
 
         Raises:
             TypeError: it is no int64 tensor.
@@ -277,7 +277,8 @@ class PathCache:
         chosen._old = [self._old[row] for row in order]
         chosen._recent = [self._recent[row] for row in order]
         chosen._rollback = [self._rollback[row] for row in order]
-        chosen._store = None if self._store is None else self._store.select(rows)
+        if self._store is not None:
+            chosen._store = self._store.select(rows.to(self._store.keys.device))
         return chosen
 
     def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
