@@ -328,11 +328,14 @@ class PathCache:
         assert store is not None
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._capture(store, tokens, options, new)
+        few = 0 < q.shape[1] <= MAX_NEW and store.has_kernels()
+        # The kernels reach for as many tokens in every row, whatever each of them gets.
+        most = [q.shape[1]] * len(new) if few else new
         store.reserve(
-            max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
-            max(recent + n for recent, n in zip(self._recent, new, strict=True)),
+            max(self._reserved, *(x + n for x, n in zip(self.lengths, most, strict=True))),
+            max(recent + n for recent, n in zip(self._recent, most, strict=True)),
         )
-        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels():
+        if few:
             return self._append_few(store, tokens, options, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
