@@ -180,7 +180,11 @@ def test_inputs_of_several_dtypes(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks", "reflections", "widest keys"])
+@pytest.mark.parametrize(
+    "name",
+    ["wide", "narrow, gated, sinks", "reflections", "widest keys", "values wider than keys",
+     "not powers of two", "least"],
+)  # fmt: skip
 def test_reflectors_in_float32_beside_half_precision(name, dtype, kernels):
     arguments, others = arrange(SHAPES[name], torch.float32)
     arguments[:3] = [x.to(dtype) for x in arguments[:3]]
