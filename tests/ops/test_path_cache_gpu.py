@@ -123,6 +123,28 @@ def test_a_row_does_not_depend_on_the_others(n):
             assert torch.equal(o[0], steps[i][b])
 
 
+@pytest.mark.parametrize("name", ["narrow", "grouped heads, gates, sinks"])
+def test_any_number_of_programs_brings_queries_to_blocks(name, monkeypatch):
+    """How many there are depends on the batch, and a row's output must not."""
+    pytest.importorskip("triton")
+    from householder.ops._recording import forget_recordings
+    from householder.ops.path_attention.cache import triton as kernels
+
+    inputs, options, _ = arrange(name, torch.bfloat16)
+
+    def run():
+        forget_recordings()
+        _, _, cache = arrange(name, torch.bfloat16)
+        cache.append(*part(inputs, 0, PROMPT), **options)
+        return append_in_parts(cache, inputs, options, PROMPT, [1] * 70)
+
+    many = run()
+    monkeypatch.setattr(kernels, "PATH_PROGRAMS", 1)
+    few = run()
+    forget_recordings()
+    assert torch.equal(many, few)
+
+
 def test_tokens_from_the_first_one_on(poisoned):
     """Into a cache that holds nothing, and no block for some time."""
     inputs, options, cache = arrange("grouped heads, gates, sinks", torch.bfloat16)
