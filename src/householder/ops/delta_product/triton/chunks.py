@@ -20,6 +20,7 @@ from householder.ops._dispatch import remember
 from householder.ops._triton import (
     Launcher,
     addressable,
+    aligned,
     cast_operand,
     dot,
     dot_precision,
@@ -393,7 +394,7 @@ def make_problem(
     plan = find_plan(q, k, v, beta, g, packed)
     if any(plan.copies):
         q, k, v = (
-            x.contiguous() if copy else x for x, copy in zip((q, k, v), plan.copies, strict=True)
+            addressable(x) if copy else x for x, copy in zip((q, k, v), plan.copies, strict=True)
         )
     chunk_sequence = first_chunk = None
     if cu_seqlens is not None:
@@ -409,8 +410,8 @@ def make_problem(
         k=k,
         v=v,
         # A value per row: their last dimension is heads, whatever its stride.
-        beta=beta,
-        g=g,
+        beta=aligned(beta),
+        g=None if g is None else aligned(g),
         cu_seqlens=cu_seqlens,
         chunk_sequence=chunk_sequence,
         first_chunk=first_chunk,

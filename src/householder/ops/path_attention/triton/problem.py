@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import addressable, dot_precision, has_wide_rows, is_hopper
+from householder.ops._triton import addressable, aligned, dot_precision, has_wide_rows, is_hopper
 from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton.config import (
     CHUNK_TOKENS,
@@ -311,8 +311,8 @@ def make_problem(*arranged: Any) -> Problem:
         v=addressable(x.v),
         w=addressable(x.w),
         # A value per token: their last dimension is heads, whatever its stride.
-        beta=x.beta,
-        g=x.g,
+        beta=aligned(x.beta),
+        g=None if x.g is None else aligned(x.g),
         sinks=None if x.sinks is None else x.sinks.contiguous(),
         scale=x.scale,
         window=x.window,
