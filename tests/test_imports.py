@@ -50,10 +50,12 @@ BELOW_IN_OP = {
     "api": {"op", "activations", "reference", "chunk", "triton"},
     # Of delta_product: what a layer does in front of the recurrence, with kernels of its own.
     "activations": {"triton"},
-    "op": {"reference", "chunk", "triton"},
-    "reference": {"reference"},
-    "chunk": {"chunk"},
-    "triton": {"triton"},
+    "op": {"inputs", "reference", "chunk", "triton"},
+    "reference": {"inputs", "reference"},
+    "chunk": {"inputs", "chunk"},
+    "triton": {"inputs", "triton"},
+    # Of path_attention: what its forms get, by name.
+    "inputs": set(),
 }
 # Packages that `import householder` must not load: optional ones, and those of single functions.
 BLOCKED = (

@@ -86,3 +86,15 @@ def test_heads_in_portions_are_those_together(others, monkeypatch):
     assert [shape[2] for shape in calls[2:]] == [3, 3, 6, 6]  # k, and q behind do
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_what_begins_between_multiples_of_16_bytes_is_read_from_a_copy():
+    from householder.ops._triton import addressable
+
+    memory = torch.randn(1 + 2 * 70 * 3 * 16)
+    x = memory[1:].view(2, 70, 3, 16)
+    assert x.data_ptr() % 16
+    copy = addressable(x)
+    assert copy.data_ptr() % 16 == 0
+    assert torch.equal(copy, x)
+    assert addressable(copy) is copy

@@ -123,6 +123,28 @@ def test_a_row_does_not_depend_on_the_others(n):
             assert torch.equal(o[0], steps[i][b])
 
 
+@pytest.mark.parametrize("name", ["narrow", "grouped heads, gates, sinks"])
+def test_any_number_of_programs_brings_queries_to_blocks(name, monkeypatch):
+    """How many there are depends on the batch, and a row's output must not."""
+    pytest.importorskip("triton")
+    from householder.ops._recording import forget_recordings
+    from householder.ops.path_attention.cache import triton as kernels
+
+    inputs, options, _ = arrange(name, torch.bfloat16)
+
+    def run():
+        forget_recordings()
+        _, _, cache = arrange(name, torch.bfloat16)
+        cache.append(*part(inputs, 0, PROMPT), **options)
+        return append_in_parts(cache, inputs, options, PROMPT, [1] * 70)
+
+    many = run()
+    monkeypatch.setattr(kernels, "PATH_PROGRAMS", 1)
+    few = run()
+    forget_recordings()
+    assert torch.equal(many, few)
+
+
 def test_tokens_from_the_first_one_on(poisoned):
     """Into a cache that holds nothing, and no block for some time."""
     inputs, options, cache = arrange("grouped heads, gates, sinks", torch.bfloat16)
@@ -253,6 +275,19 @@ def test_decoding_does_not_drift():
     prefilled = append_in_parts(fresh, inputs, {}, 0, [count - tail, tail])[:, -tail:]
     drifted = relative_error(decoded, exact[:, -tail:])
     assert drifted <= 1.05 * relative_error(prefilled, exact[:, -tail:])
+
+
+def test_sequences_are_selected_from_either_side():
+    """Which ones is known on the host or on the device."""
+    inputs, options, cache = arrange("narrow", torch.bfloat16)
+    cache.append(*part(inputs, 0, PROMPT), **options)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        chosen = cache.select(torch.tensor([1, 1, 0], device=device))
+        here = [None if x is None else x[[1, 1, 0]] for x in part(inputs, PROMPT, PROMPT + 1)]
+        outputs.append(chosen.append(*here, **options))
+    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0][:2], outputs[0][[1, 0]])
 
 
 @pytest.mark.parametrize("B", [4095, 4096])

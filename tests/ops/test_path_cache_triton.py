@@ -29,6 +29,8 @@ CASES = {
                                       "steps": [1, 4, 6, 1], "apart": True},
     "in half precision": {"B": 1, "HQ": 2, "H": 1, "K": 24, "V": 16, "steps": [1, 5, 1],
                           "dtype": "float16"},
+    "one query a key head in half precision": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 40,
+                                               "steps": [1, 1, 1], "dtype": "float16"},
 }  # fmt: skip
 PROMPT = 64 * 5 + 62
 

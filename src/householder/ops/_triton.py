@@ -195,8 +195,12 @@ def addressable(x: Tensor) -> Tensor:
     """Return `x`, copied only if the kernels cannot read it through its strides.
 
     They need the last dimension contiguous, so that loads are wide, and every offset inside a tile
-    below 2³¹; offsets of tiles are 64-bit.
+    below 2³¹; offsets of tiles are 64-bit. What does not begin at a multiple of 16 bytes is copied
+    too: for each such argument kernels would be compiled to another program, and there are too many
+    of these to compare them all with float64 (one gave wrong gradients, with Triton 3.6).
     """
+    if x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
     steps = [
         stride for stride, size in zip(x.stride()[1:-1], x.shape[1:-1], strict=True) if size > 1
     ]

@@ -124,7 +124,7 @@ def read_chunk(
     if GATED:
         # The chunk's last row has the decay of the whole chunk.
         whole = b_g.slice(FROM_START * R + R - 1, 1).load(gl.SliceLayout(0, by_key))[None, :]
-        b_s *= gl.where(i < num_chunks, whole, 1.0)
+        b_s = b_s * gl.where(i < num_chunks, whole, 1.0)
     copy_chunk(
         i + STAGES - 1, (i + STAGES - 1) % STAGES, length, chunk, i_h, i_v,
         p_q, p_k, p_v, ut, table, s_q, s_k, s_v, s_t, s_g, s_l, HV, q_t, k_t, k_n, v_t, v_n,
@@ -156,9 +156,9 @@ def read_chunk(
     if GATED:
         query = s_l.index(stage)
         log = query.slice(0, BC).load(gl.SliceLayout(0, by_pair))[None, :]
-        log -= pick(b_g, LOG_HIGH, R, R, gl.SliceLayout(1, by_pair))[:, None]
+        log = log - pick(b_g, LOG_HIGH, R, R, gl.SliceLayout(1, by_pair))[:, None]
         rest = query.slice(BC, BC).load(gl.SliceLayout(0, by_pair))[None, :]
-        rest -= pick(b_g, LOG_LOW, R, R, gl.SliceLayout(1, by_pair))[:, None]
+        rest = rest - pick(b_g, LOG_LOW, R, R, gl.SliceLayout(1, by_pair))[:, None]
         b_a *= exp(log + rest)
     s_a.store(gl.where(seen, b_a, 0.0).to(gl.bfloat16))
     fence_async_shared()

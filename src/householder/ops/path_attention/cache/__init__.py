@@ -255,7 +255,7 @@ class PathCache:
         """Return a cache of some of the sequences, in any order and as often as asked.
 
         Args:
-            rows: int64 `[B']`, which of the B sequences each of the new ones is.
+            rows: int64 `[B']`, which of the B sequences each of the new ones is; on any device.
 
         Raises:
             TypeError: it is no int64 tensor.
@@ -277,7 +277,8 @@ class PathCache:
         chosen._old = [self._old[row] for row in order]
         chosen._recent = [self._recent[row] for row in order]
         chosen._rollback = [self._rollback[row] for row in order]
-        chosen._store = None if self._store is None else self._store.select(rows)
+        if self._store is not None:
+            chosen._store = self._store.select(rows.to(self._store.keys.device))
         return chosen
 
     def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
@@ -327,11 +328,14 @@ class PathCache:
         assert store is not None
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._capture(store, tokens, options, new)
+        few = 0 < q.shape[1] <= MAX_NEW and store.has_kernels()
+        # The kernels reach for as many tokens in every row, whatever each of them gets.
+        most = [q.shape[1]] * len(new) if few else new
         store.reserve(
-            max(self._reserved, *(length + n for length, n in zip(self.lengths, new, strict=True))),
-            max(recent + n for recent, n in zip(self._recent, new, strict=True)),
+            max(self._reserved, *(x + n for x, n in zip(self.lengths, most, strict=True))),
+            max(recent + n for recent, n in zip(self._recent, most, strict=True)),
         )
-        if 0 < q.shape[1] <= MAX_NEW and store.has_kernels():
+        if few:
             return self._append_few(store, tokens, options, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])

@@ -43,10 +43,13 @@ from householder.ops.path_attention.cache.triton.step import (
 OVERLAP = EARLY = True
 # Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
 # path; recent tokens, and others, that are attended to at a time.
-ONE_BC, FEW_BC = 16, 32
+ONE_BC, FEW_BC = 32, 32
 ONE_COLUMNS, FEW_COLUMNS = 64, 64
 ENTER_WARPS = 4
 RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
+# Of one token: recent ones that it attends to at a time; so many registers that three programs fit
+# a multiprocessor; about how many programs bring its queries to other blocks than the newest.
+ONE_RECENT, ONE_REGISTERS, PATH_PROGRAMS = 64, 168, 256
 # Elements of a tile of parts, and warps: for few queries a key head, and for many.
 FINISH_FEW, FINISH_MANY = (1 << 13, 4), (1 << 11, 1)
 LOG2_E = 1.4426950408889634
@@ -54,8 +57,9 @@ LOG2_E = 1.4426950408889634
 
 def span(num_queries: int) -> int:
     """Return how many tokens' keys one program of `attend` sees, for so many queries a key head."""
-    # What a program finds for a query goes to memory: more queries, fewer programs.
-    return 256 if num_queries <= 4 else 512
+    # What a program finds for a query goes to memory: more queries, fewer programs. One query's
+    # loop needs so few registers that fewer programs read as fast.
+    return 256 if 1 < num_queries <= 4 else 512
 
 
 def is_from_hopper_on(device: torch.device) -> bool:
@@ -186,6 +190,13 @@ class _Step(NamedTuple):
         return min(columns // 2 if self.is_wide else columns, self.head_blocks[0])
 
     @property
+    def path_programs(self) -> int:
+        """How many programs for each head bring one token's queries to other blocks."""
+        B, _, H, _, _, _ = self.sizes
+        slices = self.num_paths * (self.head_blocks[0] // self.path_columns)
+        return min(slices, max(1, PATH_PROGRAMS // (B * H)))
+
+    @property
     def shared(self) -> dict[str, Any]:
         """What `enter_kernel` and `attend_kernel` are both compiled for."""
         _, _, _, G, K, V = self.sizes
@@ -245,7 +256,7 @@ def _enter(step: _Step) -> _Scratch:
     B, N, H, G, K, _ = step.sizes
     (q, k, v, w, beta, g), held, BK = step.tokens, step.held, step.head_blocks[0]
     triangle_room, wide, gated, single = step.rooms[2], step.is_wide, g is not None, step.is_single
-    recents = ONE_BC if single else FEW_BC // 2 if wide else FEW_BC
+    recents = (ONE_BC if single else FEW_BC) // (2 if wide else 1)
     # The queries as they come, for the newest block, and for others.
     num_queries = 2 + step.num_paths
     scratch = _Scratch(
@@ -257,7 +268,7 @@ def _enter(step: _Step) -> _Scratch:
     )
     num_entering = 2 - (-N * G // 16)
     if single:
-        num_entering = 3 + step.num_paths * (BK // step.path_columns)
+        num_entering = 3 + step.path_programs
     launch(
         enter_kernel, (B * H * num_entering,),
         q, k, v, w, beta, g, step.counts, step.new, held.ready,
@@ -265,8 +276,8 @@ def _enter(step: _Step) -> _Scratch:
         held.path_scales, *scratch,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        step.scale, B, H, N, num_queries, *step.rooms, **step.shared, BC=recents,
-        BR=power_of_two(triangle_room),
+        step.scale, B, H, N, step.path_programs, num_queries, *step.rooms, **step.shared,
+        BC=recents, BR=power_of_two(triangle_room), GP=power_of_two(G, least=1),
         # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
         STAGES=STAGES if BK >= 64 else 1,
         # For both halves of wider heads there is no room in registers.
@@ -280,21 +291,28 @@ def _attend(step: _Step, scratch: _Scratch, parts: Tensor, tops: Tensor) -> None
     B, N, H, G, _, _ = step.sizes
     held, half, wide = step.held, step.is_half, step.is_wide
     narrower = wide or not half
-    tile = TILE // 2 if narrower else TILE
+    tile, warps = TILE // 2 if narrower else TILE, 2 * WARPS if wide else WARPS
     packed = half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
+    recents = ONE_RECENT if step.is_single else RECENT_TILE
     bytes_of_tile = tile * sum(step.head_blocks) * held.keys.element_size()
     launch(
-        attend_kernel, (step.num_parts, B * H * -(-N * G // BG)),
+        attend_kernel, (step.num_parts * B * H * -(-N * G // BG),),
+        *step.tokens, held.w, held.g,
         held.keys, held.values, held.ty, held.block_decay, held.path_decays, step.counts, step.new,
-        held.ready, *scratch, parts, tops, step.options.window or 0, B, H, N, 2 + step.num_paths,
-        step.num_parts, step.rooms[0], step.rooms[2], **step.shared,
-        BG=BG, RECENT=RECENT_TILE // 2 if narrower else RECENT_TILE,
+        held.ready, *scratch, parts, tops,
+        *(x for y in step.tokens[:5] for x in (y.stride(0), y.stride(2))),
+        *((0, 0) if step.tokens.g is None else (step.tokens.g.stride(0), step.tokens.g.stride(2))),
+        step.scale, step.options.window or 0, B, H, N, step.path_programs,
+        2 + step.num_paths, step.num_parts, *step.rooms, **step.shared,
+        BG=BG, BR=power_of_two(step.rooms[2]), RECENT=recents // 2 if narrower else recents,
         SPAN=step.span, LEVELS=step.span_levels, TILE=tile,
         WINDOWED=step.options.window is not None, PACKED=packed,
+        SIDE=min(tile, 512 * warps // (step.head_blocks[0] * held.keys.element_size())),
         VALUE_PRECISION=value_precision(held.values),
         STAGES=STAGES if bytes_of_tile <= 1 << 15 else 2,
-        num_warps=2 * WARPS if wide else WARPS, **step.started_early,
+        num_warps=warps, maxnreg=ONE_REGISTERS if step.is_single and not wide else None,
+        **step.started_early,
     )  # fmt: skip
 
 

@@ -166,6 +166,18 @@ def attend_recent(
 
 
 @triton.jit
+def load_shift(p_shifts, p_path_decay, is_behind, o_g, m_g, G: tl.constexpr, GATED: tl.constexpr):
+    """Load the log gates between a block's end and the queries."""
+    shift = tl.zeros((o_g.shape[0],), tl.float32)
+    if GATED:
+        shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
+        if is_behind:
+            shift += tl.load(p_path_decay + o_g % G, mask=m_g, other=0.0).to(tl.float32)
+        shift *= 1.4426950408889634
+    return shift
+
+
+@triton.jit
 def attend_span(
     top, total, o, p_keys, p_values, p_block_decay, p_path_decay, is_behind, p_query, p_shifts,
     p_ready, num_awaited, before, begin, size, window, o_g, i_n, m_g, room,
@@ -191,11 +203,7 @@ def attend_span(
             wait_for(p_ready, num_awaited, EARLY)
             q = tl.load(p_query + o_k[None, :], mask=m_g[:, None] & m_k[None, :], other=0.0)
             high, low = split_query(q, PACKED, HALF)
-            if GATED:
-                shift = tl.load(p_shifts + o_g, mask=m_g, other=0.0)
-                if is_behind:
-                    shift += tl.load(p_path_decay + o_g % G, mask=m_g, other=0.0).to(tl.float32)
-                shift *= 1.4426950408889634
+            shift = load_shift(p_shifts, p_path_decay, is_behind, o_g, m_g, G, GATED)
         logits = dot_query(high, low, keys, 0.0, PACKED, HALF)
         if GATED:
             p_decay = p_block_decay + (o_g % G)[:, None] * room
@@ -206,3 +214,57 @@ def attend_span(
             logits = tl.where(far, float("-inf"), logits)
         top, total, o = add_tile(logits, values, top, total, o, PACKED, VALUE_PRECISION)
     return top, total, o
+
+
+@triton.jit
+def attend_span_by_sums(
+    p_keys, p_values, p_block_decay, p_path_decay, is_behind, p_query, p_shift, p_ready,
+    num_awaited, before, begin, size, window, p_part, p_top, p_total,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    TILE: tl.constexpr, SIDE: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Let one query meet a span of one block, once it is there.
+
+    SIDE tokens side by side, as many as the threads read at once, have a softmax each: in the loop
+    no thread needs what others have but for sums over a key. They are joined behind it.
+    """
+    o_i, o_j = tl.arange(0, SIDE), tl.arange(0, TILE // SIDE)
+    o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
+    m_k, m_v = (o_k < K)[None, None, :], (o_v < V)[None, None, :]
+    top = tl.full((SIDE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIDE,), tl.float32)
+    o = tl.zeros((SIDE, BV), tl.float32)
+    q = tl.zeros((BK,), tl.float32)
+    shift = 0.0
+    for start in tl.range(begin, size, TILE, num_stages=STAGES):
+        token = start + o_i[:, None] + SIDE * o_j[None, :]
+        keys = tl.load(p_keys + token[:, :, None] * K + o_k[None, None, :], mask=m_k, other=0.0)
+        values = tl.load(p_values + token[:, :, None] * V + o_v[None, None, :], mask=m_v, other=0.0)
+        if start == begin:
+            # The first keys are on their way by now.
+            wait_for(p_ready, num_awaited, EARLY)
+            q = tl.load(p_query + o_k, mask=o_k < K, other=0.0)
+            if GATED:
+                shift = tl.load(p_shift)
+                if is_behind:
+                    shift += tl.load(p_path_decay).to(tl.float32)
+                shift *= 1.4426950408889634
+        logits = tl.sum(keys.to(tl.float32) * q[None, None, :], 2)
+        if GATED:
+            decay = tl.load(p_block_decay + token).to(tl.float32)
+            logits += decay * 1.4426950408889634 + shift
+        if WINDOWED:
+            logits = tl.where(before - token >= window, float("-inf"), logits)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # Where nothing is seen yet the top is −∞; 0 in its place leaves the weights zero.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights, rescale = tl.exp2(logits - base[:, None]), tl.exp2(top - base)
+        top = new_top
+        total = total * rescale + tl.sum(weights, 1)
+        o = o * rescale[:, None] + tl.sum(values.to(tl.float32) * weights[:, :, None], 1)
+    highest = tl.max(top, 0)
+    shares = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
+    tl.store(p_part + o_v, tl.sum(o * shares[:, None], 0), mask=o_v < V)
+    tl.store(p_top, highest)
+    tl.store(p_total, tl.sum(total * shares, 0))

@@ -93,10 +93,8 @@ def load_scale(p_scales, row, o_c, K: tl.constexpr):
 
 
 @triton.jit
-def turn_one(
-    x, p_ws, p_tw, p_along, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
-):
-    """Return `x − (x Wᵀ) (T W)` of a vector and recent tokens; store x Wᵀ.
+def turn_one(x, p_ws, p_tw, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
+    """Return `x − (x Wᵀ) (T W)` of a vector and recent tokens.
 
     Sums take vectors where products would take the tensor cores' sixteen rows.
     """
@@ -106,14 +104,13 @@ def turn_one(
         ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
         tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
         along = tl.sum(ws * x[None, :], 1)
-        tl.store(p_along + start + o_c, along, mask=start + o_c < r)
         turned -= tl.sum(tw * along[:, None], 0)
     return turned
 
 
 @triton.jit
 def queries_of_one(
-    p_q, s_qh, w, beta, p_ws, p_tw, p_queries, p_along, scale, r, triangle_room,
+    p_q, s_qh, w, beta, p_ws, p_tw, p_queries, scale, r,
     G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Bring one token's few queries to the end of the newest block."""
@@ -121,38 +118,43 @@ def queries_of_one(
     m_k = o_k < K
     for i_g in range(G):
         q = tl.load(p_q + i_g * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
-        tl.store(p_queries + i_g * K + o_k, q, mask=m_k)
         # The new token's reflector first; then the recent ones.
-        p_row = p_along + i_g * triangle_room
-        along_new = beta * tl.sum(q * w, 0)
-        tl.store(p_row + r, along_new)
-        turned = turn_one(q - along_new * w, p_ws, p_tw, p_row, r, o_k, K, BC, STAGES)
+        x = q - beta * tl.sum(q * w, 0) * w
+        turned = turn_one(x, p_ws, p_tw, r, o_k, K, BC, STAGES)
         tl.store(p_queries + (G + i_g) * K + o_k, turned, mask=m_k)
 
 
 @triton.jit
 def queries_behind(
-    p_paths, p_scales, p_queries, p_turned_count, i_path, column, row,
-    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, EARLY: tl.constexpr,
+    p_paths, p_scales, p_queries, p_turned_count, first, stride, num_paths, head, heads,
+    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Bring one token's queries from the newest block to another, some columns of them."""
-    o_k, o_c = tl.arange(0, BK), column + tl.arange(0, KC)
-    # On its way before the queries are there.
-    path = load_path(p_paths + row * K * K, o_k, o_c, K)
-    scales = load_scale(p_scales, row, o_c, K)
-    wait_for(p_turned_count, 1, EARLY)
-    for i_g in range(G):
-        q = tl.load(p_queries + (G + i_g) * K + o_k, mask=o_k < K, other=0.0)
-        q = tl.sum(path.to(tl.float32) * q[:, None], 0) * scales
-        tl.store(p_queries + ((2 + i_path) * G + i_g) * K + o_c, q, mask=o_c < K)
+    """Bring one token's queries from the newest block to others, some columns at a time."""
+    SLICES: tl.constexpr = BK // KC
+    o_k, o_g = tl.arange(0, BK), tl.arange(0, GP)
+    queries = tl.zeros((GP, BK), tl.float32)
+    for i in tl.range(first, num_paths * SLICES, stride, num_stages=STAGES):
+        i_path, o_c = i // SLICES, i % SLICES * KC + tl.arange(0, KC)
+        row = head + i_path * heads
+        path = load_path(p_paths + row * K * K, o_k, o_c, K)
+        scales = load_scale(p_scales, row, o_c, K)
+        if i == first:
+            # The first columns are on their way by now. Loaded in the loop itself, the queries
+            # would be copied ahead as these are, before they are there.
+            wait_for(p_turned_count, 1, EARLY)
+            mask = (o_g < G)[:, None] & (o_k < K)[None, :]
+            queries = tl.load(p_queries + (G + o_g)[:, None] * K + o_k[None, :], mask=mask, other=0)
+        for i_g in tl.static_range(G):
+            q = tl.sum(tl.where(o_g[:, None] == i_g, queries, 0.0), 0)
+            q = tl.sum(path.to(tl.float32) * q[:, None], 0) * scales
+            tl.store(p_queries + ((2 + i_path) * G + i_g) * K + o_c, q, mask=o_c < K)
 
 
 @triton.jit
-def row_of_tw(
-    w, beta, p_ws, p_tw, p_along, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr
-):
+def row_of_tw(w, beta, p_ws, p_tw, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
     """Append one token's row to T W."""
-    row = turn_one(w, p_ws, p_tw, p_along, r, o_k, K, BC, STAGES)
+    row = turn_one(w, p_ws, p_tw, r, o_k, K, BC, STAGES)
     tl.store(p_tw + r * K + o_k, row * beta, mask=o_k < K)
 
 

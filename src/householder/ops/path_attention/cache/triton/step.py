@@ -9,6 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from householder.ops.path_attention.cache.triton.attend import (
     attend_recent,
     attend_span,
+    attend_span_by_sums,
     count_newer,
     count_ones,
     find_part,
@@ -27,6 +28,7 @@ from householder.ops.path_attention.cache.triton.enter import (
     sum_gates,
 )
 from householder.ops.path_attention.cache.triton.products import fold
+from householder.ops.path_attention.cache.triton.recent import attend_recent_one
 from householder.ops.path_attention.cache.triton.signals import (
     COUNTER,
     arrive,
@@ -36,7 +38,7 @@ from householder.ops.path_attention.cache.triton.signals import (
 
 # Numbers of which no kernel is the faster for knowing that they are 1 or divisible by 16.
 NOT_SPECIAL = [
-    *("window", "B", "H", "N", "num_queries", "num_parts", "room", "recent_room"),
+    *("window", "B", "H", "N", "path_programs", "num_queries", "num_parts", "room", "recent_room"),
     *("s_bb", "s_bt", "s_bh", "s_gb", "s_gt", "s_gh"),
 ]
 
@@ -48,9 +50,9 @@ def enter_kernel(
     p_queries, p_along, p_wk, p_decays, p_shifts,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_wb, s_wt, s_wh,
     s_bb, s_bt, s_bh, s_gb, s_gt, s_gh,
-    scale, B, H, N, num_queries, room, recent_room, triangle_room,
+    scale, B, H, N, path_programs, num_queries, room, recent_room, triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, BLOCK: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
     EARLY: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +60,8 @@ def enter_kernel(
 
     The first ones bring 16 queries each to the end of the newest block, and, if there are several
     tokens, to all others. The next one appends rows to T W; the one after it the tokens, rows of
-    T Y, and sums of gates. The others wait for the first, and bring one token's queries to another
-    block, some columns of them. No program reads what another writes without waiting for it.
+    T Y, and sums of gates. The others wait for the first, and bring one token's queries to other
+    blocks. No program reads what another writes without waiting for it.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -87,13 +89,11 @@ def enter_kernel(
     num_turning = 1 if SINGLE else tl.cdiv(N * G, 16)
     o_n, o_k = tl.arange(0, 16), tl.arange(0, BK)
     m_k = o_k < K
-    SLICES: tl.constexpr = BK // KC
     if SINGLE and i_part > 2:
-        i_path, i_slice = (i_part - 3) // SLICES, (i_part - 3) % SLICES
-        if i_path < num_paths:
+        if i_part - 3 < num_paths * (BK // KC):
             queries_behind(
                 p_paths, p_scales, p_queries + head * num_queries * G * K, p_ready + 2 * COUNTER,
-                i_path, i_slice * KC, head + i_path * B * H, G, K, BK, KC, EARLY,
+                i_part - 3, path_programs, num_paths, head, B * H, G, GP, K, BK, KC, EARLY, STAGES,
             )  # fmt: skip
             arrive(p_ready)
         return
@@ -106,11 +106,10 @@ def enter_kernel(
     if i_part < num_turning:
         if SINGLE:
             queries_of_one(
-                p_q, s_qh, w, beta, p_ws, p_tw, p_queries + head * num_queries * G * K,
-                p_along + head * G * triangle_room, scale, r, triangle_room, G, K, BK, BC, STAGES,
+                p_q, s_qh, w, beta, p_ws, p_tw, p_queries + head * num_queries * G * K, scale, r,
+                G, K, BK, BC, STAGES,
             )  # fmt: skip
             arrive(p_ready + 2 * COUNTER)
-            arrive(p_ready + COUNTER)
         else:
             if EARLY:
                 size = K * K * (p_paths.dtype.element_ty.primitive_bitwidth // 8)
@@ -124,7 +123,7 @@ def enter_kernel(
         arrive(p_ready)
     elif i_part == num_turning:
         if SINGLE:
-            row_of_tw(w, beta, p_ws, p_tw, p_wk + 2 * triangle_room, r, o_k, K, BC, STAGES)
+            row_of_tw(w, beta, p_ws, p_tw, r, o_k, K, BC, STAGES)
         else:
             rows_of_tw(w, beta, p_ws, p_tw, r, n, N, o_k, K, BC, HALVES)
     else:
@@ -159,22 +158,27 @@ def enter_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
 def attend_kernel(
+    p_q, p_k, p_v, p_w, p_beta, p_g, p_ws, p_gs,
     p_keys, p_values, p_ty, p_block_decay, p_path_decays, p_counts, p_new, p_ready,
     p_queries, p_along, p_wk, p_decays, p_shifts, p_parts, p_tops,
-    window, B, H, N, num_queries, num_parts, room, triangle_room,
+    s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_wb, s_wh, s_bb, s_bh, s_gb, s_gh,
+    scale, window, B, H, N, path_programs, num_queries, num_parts, room, recent_room,
+    triangle_room,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BG: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr, SPAN: tl.constexpr,
+    BG: tl.constexpr, BR: tl.constexpr, KC: tl.constexpr, RECENT: tl.constexpr, SPAN: tl.constexpr,
     LEVELS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
     GATED: tl.constexpr, WINDOWED: tl.constexpr, PACKED: tl.constexpr, HALF: tl.constexpr,
-    VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr,
+    SIDE: tl.constexpr, VALUE_PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, row and key head and part of the queries): attend to a part of the keys."""
     if OVERLAP:
         gdc_launch_dependents()
-    i_part, num_chunks = tl.program_id(0), tl.cdiv(N * G, BG)
-    i_chunk, head = tl.program_id(1) % num_chunks, (tl.program_id(1) // num_chunks).to(tl.int64)
-    i_b = head // H
+    # One axis: there may be more heads of rows than a grid's second axis has.
+    i_part, i_head = tl.program_id(0) % num_parts, tl.program_id(0) // num_parts
+    num_chunks = tl.cdiv(N * G, BG)
+    i_chunk, head = i_head % num_chunks, (i_head // num_chunks).to(tl.int64)
+    i_b, i_h = head // H, head % H
     n = N
     if p_new is not None:
         n = tl.load(p_new + i_b)
@@ -182,62 +186,82 @@ def attend_kernel(
     r = tl.minimum(r, tl.minimum(triangle_room, room - old) - N)
     if n == 0:
         return
-    blocks = old // BLOCK
-    p_recent = p_keys + (head * room + old) * K
-    p_ty += head * triangle_room * triangle_room
-    p_wk += head * 16 * triangle_room
-    p_ready += head * 3 * COUNTER
-    # Programs that are waited for, and with gates also the one that sums them.
-    num_turning = 1 if SINGLE else tl.cdiv(N * G, 16)
-    num_awaited = num_turning + GATED
-    if SINGLE:
-        num_awaited += tl.maximum(count_ones(blocks) - 1, 0) * (BK // KC)
     first, size = find_part(i_part, old, SPAN, LEVELS, BLOCK)
     if size == 0:
         return
+    row = head * N * G
+    p_parts += (row * num_parts + i_part) * V
+    p_totals = p_tops + tl.cast(B, tl.int64) * H * G * N * num_parts + row * num_parts + i_part
+    p_tops += row * num_parts + i_part
+    p_recent, p_recent_values = p_keys + (head * room + old) * K, p_values + (head * room + old) * V
+    p_ty += head * triangle_room * triangle_room
+    p_ready += head * 3 * COUNTER
     o_g, o_v = i_chunk * BG + tl.arange(0, BG), tl.arange(0, BV)
     i_n = o_g // G
     m_g = i_n < n
-    row = head * N * G
     p_query = p_queries + (head * num_queries * N * G + o_g)[:, None] * K
-    top = tl.full((BG,), float("-inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
-    o = tl.zeros((16 if PACKED else BG, BV), tl.float32)
-    if i_part == 0:
-        wait_for(p_ready + COUNTER, 1 + num_turning, EARLY)
-        top, total, o = attend_recent(
-            top, total, o, p_recent, p_values + (head * room + old) * V, p_ty, p_query,
-            p_along + row * triangle_room, p_wk,
-            p_decays + row * triangle_room if GATED else None, window,
-            i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
-            G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
+    # Programs that are waited for, and with gates also the one that sums them.
+    num_turning = 1 if SINGLE else tl.cdiv(N * G, 16)
+    blocks = old // BLOCK
+    i_path = count_newer(blocks, first // BLOCK)
+    num_awaited = num_turning + GATED
+    if SINGLE:
+        num_awaited += tl.minimum(tl.maximum(count_ones(blocks) - 1, 0) * (BK // KC), path_programs)
+    begin = 0
+    if WINDOWED:
+        # The first query's window reaches furthest back.
+        begin = tl.maximum(old + r + 1 - window - first, 0) // TILE * TILE
+    if GATED:
+        p_block_decay += head * G * room + first
+        p_path_decays += (head + (i_path - 1) * B * H) * G
+        p_shifts += row
+    if SINGLE and i_part == 0:
+        attend_recent_one(
+            p_q + i_b * s_qb + i_h * G * s_qh, p_k + i_b * s_kb + i_h * s_kh,
+            p_v + i_b * s_vb + i_h * s_vh, p_w + i_b * s_wb + i_h * s_wh,
+            p_beta + i_b * s_bb + i_h * s_bh, p_g + i_b * s_gb + i_h * G * s_gh if GATED else None,
+            s_qh, s_gh, p_ws + head * recent_room * K, p_recent, p_recent_values,
+            p_gs + head * G * recent_room if GATED else None, p_ty, p_parts, p_tops, p_totals,
+            num_parts, scale, window, r, recent_room, triangle_room, G, K, V, BK, BV, RECENT, BR,
+            GATED, WINDOWED,
+        )  # fmt: skip
+    elif SINGLE and G == 1:
+        attend_span_by_sums(
+            p_keys + (head * room + first) * K, p_values + (head * room + first) * V,
+            p_block_decay, p_path_decays, i_path > 0,
+            p_queries + (head * num_queries + 1 + i_path) * K, p_shifts, p_ready, num_awaited,
+            old + r - first, begin, size, window, p_parts, p_tops, p_totals,
+            K, V, BK, BV, TILE, SIDE, GATED, WINDOWED, EARLY, STAGES,
         )  # fmt: skip
     else:
-        p_keys += (head * room + first) * K
-        p_values += (head * room + first) * V
-        begin = 0
-        if WINDOWED:
-            # The first query's window reaches furthest back.
-            begin = tl.maximum(old + r + 1 - window - first, 0) // TILE * TILE
-        i_path = count_newer(blocks, first // BLOCK)
-        top, total, o = attend_span(
-            top, total, o, p_keys, p_values,
-            p_block_decay + head * G * room + first if GATED else None,
-            p_path_decays + (head + (i_path - 1) * B * H) * G if GATED else None, i_path > 0,
-            p_query + (1 + i_path) * N * G * K, p_shifts + row if GATED else None,
-            p_ready, num_awaited, old + r - first, begin, size, window, o_g, i_n, m_g, room,
-            G, K, V, BK, BV, TILE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
-            STAGES,
-        )  # fmt: skip
-    part = (row + o_g) * num_parts + i_part
-    if PACKED:
-        o = fold(o)
-    m_g = m_g & (o_g < N * G)
-    m_gv = m_g[:, None] & (o_v < V)[None, :]
-    tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_gv)
-    tl.store(p_tops + part, top, mask=m_g)
-    p_totals = p_tops + tl.cast(B, tl.int64) * H * G * N * num_parts
-    tl.store(p_totals + part, total, mask=m_g)
+        top = tl.full((BG,), float("-inf"), tl.float32)
+        total = tl.zeros((BG,), tl.float32)
+        o = tl.zeros((16 if PACKED else BG, BV), tl.float32)
+        if i_part == 0:
+            wait_for(p_ready + COUNTER, 1 + num_turning, EARLY)
+            top, total, o = attend_recent(
+                top, total, o, p_recent, p_recent_values, p_ty, p_query,
+                p_along + row * triangle_room, p_wk + head * 16 * triangle_room,
+                p_decays + row * triangle_room if GATED else None, window,
+                i_chunk * BG, o_g, i_n, m_g, n, r, triangle_room,
+                G, K, V, BK, BV, RECENT, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION,
+            )  # fmt: skip
+        else:
+            top, total, o = attend_span(
+                top, total, o, p_keys + (head * room + first) * K,
+                p_values + (head * room + first) * V, p_block_decay, p_path_decays, i_path > 0,
+                p_query + (1 + i_path) * N * G * K, p_shifts, p_ready, num_awaited,
+                old + r - first, begin, size, window, o_g, i_n, m_g, room,
+                G, K, V, BK, BV, TILE, GATED, WINDOWED, PACKED, HALF, VALUE_PRECISION, EARLY,
+                STAGES,
+            )  # fmt: skip
+        if PACKED:
+            o = fold(o)
+        m_g = m_g & (o_g < N * G)
+        m_gv, part = m_g[:, None] & (o_v < V)[None, :], o_g * num_parts
+        tl.store(p_parts + part[:, None] * V + o_v[None, :], o, mask=m_gv)
+        tl.store(p_tops + part, top, mask=m_g)
+        tl.store(p_totals + part, total, mask=m_g)
     if OVERLAP:
         # Who waits for this kernel waits for the one before it too.
         gdc_wait()
