@@ -194,6 +194,18 @@ def test_reflectors_in_float32_beside_half_precision(name, dtype, kernels):
     assert_near(actual, expected, limit, arguments)
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+def test_float32_reflectors_beside_narrow_float16_keys_begin_anywhere(offset, kernels):
+    shape = {"B": 3, "T": 300, "H": 1, "HQ": 2, "K": 32, "V": 96, "window": 50, "decay": None}
+    arguments, others = arrange(shape, torch.float32)
+    arguments[:3] = [x.half() for x in arguments[:3]]
+    w = arguments[3]
+    arguments[3] = w.new_empty(w.numel() + offset)[offset:].view_as(w).copy_(w)
+    expected = differentiate(chunk, arguments, others, torch.float64)
+    actual = differentiate(kernels, arguments, others)
+    assert_near(actual, expected, LIMITS[torch.float16], arguments)
+
+
 @pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks"])
 def test_the_first_call_compiles_its_kernels_side_by_side(name, kernels, compilers):
     # A number of heads that no other test has: strides are constants of kernels.

@@ -43,9 +43,13 @@ CASES = [
     *combine(torch.bfloat16, torch.float32, True, (64, 128, 208), (64, 128, 144)),
     *combine(torch.float16, torch.float16, True, (64, 112, 256), (48, 128, 208)),
     *combine(torch.float16, torch.float32, True, (64, 128, 208), (64, 128, 144)),
+    *(case for w in (torch.float16, torch.float32)
+      for case in combine(torch.float16, w, True, (32,), (48, 128, 208))),
+    *(case for w in (torch.float16, torch.float32)
+      for case in combine(torch.float16, w, False, (32,), (48, 128), (False,))),
     *combine(torch.float32, torch.float32, True, (16, 48, 128, 208), (32, 64, 80, 256)),
     *(case for both in HALF for case in combine(*both, False, (64, 112), (48, 128), (False,))),
-]
+]  # fmt: skip
 
 
 def name_case(case):
@@ -62,6 +66,13 @@ def kernels():
     from householder.ops.path_attention import triton as kernels
 
     return kernels
+
+
+def test_no_half_precision_sum_goes_over_one_narrow_tile(kernels):
+    from householder.ops.path_attention.triton.gradient_config import chunk_blocks
+
+    for K in range(16, 257, 16):
+        assert K > 32 or min(chunk_blocks(K, 64, half).inner_k for half in ("bf16", "fp16")) == 64
 
 
 @pytest.mark.slow
