@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from householder.testing import delta_product_inputs
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
@@ -37,3 +39,20 @@ def test_longer_sequences_compile_nothing_anew(lengths, form, packed, specialize
         numbers.append({kernel: len(variants) for kernel, variants in specialized.items()})
     assert len(numbers[0]) >= 4
     assert numbers[-1] == numbers[0]
+
+
+def test_kernels_get_no_tensor_that_begins_between_multiples_of_16_bytes():
+    from householder.ops.delta_product.triton.chunks import make_problem
+
+    def shift(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    x = delta_product_inputs(B=1, T=20, N=2, H=1, K=16, V=16, decay=0.1, dtype=torch.float32)
+    given = [shift(x[name]) for name in ("q", "k", "v", "beta", "g")]
+    assert all(tensor.data_ptr() % 16 for tensor in given)
+    for _ in range(2):  # the second call follows the first one's plan
+        p = make_problem(*given, None)
+        assert all(p.plan.wide_rows)
+        for tensor, read in zip(given, (p.q, p.k, p.v, p.beta, p.g), strict=True):
+            assert read.data_ptr() % 16 == 0
+            assert torch.equal(read, tensor)
