@@ -208,10 +208,12 @@ def test_float32_reflectors_beside_narrow_float16_keys_begin_anywhere(offset, ke
 
 @pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks"])
 def test_the_first_call_compiles_its_kernels_side_by_side(name, kernels, compilers):
-    # A number of heads that no other test has: strides are constants of kernels.
+    # A number of heads that no other test has: strides are constants of kernels. In the forms for
+    # Hopper that is so of four (prepare for either pass, the leaves, the chunks' gradient); tests
+    # before may have left the others in memory.
     arguments, others = arrange({**SHAPES[name], "H": 5}, torch.bfloat16)
     first = differentiate(kernels, arguments, others)
-    assert len(compilers) >= 10
+    assert len(compilers) >= 4
     assert all(thread.startswith("householder-compiler") for thread in compilers)
     for a, b in zip(first, differentiate(kernels, arguments, others), strict=True):
         assert a is b is None or torch.equal(a, b)

@@ -131,11 +131,12 @@ def test_inputs_of_several_dtypes(kernels):
 @pytest.mark.parametrize("name", ["wide", "narrow, gated, sinks", "reflections", "widest"])
 def test_reflectors_in_float32_leave_the_products_of_pairs_in_half_precision(name, dtype, kernels):
     from householder.ops.path_attention.inputs import Inputs
-    from householder.ops.path_attention.triton.problem import arrange, make_problem
+    from householder.ops.path_attention.triton import problem
 
     arguments, others = arrange(SHAPES[name], torch.float32)
     arguments[:3] = [x.to(dtype) for x in arguments[:3]]
-    assert make_problem(*arrange(Inputs(*arguments, *others))).operand == dtype
+    arranged = problem.arrange(Inputs(*arguments, *others))
+    assert problem.make_problem(*arranged).operand == dtype
     o, lse = kernels.forward(*arguments, *others)
     expected, expected_lse = exact(arguments, others)
     limit = (REFLECTION_LIMITS if name == "reflections" else LIMITS)[dtype]
