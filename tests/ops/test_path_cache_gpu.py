@@ -186,6 +186,27 @@ def test_rows_get_as_many_tokens_as_they_are_given(poisoned):
         assert_as_accurate(torch.cat(outputs[b]), plain[here], exact[here], factor=3.0)
 
 
+def test_rows_get_fewer_tokens_where_there_is_room_for_no_more():
+    """The kernels hold the places of new tokens to the room less as many as there are in all."""
+    inputs, options, cache = arrange("narrow", torch.bfloat16)
+    other = PathCache(2)
+    cache.reserve(PROMPT + 4)
+    for c in (cache, other):
+        c.append(*part(inputs, 0, PROMPT), **options)
+    for lo, lengths in ((PROMPT, [1, 3]), (PROMPT + 3, [1, 1])):
+        tokens = part(inputs, lo, lo + 16)
+        o = cache.append(*tokens, **options, lengths=lengths)
+        for i in range(max(lengths)):
+            given = [int(i < n) for n in lengths]
+            one = [None if x is None else x[:, i : i + 1] for x in tokens]
+            expected = other.append(*one, **options, lengths=given)
+            for b in range(2):
+                if given[b]:
+                    eps = torch.finfo(torch.bfloat16).eps
+                    assert relative_error(o[b, i], expected[b, 0]) < 4 * eps
+    assert cache.lengths == other.lengths == [PROMPT + 2, PROMPT + 4]
+
+
 @pytest.mark.parametrize("max_rollback", [16, 100])
 def test_what_is_taken_back_leaves_no_trace(max_rollback):
     inputs, options, _ = arrange("grouped heads, gates, sinks", torch.bfloat16)

@@ -27,6 +27,9 @@ CASES = {
                                 "decay": None},
     "two rows of their own lengths": {"B": 2, "HQ": 1, "H": 1, "K": 16, "V": 16,
                                       "steps": [1, 4, 6, 1], "apart": True},
+    # Of 16 tokens no row gets all, and there is room for those it gets alone.
+    "no more room than it takes": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 16, "steps": [3, 1],
+                                   "padded": True},
     "in half precision": {"B": 1, "HQ": 2, "H": 1, "K": 24, "V": 16, "steps": [1, 5, 1],
                           "dtype": "float16"},
     "one query a key head in half precision": {"B": 1, "HQ": 1, "H": 1, "K": 16, "V": 40,
@@ -47,7 +50,7 @@ def compute(case: dict) -> str:
 
     case = dict(case)
     window, apart, steps = case.pop("window", None), case.pop("apart", False), case.pop("steps")
-    max_rollback = case.pop("max_rollback", 0)
+    max_rollback, padded = case.pop("max_rollback", 0), case.pop("padded", False)
     T = PROMPT + sum(steps)
     dtype = getattr(torch, case.pop("dtype", "float32"))
     inputs = path_attention_inputs(**case, T=T, dtype=dtype)
@@ -68,6 +71,8 @@ def compute(case: dict) -> str:
     def part(lo: int, hi: int) -> list:
         return [None if x is None else x[:, lo:hi] for x in tokens]
 
+    if padded:
+        cache.reserve(T)
     cache.append(*part(0, PROMPT), **options)
     outputs, lo = [], PROMPT
     for n in steps:
@@ -80,6 +85,13 @@ def compute(case: dict) -> str:
                 return "a token left out has an output"
             rest = part(lo + few, lo + n)
             o[1, few:] = cache.append(*rest, **options, lengths=[0, n - few])[1]
+        elif padded:
+            # What stands in the places of tokens that nobody gets does not matter.
+            more = part(0, 16 - n)
+            here = [
+                None if x is None else torch.cat([x, y], 1) for x, y in zip(here, more, strict=True)
+            ]
+            o = cache.append(*here, **options, lengths=[n])[:, :n]
         else:
             o = cache.append(*here, **options)
             if max_rollback:
