@@ -57,6 +57,11 @@ def mixed_addresses(assembly: str) -> Iterator[str]:
                 tainted.add(operands[0])
             else:
                 tainted.discard(operands[0])
+        for carry in operands[:3]:
+            if not re.fullmatch(r"U?[PR]\w+", carry):
+                break
+            # Whatever sets a predicate: an addition's carry is not an LEA's.
+            made_of_lower.pop(carry, None)
         if name in ("LEA", "ULEA") and re.fullmatch(r"U?P\d", operands[1]):
             made_of_lower[operands[1]] = {operands[0]}
 

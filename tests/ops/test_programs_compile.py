@@ -114,6 +114,9 @@ def test_mixed_halves_are_found():
     assert list(addresses.mixed_addresses("\n".join([lower, again, upper]))) == ["a840"]
     assert not list(addresses.mixed_addresses("\n".join([again, lower, upper])))
     assert not list(addresses.mixed_addresses("\n".join([lower, kept, upper])))
+    # The carry of another instruction.
+    added = line.format("a83c", "IADD3 R6, P3, R28, -R25, RZ")
+    assert not list(addresses.mixed_addresses("\n".join([lower, again, added, upper])))
     # Moved on the way, or in another lower half.
     moved = line.format("a838", "MOV R30, R21")
     assert list(
