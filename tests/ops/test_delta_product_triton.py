@@ -176,7 +176,7 @@ def compute_gate_parts(N: int, packed: bool) -> float:
     lengths, HV, groups = ([0, 70, 3] if packed else [70]), 2, 2
     T, C, BC = sum(lengths), 64 // N, 64 if N == 1 else 32
     q, k, v = (torch.zeros(1, T, *shape, HV, 16) for shape in ((), (N,), (N,)))
-    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32) if packed else None
     g = torch.zeros(1, T, HV)
     p = make_problem(q, k, v, torch.zeros(1, T, N, HV), g, bounds)
     size = parts.PARTS_SIZE

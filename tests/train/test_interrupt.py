@@ -10,7 +10,15 @@ import pytest
 from householder.train.interrupt import stop_on_signals
 
 
-def test_the_first_signal_is_noted_and_the_second_acts():
+@pytest.fixture
+def interruptible():
+    """Take interrupts: Python does not where it was begun in the background by a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_is_noted_and_the_second_acts(interruptible):
     with stop_on_signals() as stop:
         assert (stop.signum, stop.name) == (None, "no signal")
         signal.raise_signal(signal.SIGINT)
