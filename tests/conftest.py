@@ -181,3 +181,24 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
 
     monkeypatch.setattr(JITFunction, "run", run)
     return launches
+
+
+@pytest.fixture
+def logits_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
+    """Collect how many logits each rectangle of a module of path_attention's chunked form has."""
+    from householder.ops.path_attention.chunk import tree
+
+    def collect(module: Any) -> list[int]:
+        computed: list[int] = []
+        rectangle = module.rectangle
+
+        def spy(*args: Any) -> torch.Tensor:
+            logits: torch.Tensor = rectangle(*args)
+            computed.append(logits.numel())
+            return logits
+
+        monkeypatch.setattr(tree, "TILE_ELEMENTS", {"cpu": 1})
+        monkeypatch.setattr(module, "rectangle", spy)
+        return computed
+
+    return collect

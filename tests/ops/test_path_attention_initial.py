@@ -93,17 +93,8 @@ def test_accuracy_in_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("module", [outputs, gradients])
-def test_work_does_not_grow_with_the_square_of_what_was_before(module, monkeypatch):
-    monkeypatch.setattr(tree, "TILE_ELEMENTS", {"cpu": 1})
-    computed = []
-    rectangle = module.rectangle
-
-    def spy(*args):
-        logits = rectangle(*args)
-        computed.append(logits.numel())
-        return logits
-
-    monkeypatch.setattr(module, "rectangle", spy)
+def test_work_does_not_grow_with_the_square_of_what_was_before(module, logits_of):
+    computed = logits_of(module)
     T0, T = 1500, 70
     inputs = path_attention_inputs(B=1, T=T0 + T, H=1, decay=None)
     differentiate(after, T0, inputs)
