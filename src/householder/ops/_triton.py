@@ -60,8 +60,14 @@ class _ThisThread(threading.local):
 this_thread = _ThisThread()
 
 
+# Products and sums of these kernels are rounded together, whatever is Triton's default: 3.9 warns
+# that nobody has said so, and later ones are to round them apart.
+FUSED = {"enable_fp_fusion": True}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """Launch a kernel once; see `Launcher`, and `_recording.py`, for what is launched often."""
+    kwargs = FUSED | kwargs
     if this_thread.only_compiles:
         kernel.warmup(*args, grid=grid, **kwargs)
         return
@@ -80,7 +86,7 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **others: Any) -> None:
-        self.kernel, self.grid, self.others = kernel, grid, others
+        self.kernel, self.grid, self.others = kernel, grid, FUSED | others
         self.dtypes: tuple[torch.dtype | None, ...] = ()
         self.behind: list[Any] = []
         self.run: Callable[..., object] | None = None
