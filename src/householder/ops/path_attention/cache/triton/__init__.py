@@ -205,7 +205,10 @@ class _Step(NamedTuple):
             "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "KC": self.path_columns,
             "SINGLE": self.is_single, "GATED": self.tokens.g is not None, "HALF": self.is_half,
             "EARLY": EARLY and is_from_hopper_on(self.counts.device), "OVERLAP": self.overlap,
-            "num_stages": 1,
+            # A warp holds narrower heads' vectors with a number a lane. A product joined to the
+            # sum with another lane's would be rounded otherwise there than here, and a sum that all
+            # lanes hold be two sums, of which a change of layout would let either win.
+            "num_stages": 1, "enable_fp_fusion": BK > 32,
         }  # fmt: skip
 
     @property
