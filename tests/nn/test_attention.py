@@ -235,6 +235,16 @@ def test_too_long_a_rollback_is_refused():
             _, state = layer(torch.randn(2, 3, D), state=state, return_state=True)
 
 
+def test_a_refused_rollback_changes_nothing():
+    layer = PaTHAttention(D, num_heads=3, max_rollback=4)
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 9, D), return_state=True)
+    for num_tokens, error in (([1, 1], TypeError), (True, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="`num_tokens` must be"):
+            state.rollback(num_tokens)
+    assert state.cache.lengths == [9, 9]
+
+
 def test_reflectors_are_unit_vectors_whatever_the_dtype():
     layer = PaTHAttention(D, num_heads=3, use_forget_gate=True, dtype=torch.bfloat16)
     w, beta, g, _ = layer.transitions(torch.randn(2, 9, D, dtype=torch.bfloat16))

@@ -8,6 +8,7 @@ import torch
 
 from householder import PathCache, path_attention
 from householder.ops.path_attention.cache import store
+from householder.ops.path_attention.cache.records import Group, Options, Tokens
 from householder.testing import path_attention_inputs, relative_error
 
 TOKENS = ("q", "k", "v", "w", "beta", "g")
@@ -378,6 +379,65 @@ def test_reserved_room_is_not_moved():
 
 def append_in_parts_from(cache, inputs, lo, hi):
     return torch.cat([cache.append(*part(inputs, t, t + 1)) for t in range(lo, hi)], dim=1)
+
+
+class Graph:
+    """Stands for a CUDA graph of an append, and for the kernels, which read counts from memory."""
+
+    def __init__(self, monkeypatch):
+        self.captures, self.captured = False, None
+        monkeypatch.setattr(store.Store, "has_kernels", lambda _: True)
+        monkeypatch.setattr(store.Store, "decode", lambda held, *x: self.decode(held, *x))
+
+    def decode(self, held, tokens, options, counts, new, num_tokens):
+        if self.captures:
+            self.captured = held, tokens, options, counts
+            return None
+        assert new is None
+        (old,), (recent,) = (set(x.tolist()) for x in counts)
+        group = Group(slice(0, len(tokens.q)), old, recent, tokens.q.shape[1])
+        held.write(group, tokens)
+        o = held.attend_many(group, tokens.q, options)
+        held.make_triangles(Group(group.rows, old, recent + group.new, 0))
+        counts[1] += group.new
+        return o
+
+    def capture(self, cache, tokens):
+        self.captures = True
+        new = [tokens[0].shape[1]] * len(tokens[0])
+        cache._capture(Tokens(*tokens), Options(tokens[0].shape[-1] ** -0.5, None, None), new)
+        self.captures = False
+
+    def replay(self, tokens):
+        held, static, options, counts = self.captured
+        for x, here in zip(static, tokens, strict=True):
+            x.copy_(here)
+        return self.decode(held, static, options, counts, None, None)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_is_taken_back_between_replays_leaves_no_trace(n, monkeypatch):
+    inputs, guesses = (path_attention_inputs(T=200, decay=0.1, seed=seed) for seed in (0, 1))
+    expected = path_attention(**inputs)
+    graph, cache = Graph(monkeypatch), PathCache(2, max_rollback=8)
+    cache.reserve(200)
+    cache.append(*part(inputs, 0, 100))
+    cache.append(*part(inputs, 100, 100 + n))
+    graph.capture(cache, [x.clone() for x in part(inputs, 0, n)])
+    for lo in range(100 + n, 200 - 2 * n, n):
+        for guess in range(lo % 3):
+            graph.replay(part(guesses, guess * n, (guess + 1) * n))
+            cache.replayed()
+        cache.rollback(lo % 3 * n)
+        agree(graph.replay(part(inputs, lo, lo + n)), expected[:, lo : lo + n])
+        cache.replayed()
+    assert cache.lengths == [lo + n, lo + n]
+    # Padded beyond what the kernels take, in memory that stays where it is.
+    lo += n
+    padded = [x[:, lo:].repeat(1, 20, *[1] * (x.dim() - 2)) for x in map(inputs.get, TOKENS)]
+    agree(cache.append(*padded, lengths=[1, 1])[:, :1], expected[:, lo : lo + 1])
+    assert cache._captured == cache._store.addresses()
+    agree(graph.replay(part(inputs, lo + 1, lo + 1 + n)), expected[:, lo + 1 : lo + 1 + n])
 
 
 def test_every_argument_is_documented():

@@ -19,6 +19,7 @@ from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
 from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops import PathCache, path_attention
+from householder.ops._checks import check_int
 from householder.ops.normalization import l2_normalize
 from householder.ops.path_attention.api import IMPLS
 from householder.ops.wy import compute_dtype
@@ -45,8 +46,10 @@ class PaTHState(NamedTuple):
                 taken back one less.
 
         Raises:
+            TypeError: it is no int: the convolution's inputs of all sequences are one tensor.
             ValueError: that many cannot be taken back.
         """
+        check_int("PaTHState.rollback", "num_tokens", num_tokens)
         self.cache.rollback(num_tokens)
         if self.conv is None:
             return self

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -224,12 +225,17 @@ def without_autocast(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if autocast_dtype(x.device) is None:
-            return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device):
             return function(x, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off on the device."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
