@@ -343,6 +343,13 @@ class TestErrors:
             layer.step(make_input(2, 1), layer.init_state(2))
         with pytest.raises(ValueError, match=r"`state"):
             layer(make_input(2, 1), state=layer.init_state(3))
+        other = make("rotary" if case.startswith("path") else "path").init_state(2)
+        for state in (other, 3):
+            got = type(state).__name__
+            with pytest.raises(TypeError, match=f"`state` must be a .*State, got {got}; make it"):
+                layer(make_input(2, 1), state=state)
+        with pytest.raises(TypeError, match=r"`x` must be real floating point, got torch\.int64"):
+            layer(torch.zeros(2, 3, 24, dtype=torch.int64))
         bounds = torch.tensor([0, 2], dtype=torch.int32)
         with pytest.raises(NotImplementedError, match="rows of a batch"):
             layer(make_input(1, 2), cu_seqlens=bounds, return_state=True)

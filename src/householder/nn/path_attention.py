@@ -14,6 +14,7 @@ from householder.nn._checks import (
     check_positive_float,
     check_positive_int,
     check_state_tensor,
+    check_state_type,
 )
 from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
@@ -274,6 +275,7 @@ class PaTHAttention(SoftmaxAttention):
         return o[rows, to_end], state
 
     def _check_state(self, state: PaTHState, batch_size: int) -> None:
+        check_state_type("PaTHAttention", state, PaTHState)
         if state.cache.batch_size != batch_size or (state.conv is None) != (self.w_conv1d is None):
             raise ValueError(
                 f"PaTHAttention: `state` must be one of this layer for {batch_size} sequences, got "

@@ -161,6 +161,7 @@ class SoftmaxAttention(nn.Module, ABC):
 
         Raises:
             ValueError: a shape, `cu_seqlens` or `mask` does not fit.
+            TypeError: `x` is no floating-point tensor, or `state` is another layer's.
             NotImplementedError: `cu_seqlens` comes with a state.
         """
         where = type(self).__name__
@@ -273,4 +274,4 @@ class SoftmaxAttention(nn.Module, ABC):
 
     @abstractmethod
     def _check_state(self, state: Any, batch_size: int) -> None:
-        """Raise ValueError unless the state is one of this layer and of this batch size."""
+        """Raise unless the state is one of this layer and of this batch size."""
