@@ -284,6 +284,32 @@ def test_guesses_are_taken_back_between_replays(n):
     assert cache.lengths == other.lengths
 
 
+def test_graphs_of_several_numbers_of_tokens_are_replayed_by_turns():
+    inputs, options, _ = arrange("grouped heads, gates, sinks", torch.bfloat16)
+    cache, other = (PathCache(2, max_rollback=5) for _ in range(2))
+    for c in (cache, other):
+        c.reserve(T)
+        c.append(*part(inputs, 0, PROMPT), **options)
+    lo, graphs = PROMPT, {}
+    for n in (1, 4):
+        for c in (cache, other):
+            c.append(*part(inputs, lo, lo + n), **options)
+        lo += n
+        static, graph = [x.clone() for x in part(inputs, lo, lo + n)], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs[n] = graph, static, cache.append(*static, **options)
+    for i in range(60):
+        n = 4 if i % 3 else 1
+        graph, static, o = graphs[n]
+        for x, here in zip(static, part(inputs, lo, lo + n), strict=True):
+            x.copy_(here)
+        graph.replay()
+        cache.replayed(n)
+        assert torch.equal(o, other.append(*part(inputs, lo, lo + n), **options))
+        lo += n
+    assert cache.lengths == other.lengths == [lo, lo]
+
+
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_what_a_graph_cannot_hold_is_refused():
     inputs, options, cache = arrange("narrow", torch.bfloat16)

@@ -98,10 +98,8 @@ class PathCache:
         # For the kernels: what `_old` and `_recent` say, on the device, and whether it does.
         self._counts: Tensor | None = None
         self._counts_known = False
-        # Where the store's memory was when an append was captured in a CUDA graph, and how many
-        # tokens it was.
-        self._captured: tuple[int, ...] | None = None
-        self._captured_tokens = 0
+        # By how many tokens an append captured in a CUDA graph takes, where the store's memory was.
+        self._captured: dict[int, tuple[int, ...]] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -198,24 +196,39 @@ class PathCache:
         if self._store is not None:
             self._store.reserve(num_tokens, max(self._recent))
 
-    def replayed(self) -> None:
+    def replayed(self, num_tokens: int | None = None) -> None:
         """Count the tokens that the replay of a captured `append` has added to each sequence.
 
+        Args:
+            num_tokens: how many it takes of each; None if appends of one number alone are captured.
+
         Raises:
-            RuntimeError: no append is captured that fits the memory of now, or there was no room.
+            TypeError: it is no int.
+            ValueError: it is None, and appends of several numbers are captured.
+            RuntimeError: no such append is captured that fits the memory of now, or there was no
+                room.
         """
+        if num_tokens is not None:
+            check_int("PathCache.replayed", "num_tokens", num_tokens)
+        elif len(self._captured) > 1:
+            raise ValueError(
+                "PathCache.replayed: `num_tokens` must be given, since appends of "
+                f"{sorted(self._captured)} tokens are captured, got None; give that of the replay"
+            )
+        else:
+            num_tokens = next(iter(self._captured), 0)
         store = self._store
-        if store is None or self._captured != store.addresses():
+        if store is None or self._captured.get(num_tokens) != store.addresses():
             raise RuntimeError(
-                "PathCache.replayed: one append must have been captured since memory was last "
-                "moved, and none was; capture it again"
+                f"PathCache.replayed: an append of {num_tokens or 'some'} tokens must have been "
+                "captured since memory was last moved, and none was; capture it again"
             )
-        if max(self.lengths) + self._captured_tokens > store.room():
+        if max(self.lengths) + num_tokens > store.room():
             raise RuntimeError(
-                f"PathCache.replayed: there must be room for {self._captured_tokens} more tokens, "
-                f"got {max(self.lengths)} of {store.room()}; reserve more before capturing"
+                f"PathCache.replayed: there must be room for {num_tokens} more tokens, got "
+                f"{max(self.lengths)} of {store.room()}; reserve more before capturing"
             )
-        self._count(store, [self._captured_tokens] * self.batch_size)
+        self._count(store, [num_tokens] * self.batch_size)
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Forget the last tokens, as if they had never been appended.
@@ -418,10 +431,13 @@ class PathCache:
                 f"tokens {list(tokens.q.shape[:2])} and room for {room}; call reserve, and append "
                 "as many tokens first"
             )
-        self._captured, self._captured_tokens = store.addresses(), num_tokens
+        now = store.addresses()
+        self._captured = {n: where for n, where in self._captured.items() if where == now}
+        self._captured[num_tokens] = now
         assert self._counts is not None
         return store.decode(tokens, options, self._counts, None, store.room())
 
+    @torch.inference_mode(False)
     def _tell_counts(self, device: torch.device) -> None:
         """Bring the device's counts up to date, where they are.
 
@@ -436,7 +452,7 @@ class PathCache:
 
     def _tell_graph(self) -> None:
         """Bring the device's counts up to date where a captured append may be replayed next."""
-        if self._captured is not None and self._counts is not None:
+        if self._captured and self._counts is not None:
             self._tell_counts(self._counts.device)
 
     def _count(self, store: Store, new: list[int]) -> None:
