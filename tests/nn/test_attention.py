@@ -348,6 +348,12 @@ class TestErrors:
             got = type(state).__name__
             with pytest.raises(TypeError, match=f"`state` must be a .*State, got {got}; make it"):
                 layer(make_input(2, 1), state=state)
+        reserved = layer.reserve(layer.init_state(2), 4)
+        assert isinstance(reserved, layer.reserved_state)
+        with pytest.raises(TypeError, match=r"step_: `state` must be a .*, got .*State; make it"):
+            layer.step_(make_input(2, 1)[:, 0], other)
+        with pytest.raises(ValueError, match=r"step: `x` must be \[B, d_model=24\], got shape"):
+            layer.step_(torch.zeros(2, 25), reserved)
         with pytest.raises(TypeError, match=r"`x` must be real floating point, got torch\.int64"):
             layer(torch.zeros(2, 3, 24, dtype=torch.int64))
         bounds = torch.tensor([0, 2], dtype=torch.int32)

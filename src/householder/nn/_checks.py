@@ -68,7 +68,7 @@ def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | N
 
 def check_token(where: str, x: Tensor, d_model: int) -> None:
     """Raise unless `x` is one token of each sequence, `[B, d_model]`."""
-    if x.dim() != 2:
+    if x.dim() != 2 or x.shape[-1] != d_model:
         raise ValueError(
             f"{where}.step: `x` must be [B, d_model={d_model}], got shape {list(x.shape)}; "
             "use forward for more than one token"
@@ -96,7 +96,7 @@ def check_state_type(where: str, state: object, kind: type) -> None:
     if not isinstance(state, kind):
         raise TypeError(
             f"{where}: `state` must be a {kind.__name__}, got {type(state).__name__}; make it with "
-            "init_state, or give what this layer returned"
+            "init_state or reserve, or give what this layer returned"
         )
 
 

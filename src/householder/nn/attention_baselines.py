@@ -53,6 +53,8 @@ class KeyValueState(NamedTuple):
 class KeyValueAttention(SoftmaxAttention):
     """What the layers share that run on PyTorch's `scaled_dot_product_attention`."""
 
+    reserved_state = KeyValueBuffer
+
     def init_state(self, batch_size: int) -> KeyValueState:
         """Return the state before the first token, for `batch_size` sequences."""
         check_positive_int(f"{type(self).__name__}.init_state", "batch_size", batch_size)

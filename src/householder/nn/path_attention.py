@@ -115,6 +115,8 @@ class PaTHAttention(SoftmaxAttention):
         2025), https://arxiv.org/abs/2505.16381
     """
 
+    reserved_state = PaTHState
+
     def __init__(
         self,
         d_model: int,
