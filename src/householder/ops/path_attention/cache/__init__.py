@@ -29,8 +29,8 @@ from torch import Tensor
 from householder.ops._checks import check_int, check_scale
 from householder.ops._dispatch import autocast_off, examined
 from householder.ops.path_attention.api import check_inputs, path_attention
-from householder.ops.path_attention.cache.records import BLOCK, Group, Options, Tokens
-from householder.ops.path_attention.cache.store import MAX_NEW, Store
+from householder.ops.path_attention.cache.records import BLOCK, MAX_NEW, Group, Options, Tokens
+from householder.ops.path_attention.cache.store import Store
 
 # Grids of the kernels are made for a multiple of so many tokens, or all that there is room for.
 BOUND_STEP = 1024

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from householder.ops.path_attention.cache.records import (
     BLOCK,
+    MAX_NEW,
     Group,
     Held,
     Options,
@@ -33,10 +34,9 @@ MAX_TILE_COLUMNS = 1024
 CONVERTED_ELEMENTS = 1 << 17
 MAX_INT16 = torch.iinfo(torch.int16).max
 FLOAT16_MAX = torch.finfo(torch.float16).max
-# What the Triton kernels for new tokens hold in registers, and how many tokens they take.
+# What the Triton kernels for new tokens hold in registers.
 MAX_HEAD_DIM = 256
 MAX_RECENT = 272
-MAX_NEW = 16
 
 # Where tokens are counted along.
 TOKEN_AXIS = {
@@ -94,9 +94,9 @@ class Store:
         scaled = half and self.has_kernels()
         self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
         self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
-        # For the kernels: three counters, in cache lines of their own, of programs that have come
+        # For the kernels: two counters, in cache lines of their own, of programs that have come
         # to where others wait for them. Zero between calls.
-        self.ready = torch.zeros(B, H, 3, 32, dtype=torch.int32, device=k.device)
+        self.ready = torch.zeros(B, H, 2, 32, dtype=torch.int32, device=k.device)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
