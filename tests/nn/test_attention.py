@@ -385,6 +385,22 @@ def test_compiles_without_graph_breaks(case):
 
 
 @torch.no_grad()
+def test_a_compiled_step_is_not_compiled_again_for_every_token():
+    layer, x = make("path, all options"), make_input(2, 40)
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(layer.step, backend=counter)
+    y, state = layer(x[:, :20], state=layer.init_state(2), return_state=True)
+    outputs, compiled = [y], []
+    for token in x[:, 20:].unbind(1):
+        y, state = step(token, state)
+        outputs.append(y.unsqueeze(1))
+        compiled.append(counter.frame_count)
+    agree(torch.cat(outputs, dim=1), layer(x))
+    # The first state has fewer inputs of the convolution, all others as many.
+    assert 0 < compiled[1] == compiled[-1] < 10
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("case", ["path, forgetting", "rotary", "forgetting"])
 def test_exports_for_sequences_of_any_length(case):

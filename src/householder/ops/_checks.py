@@ -70,8 +70,8 @@ def check_number(op: str, name: str, value: object) -> float:
 
 
 def check_int(op: str, name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int; a bool is none here."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Raise TypeError unless `value` is an int, traced or not; a bool is none here."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: `{name}` must be an int, got {value!r}; give a count")
 
 

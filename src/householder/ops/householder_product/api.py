@@ -131,7 +131,7 @@ def householder_frame(
 
     Raises:
         ValueError: a shape or device does not fit, M is not between 0 and D, or `impl` is unknown.
-        TypeError: an argument is no tensor, or neither floating point nor complex.
+        TypeError: an argument has the wrong type, or is neither floating point nor complex.
         NotImplementedError: `impl="triton"` cannot take the inputs; the message says why.
 
     Gradients:
@@ -156,6 +156,7 @@ def householder_frame(
     check_product(op, reflectors, beta)
     N, D = reflectors.shape[-2:]
     M = D if num_columns is None else num_columns
+    _checks.check_int(op, "num_columns", M)
     if not 0 <= M <= D:
         raise ValueError(
             f"{op}: `num_columns` must be between 0 and D = {D}, got {M}; "

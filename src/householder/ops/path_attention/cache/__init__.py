@@ -133,7 +133,7 @@ class PathCache:
         Called once with a whole prompt or for parts of any size, down to single tokens: the outputs
         are those of `path_attention` over all tokens, to rounding. Options must be the same in all
         calls (of the sinks' values this is not checked), and gates be given in all calls or in
-        none.
+        none. `torch.compile` leaves it out of its graphs.
 
         Args:
             q: queries `[B, T, HQ, K]` of the T new tokens.
@@ -160,6 +160,12 @@ class PathCache:
             RuntimeError: a CUDA graph is captured, and there is no room, or there was no append
                 before it that was not captured: see `reserve`.
         """
+        if torch.compiler.is_compiling():
+            # Traced, it would be another program for every length.
+            untraced = torch.compiler.disable(self.append)
+            return untraced(
+                q, k, v, w, beta, g, scale=scale, sinks=sinks, window=window, lengths=lengths
+            )
         tensors = (q, k, v, w, beta, g, sinks)
         scale = examined(self._known_calls, self._examine, tensors, (scale, window))
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
