@@ -73,8 +73,8 @@ class PathCache:
         >>> o = cache.append(*(x[:, :7] for x in tokens), lengths=[7, 4])
         >>> o = cache.append(*(x[:, 7:9] for x in tokens))
         >>> cache.rollback([0, 1])
-        >>> cache.lengths
-        [9, 5]
+        >>> cache
+        PathCache(lengths=[9, 5], max_rollback=2)
     """
 
     def __init__(self, batch_size: int, *, max_rollback: int = 0) -> None:
@@ -100,6 +100,9 @@ class PathCache:
         self._counts_known = False
         # By how many tokens an append captured in a CUDA graph takes, where the store's memory was.
         self._captured: dict[int, tuple[int, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"PathCache(lengths={self.lengths}, max_rollback={self.max_rollback})"
 
     @property
     def lengths(self) -> list[int]:
