@@ -61,8 +61,9 @@ def copy_for_keys(
     """Copy what the keys' groups need, in the order in which they need it."""
     K: gl.constexpr = s_q.shape[2]
     V: gl.constexpr = s_do.shape[2]
+    ROWS: gl.constexpr = s_q.shape[1]
     line: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
-    o_line = gl.arange(0, 64, layout=line)
+    o_line = gl.arange(0, ROWS, layout=line)
     row = sequence + token
     for i_chunk in gl.static_range(2):
         at = first + token + 64 * i_chunk
@@ -92,16 +93,21 @@ def copy_for_keys(
             i_hq = i_h * GROUP + i_g
             q_row = (level * HQ + i_hq) * num_rows + sequence
             p_rows = i_hq.to(gl.int64) * num_rows + sequence
-            for i in range(start, stop):
+            for i in range(start, stop, ROWS // 64):
                 slot = step % STAGES
-                b_lse = gl.load(lse + p_rows + i * 64 + o_line)
-                b_delta = gl.load(delta + p_rows + i * 64 + o_line)
+                asked = o_line < (stop - i) * 64
+                b_lse = gl.load(lse + p_rows + i * 64 + o_line, mask=asked, other=float("inf"))
+                b_delta = gl.load(delta + p_rows + i * 64 + o_line, mask=asked, other=0.0)
                 mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
                 bar = full.index(slot)
-                mbarrier.expect(bar, 64 * (K + V) * 2)
-                copy_block(queries, [q_row + i * 64, 0], bar, s_q.index(slot))
+                mbarrier.expect(bar, ROWS * (K + V) * 2)
                 column = i_hq * do_h
-                copy_block(outputs, [batch, first + i * 64, column], bar, lifted(s_do.index(slot)))
+                for j in gl.static_range(ROWS // 64):
+                    # What stands for a chunk that is not there has lse = ∞, and is a number.
+                    at = gl.minimum(i + j, stop - 1) * 64
+                    copy_block(queries, [q_row + at, 0], bar, s_q.index(slot).slice(64 * j, 64))
+                    tile = s_do.index(slot).slice(64 * j, 64)
+                    copy_block(outputs, [batch, first + at, column], bar, lifted(tile))
                 s_lse.index(slot).store(b_lse)
                 s_delta.index(slot).store(b_delta)
                 barrier()
@@ -119,7 +125,8 @@ def differentiate_rows(
 ):  # fmt: skip
     """Write dK→ and dV of one chunk of the tile: the first, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
-    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROWS: gl.constexpr = s_q.shape[1]
+    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     by_column: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     row: gl.constexpr = gl.SliceLayout(0, by_query)
@@ -144,7 +151,7 @@ def differentiate_rows(
         stop = gl.minimum(start + (1 << level), last + 1)
         if first_query is not None:
             start = gl.maximum(start, first_query // 64)
-        for _ in range((stop - start) * GROUP):
+        for _ in range((stop - start + ROWS // 64 - 1) // (ROWS // 64) * GROUP):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             b_q = s_q.index(slot)
@@ -188,9 +195,13 @@ def differentiate_rows(
 def key_kernel(
     queries, keys, values, outputs, products, lse, delta, dk_levels, dk, dv, cu_seqlens,
     tile_sequence, first_tile, T, num_tiles, H, first_query, v_h, do_h, GROUP: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Write dK→ and dV of 128 keys of one head but for what their own chunks give."""
+    """Write dK→ and dV of 128 keys of one head but for what their own chunks give.
+
+    They meet ROWS queries at a time, one chunk or two.
+    """
     half: gl.constexpr = queries.dtype
     H = gl.to_tensor(H)
     num_tiles = gl.to_tensor(num_tiles)
@@ -212,13 +223,13 @@ def key_kernel(
     rows_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, V], half)
     squares: gl.constexpr = gl.NVMMASharedLayout.get_default_for([K, K], gl.float16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    s_q = gl.allocate_shared_memory(half, [STAGES, 64, K], rows_k)
-    s_do = gl.allocate_shared_memory(half, [STAGES, 64, V], rows_v)
+    s_q = gl.allocate_shared_memory(half, [STAGES, ROWS, K], rows_k)
+    s_do = gl.allocate_shared_memory(half, [STAGES, ROWS, V], rows_v)
     s_k = gl.allocate_shared_memory(half, [2, 64, K], rows_k)
     s_v = gl.allocate_shared_memory(half, [2, 64, V], rows_v)
     s_f = gl.allocate_shared_memory(gl.float16, [K, K], squares)
-    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
-    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], line)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], line)
     k_full = barriers(2, 1)
     k_empty = barriers(1, 2).index(0)
     v_full = barriers(2, 1)
@@ -268,11 +279,11 @@ def differentiate_keys(
     """Write dK→ and dV of all keys, from the tree's queries, keys and products."""
     H, K = p.k.shape[2:]
     V, T = p.v.shape[-1], p.q.shape[1]
+    rows, stages = config.hopper_key_tiles(K, V)
     launch(
         key_kernel, (p.num_tiles * H,),
         describe_rows(q, 64), describe_rows(k, 64), describe_tokens(p.v, 64),
         describe_tokens(do, 64), describe_rows(f, K), lse, delta, dk_levels, dk, dv, *p.packing, T,
         p.num_tiles, H, p.first_query, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
-        PACKED=p.cu_seqlens is not None, STAGES=config.hopper_key_stages(),
-        num_warps=4,
+        PACKED=p.cu_seqlens is not None, ROWS=rows, STAGES=stages, num_warps=4,
     )  # fmt: skip
