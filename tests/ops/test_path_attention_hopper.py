@@ -86,6 +86,15 @@ class Rectangles:
             self.lse[:, asking_nothing] = math.inf
             self.q[:, :, asking_nothing] = self.delta[:, asking_nothing] = 0.0
         self.do[:, : first_query or 0] = 0.0
+        # A chunk has queries where it is in a right block, and keys in a left one that has a right
+        # neighbour; what it has not nobody wrote.
+        for _, h, c, rows in self.places():
+            for level in range(self.levels):
+                block = c >> level
+                if block % 2 == 0:
+                    self.q[level, h * group : (h + 1) * group, rows] = math.nan
+                if block % 2 == 1 or (block + 1) << level >= self.chunks:
+                    self.k[level, h, rows] = math.nan
 
     def asks(self, chunk):
         """Return whether a query is in a chunk's tile, or in one before it."""
@@ -209,7 +218,7 @@ def test_gradients_of_keys_and_values(tile, sizes):
     actual, actual_values = torch.empty_like(expected), torch.empty_like(expected_values)
     actual_levels = torch.empty_like(expected_levels)
     gluon.run(
-        hopper_key_back.key_kernel, B * x.tiles * H, *x.described("q", "k", "v", "do", "f"),
+        hopper_key_back.key_kernel, B * x.tiles * H, *x.described("q", "q", "k", "v", "do", "f"),
         *map(gluon.Pointer, (x.lse, x.delta, actual_levels, actual, actual_values)), None, None,
         None, T, B * x.tiles, H, first_query, V, V, group, K, V, False, tile, 4,
     )  # fmt: skip

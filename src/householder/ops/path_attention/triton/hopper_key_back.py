@@ -53,9 +53,9 @@ def left_levels(pair, last):
 
 @gluon.jit
 def copy_for_keys(
-    queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f, s_lse, s_delta,
-    k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ, H, num_rows, batch, first,
-    sequence, token, v_column, do_h, pair, last, first_query, GROUP: gl.constexpr,
+    queries, chunk_queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f,
+    s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ, H, num_rows,
+    batch, first, sequence, token, v_column, do_h, pair, last, first_query, GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy what the keys' groups need, in the order in which they need it."""
@@ -88,7 +88,7 @@ def copy_for_keys(
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
         if first_query is not None:
-            start = gl.maximum(start, first_query // 64)
+            start = gl.maximum(start, first_query // 128 * 2)
         for i_g in range(GROUP):
             i_hq = i_h * GROUP + i_g
             q_row = (level * HQ + i_hq) * num_rows + sequence
@@ -101,13 +101,17 @@ def copy_for_keys(
                 mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
                 bar = full.index(slot)
                 mbarrier.expect(bar, ROWS * (K + V) * 2)
+                if (ROWS == 128) & (level == 0):
+                    # Only one chunk asks. Queries of the next one were not written at this level,
+                    # and what stands in for them, with lse = ∞, must be numbers.
+                    for j in gl.static_range(ROWS // 64):
+                        tile = s_q.index(slot).slice(64 * j, 64)
+                        copy_block(chunk_queries, [q_row + i * 64, 0], bar, tile)
+                else:
+                    # Of two chunks one may lie behind the sequence's end: its queries are zero.
+                    copy_block(queries, [q_row + i * 64, 0], bar, s_q.index(slot))
                 column = i_hq * do_h
-                for j in gl.static_range(ROWS // 64):
-                    # What stands for a chunk that is not there has lse = ∞, and is a number.
-                    at = gl.minimum(i + j, stop - 1) * 64
-                    copy_block(queries, [q_row + at, 0], bar, s_q.index(slot).slice(64 * j, 64))
-                    tile = s_do.index(slot).slice(64 * j, 64)
-                    copy_block(outputs, [batch, first + at, column], bar, lifted(tile))
+                copy_block(outputs, [batch, first + i * 64, column], bar, lifted(s_do.index(slot)))
                 s_lse.index(slot).store(b_lse)
                 s_delta.index(slot).store(b_delta)
                 barrier()
@@ -150,7 +154,7 @@ def differentiate_rows(
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
         if first_query is not None:
-            start = gl.maximum(start, first_query // 64)
+            start = gl.maximum(start, first_query // 128 * 2)
         for _ in range((stop - start + ROWS // 64 - 1) // (ROWS // 64) * GROUP):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
@@ -180,7 +184,7 @@ def differentiate_rows(
             mbarrier.arrive(k_empty, count=1, pred=number > 0)
             copied = GROUP
             if first_query is not None:
-                copied = gl.where(2 * pair + 1 < first_query // 64, 0, GROUP)
+                copied = gl.where(2 * pair + 1 < first_query // 128 * 2, 0, GROUP)
             for _ in range(copied):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), (step // STAGES) & 1)
@@ -193,14 +197,15 @@ def differentiate_rows(
 
 @gluon.jit(do_not_specialize=SIZES)
 def key_kernel(
-    queries, keys, values, outputs, products, lse, delta, dk_levels, dk, dv, cu_seqlens,
-    tile_sequence, first_tile, T, num_tiles, H, first_query, v_h, do_h, GROUP: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
+    queries, chunk_queries, keys, values, outputs, products, lse, delta, dk_levels, dk, dv,
+    cu_seqlens, tile_sequence, first_tile, T, num_tiles, H, first_query, v_h, do_h,
+    GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Write dK→ and dV of 128 keys of one head but for what their own chunks give.
 
-    They meet ROWS queries at a time, one chunk or two.
+    They meet ROWS queries at a time, one chunk or two, which `queries` copies; `chunk_queries`
+    copies one.
     """
     half: gl.constexpr = queries.dtype
     H = gl.to_tensor(H)
@@ -260,10 +265,10 @@ def key_kernel(
             (
                 copy_for_keys,
                 (
-                    queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f,
-                    s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ,
-                    H, num_rows, batch, first, tile * 128, token, i_h * v_h, do_h, pair, last,
-                    first_query, GROUP, STAGES,
+                    queries, chunk_queries, keys, values, outputs, products, lse, delta, s_q, s_k,
+                    s_v, s_do, s_f, s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full,
+                    f_empty, i_h, HQ, H, num_rows, batch, first, tile * 128, token, i_h * v_h, do_h,
+                    pair, last, first_query, GROUP, STAGES,
                 ),
             ),
         ],
@@ -282,8 +287,9 @@ def differentiate_keys(
     rows, stages = config.hopper_key_tiles(K, V)
     launch(
         key_kernel, (p.num_tiles * H,),
-        describe_rows(q, 64), describe_rows(k, 64), describe_tokens(p.v, 64),
-        describe_tokens(do, 64), describe_rows(f, K), lse, delta, dk_levels, dk, dv, *p.packing, T,
-        p.num_tiles, H, p.first_query, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
-        PACKED=p.cu_seqlens is not None, ROWS=rows, STAGES=stages, num_warps=4,
+        describe_rows(q, rows), describe_rows(q, 64), describe_rows(k, 64),
+        describe_tokens(p.v, 64), describe_tokens(do, rows), describe_rows(f, K), lse, delta,
+        dk_levels, dk, dv, *p.packing, T, p.num_tiles, H, p.first_query, p.v.stride(2),
+        do.stride(2), GROUP=p.heads // H, K=K, V=V, PACKED=p.cu_seqlens is not None, ROWS=rows,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip
