@@ -118,6 +118,16 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Make numbers float64 where nothing else is said, and random ones the same every time."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def nothing_waits() -> Callable[[], AbstractContextManager[None]]:
     """Return what makes a context in which it is an error if the host waits for the GPU."""
 

@@ -235,6 +235,16 @@ def test_too_long_a_rollback_is_refused():
             _, state = layer(torch.randn(2, 3, D), state=state, return_state=True)
 
 
+def test_a_refused_rollback_changes_nothing():
+    layer = PaTHAttention(D, num_heads=3, max_rollback=4)
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 9, D), return_state=True)
+    for num_tokens, error in (([1, 1], TypeError), (True, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="`num_tokens` must be"):
+            state.rollback(num_tokens)
+    assert state.cache.lengths == [9, 9]
+
+
 def test_reflectors_are_unit_vectors_whatever_the_dtype():
     layer = PaTHAttention(D, num_heads=3, use_forget_gate=True, dtype=torch.bfloat16)
     w, beta, g, _ = layer.transitions(torch.randn(2, 9, D, dtype=torch.bfloat16))
@@ -333,6 +343,19 @@ class TestErrors:
             layer.step(make_input(2, 1), layer.init_state(2))
         with pytest.raises(ValueError, match=r"`state"):
             layer(make_input(2, 1), state=layer.init_state(3))
+        other = make("rotary" if case.startswith("path") else "path").init_state(2)
+        for state in (other, 3):
+            got = type(state).__name__
+            with pytest.raises(TypeError, match=f"`state` must be a .*State, got {got}; make it"):
+                layer(make_input(2, 1), state=state)
+        reserved = layer.reserve(layer.init_state(2), 4)
+        assert isinstance(reserved, layer.reserved_state)
+        with pytest.raises(TypeError, match=r"step_: `state` must be a .*, got .*State; make it"):
+            layer.step_(make_input(2, 1)[:, 0], other)
+        with pytest.raises(ValueError, match=r"step: `x` must be \[B, d_model=24\], got shape"):
+            layer.step_(torch.zeros(2, 25), reserved)
+        with pytest.raises(TypeError, match=r"`x` must be real floating point, got torch\.int64"):
+            layer(torch.zeros(2, 3, 24, dtype=torch.int64))
         bounds = torch.tensor([0, 2], dtype=torch.int32)
         with pytest.raises(NotImplementedError, match="rows of a batch"):
             layer(make_input(1, 2), cu_seqlens=bounds, return_state=True)
@@ -359,6 +382,22 @@ def test_compiles_without_graph_breaks(case):
     weight = layer.q_proj.weight
     traced = torch.autograd.grad(compiled(x).sin().sum(), weight)
     agree(traced, torch.autograd.grad(layer(x).sin().sum(), weight))
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_not_compiled_again_for_every_token():
+    layer, x = make("path, all options"), make_input(2, 40)
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(layer.step, backend=counter)
+    y, state = layer(x[:, :20], state=layer.init_state(2), return_state=True)
+    outputs, compiled = [y], []
+    for token in x[:, 20:].unbind(1):
+        y, state = step(token, state)
+        outputs.append(y.unsqueeze(1))
+        compiled.append(counter.frame_count)
+    agree(torch.cat(outputs, dim=1), layer(x))
+    # The first state has fewer inputs of the convolution, all others as many.
+    assert 0 < compiled[1] == compiled[-1] < 10
 
 
 @torch.no_grad()

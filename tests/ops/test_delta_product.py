@@ -1,5 +1,6 @@
 """`delta_product` on the CPU: the chunked form against the definition, in values and gradients."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -13,7 +14,9 @@ from torch.autograd import forward_ad
 from householder import delta_product, delta_product_step
 from householder.ops import _dispatch
 from householder.ops.delta_product import chunk, op
-from householder.testing import assert_as_accurate, delta_product_inputs, relative_error
+from householder.testing import delta_product_inputs, relative_error
+
+from .agreement import cast, check_chunk
 
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
 
@@ -37,33 +40,7 @@ def run(inputs, impl, **options):
     return results | {f"d{name}": x.grad for name, x in leaves.items()}
 
 
-def cast(inputs, dtype):
-    return {
-        name: x.to(dtype) if x is not None and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
-
-
-def check(inputs, factor=2.0, **options):
-    """Hold the chunked form to the accuracy rule, in its outputs and in every gradient.
-
-    Float64 inputs are rounded to float32 for it, and compared in float64 as well, where a slip of
-    the algebra shows at once.
-    """
-    is_double = inputs["v"].dtype == torch.float64
-    if is_double:
-        inputs = cast(inputs, torch.float32)
-    wide = cast(inputs, torch.float64)
-    expected = run(wide, "reference", **options)
-    if is_double:
-        actual = run(wide, "chunk", **options)
-        for name in expected:
-            assert relative_error(actual[name], expected[name]) < 1e-12, name
-    plain = run(inputs, "reference", **options)
-    actual = run(inputs, "chunk", **options)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_as_accurate(actual[name], plain[name], expected[name], name=name, factor=factor)
+check = functools.partial(check_chunk, run)
 
 
 @pytest.fixture(params=["many segments", "one segment"])

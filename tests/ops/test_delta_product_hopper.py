@@ -1,37 +1,24 @@
 """What the forward for Hopper computes, in float64 on a CPU (see gluon_arrays.py)."""
 
 import builtins
-import importlib.util
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-FILE = Path(__file__).with_name("gluon_arrays.py")
-SPECIFICATION = importlib.util.spec_from_file_location("gluon_arrays", FILE)
-gluon = importlib.util.module_from_spec(SPECIFICATION)
-sys.modules["gluon_arrays"] = gluon
-SPECIFICATION.loader.exec_module(gluon)
+from householder import delta_product
+from householder.ops.delta_product.triton import hopper_forward
+from householder.testing import delta_product_inputs
 
-from householder import delta_product  # noqa: E402
-from householder.ops.delta_product.triton import hopper_forward  # noqa: E402
-from householder.testing import delta_product_inputs  # noqa: E402
+from . import gluon_arrays as gluon
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 R = 64
 # The kernels' exponential knows fewer digits of log2(e), and T counts β = 0 as 2⁻⁴⁰.
 CLOSE = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def in_float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def run(kernel, programs, arguments):
@@ -65,7 +52,6 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_forward_agrees_with_the_definition(case):
     B, T, N, H, HV, K, V, decay, packed = case
-    torch.manual_seed(0)
     x = delta_product_inputs(
         B, T, N, H, K, V, HV=HV, decay=decay, num_sequences=packed, dtype=torch.float64
     )

@@ -305,6 +305,11 @@ class TestFrame:
         with pytest.raises(ValueError, match=match):
             householder_frame(*arguments)
 
+    @pytest.mark.parametrize("num_columns", [2.0, True, "2"])
+    def test_a_number_of_columns_is_an_int(self, num_columns):
+        with pytest.raises(TypeError, match="frame: `num_columns` must be an int, got"):
+            householder_frame(torch.zeros(4, 6), num_columns=num_columns)
+
 
 def test_triton_says_why_it_cannot_run():
     x, k, beta = make((3, 6), (4, 6), torch.float32)

@@ -1,5 +1,6 @@
 """`path_attention` on the CPU: the blocked form against the definition, in values and gradients."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -12,7 +13,9 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from householder import path_attention
 from householder.ops.path_attention.chunk import gradients, outputs, portions, tree
-from householder.testing import assert_as_accurate, path_attention_inputs, relative_error
+from householder.testing import path_attention_inputs, relative_error
+
+from .agreement import cast, check_chunk, compare
 
 NAMES = ("q", "k", "v", "w", "beta", "g", "sinks")
 
@@ -31,39 +34,7 @@ def run(inputs, impl, **options):
     return {"o": o} | {f"d{name}": x.grad for name, x in leaves.items()}
 
 
-def cast(inputs, dtype):
-    return {
-        name: x.to(dtype) if x is not None and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
-
-
-def compare(actual, expected, tolerance=1e-12):
-    """Compare results by name, each against the largest of its kind: some are zero."""
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        error = (actual[name] - x).abs().max() if x.numel() else 0.0
-        assert error <= tolerance * (1 + x.abs().max() if x.numel() else 1), name
-
-
-def check(inputs, factor=2.0, **options):
-    """Hold the chunked form to the accuracy rule, in its outputs and in every gradient.
-
-    Float64 inputs are rounded to float32 for it, and compared in float64 as well, where a slip of
-    the algebra shows at once.
-    """
-    is_double = inputs["v"].dtype == torch.float64
-    if is_double:
-        inputs = cast(inputs, torch.float32)
-    wide = cast(inputs, torch.float64)
-    expected = run(wide, "reference", **options)
-    if is_double:
-        compare(run(wide, "chunk", **options), expected)
-    plain = run(inputs, "reference", **options)
-    actual = run(inputs, "chunk", **options)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert_as_accurate(actual[name], plain[name], expected[name], name=name, factor=factor)
+check = functools.partial(check_chunk, run)
 
 
 @pytest.fixture(params=["small portions and tiles", "one portion"])

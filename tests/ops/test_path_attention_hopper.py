@@ -4,23 +4,14 @@ The rectangles are compared with loops over chunks and levels, what chunks have 
 autograd through its definition.
 """
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-FILE = Path(__file__).with_name("gluon_arrays.py")
-SPECIFICATION = importlib.util.spec_from_file_location("gluon_arrays", FILE)
-gluon = importlib.util.module_from_spec(SPECIFICATION)
-sys.modules["gluon_arrays"] = gluon
-SPECIFICATION.loader.exec_module(gluon)
-
-from householder.ops.path_attention.triton import (  # noqa: E402 - it imports triton
+from householder.ops.path_attention.triton import (
     hopper_attend,
     hopper_chunk_back,
     hopper_key_back,
@@ -29,6 +20,10 @@ from householder.ops.path_attention.triton import (  # noqa: E402 - it imports t
     hopper_query_back,
     problem,
 )
+
+from . import gluon_arrays as gluon
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 LOG2_E = math.log2(math.e)
 CLOSE = 1e-13
@@ -44,15 +39,6 @@ CASES = [
     (1, 700, 1, 2, 16, 16, 450),
     (1, 330, 1, 1, 16, 16, 329),
 ]
-
-
-@pytest.fixture(autouse=True)
-def in_float64():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def product_of(f, batch, tiles, level, block):

@@ -88,7 +88,7 @@ def compute_levels() -> str:
     T, K, C = 300, 16, 64
     inputs = path_attention_inputs(1, T, 1, K, 16, dtype=torch.float32)
     p = make_problem(*arrange(Inputs(*(inputs[name] for name in NAMES), 0.3, None, None)))
-    tree = build_tree(p, inverse=True)
+    tree = build_tree(p)
     q, k, w, beta, g = (inputs[name][0, :, 0].double() for name in ("q", "k", "w", "beta", "g"))
     chunks = -(-T // C)
     for level in range(p.num_levels):

@@ -8,6 +8,7 @@ import torch
 
 from householder import PathCache, path_attention
 from householder.ops.path_attention.cache import store
+from householder.ops.path_attention.cache.records import Group, Options, Tokens
 from householder.testing import path_attention_inputs, relative_error
 
 TOKENS = ("q", "k", "v", "w", "beta", "g")
@@ -380,8 +381,123 @@ def append_in_parts_from(cache, inputs, lo, hi):
     return torch.cat([cache.append(*part(inputs, t, t + 1)) for t in range(lo, hi)], dim=1)
 
 
+class Graph:
+    """Stands for a CUDA graph of an append, and for the kernels, which read counts from memory."""
+
+    def __init__(self, monkeypatch):
+        self.captures, self.captured = False, {}
+        monkeypatch.setattr(store.Store, "has_kernels", lambda _: True)
+        monkeypatch.setattr(store.Store, "decode", lambda held, *x: self.decode(held, *x))
+
+    def decode(self, held, tokens, options, counts, new, num_tokens):
+        if self.captures:
+            self.captured[tokens.q.shape[1]] = held, tokens, options, counts
+            return None
+        assert new is None
+        (old,), (recent,) = (set(x.tolist()) for x in counts)
+        group = Group(slice(0, len(tokens.q)), old, recent, tokens.q.shape[1])
+        held.write(group, tokens)
+        o = held.attend_many(group, tokens.q, options)
+        held.make_triangles(Group(group.rows, old, recent + group.new, 0))
+        counts[1] += group.new
+        return o
+
+    def capture(self, cache, tokens):
+        self.captures = True
+        new = [tokens[0].shape[1]] * len(tokens[0])
+        cache._capture(Tokens(*tokens), Options(tokens[0].shape[-1] ** -0.5, None, None), new)
+        self.captures = False
+
+    def replay(self, tokens):
+        held, static, options, counts = self.captured[tokens[0].shape[1]]
+        for x, here in zip(static, tokens, strict=True):
+            x.copy_(here)
+        return self.decode(held, static, options, counts, None, None)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_is_taken_back_between_replays_leaves_no_trace(n, monkeypatch):
+    inputs, guesses = (path_attention_inputs(T=200, decay=0.1, seed=seed) for seed in (0, 1))
+    expected = path_attention(**inputs)
+    graph, cache = Graph(monkeypatch), PathCache(2, max_rollback=8)
+    cache.reserve(200)
+    cache.append(*part(inputs, 0, 100))
+    cache.append(*part(inputs, 100, 100 + n))
+    graph.capture(cache, [x.clone() for x in part(inputs, 0, n)])
+    for lo in range(100 + n, 200 - 2 * n, n):
+        for guess in range(lo % 3):
+            graph.replay(part(guesses, guess * n, (guess + 1) * n))
+            cache.replayed()
+        cache.rollback(lo % 3 * n)
+        agree(graph.replay(part(inputs, lo, lo + n)), expected[:, lo : lo + n])
+        cache.replayed()
+    assert cache.lengths == [lo + n, lo + n]
+    # Padded beyond what the kernels take, in memory that stays where it is.
+    lo += n
+    padded = [x[:, lo:].repeat(1, 20, *[1] * (x.dim() - 2)) for x in map(inputs.get, TOKENS)]
+    agree(cache.append(*padded, lengths=[1, 1])[:, :1], expected[:, lo : lo + 1])
+    assert cache._captured == {n: cache._store.addresses()}
+    agree(graph.replay(part(inputs, lo + 1, lo + 1 + n)), expected[:, lo + 1 : lo + 1 + n])
+
+
+def test_graphs_of_several_numbers_of_tokens_are_replayed_by_turns(monkeypatch):
+    inputs = path_attention_inputs(T=200, decay=0.1)
+    expected = path_attention(**inputs)
+    graph, cache = Graph(monkeypatch), PathCache(2, max_rollback=3)
+    cache.reserve(150)
+    cache.append(*part(inputs, 0, 70))
+    lo = 70
+    for n in (1, 4):
+        cache.append(*part(inputs, lo, lo + n))
+        graph.capture(cache, [x.clone() for x in part(inputs, 0, n)])
+        lo += n
+    with pytest.raises(ValueError, match=r"since appends of \[1, 4\] tokens are captured"):
+        cache.replayed()
+    with pytest.raises(TypeError, match="`num_tokens` must be an int"):
+        cache.replayed(1.0)
+    with pytest.raises(RuntimeError, match="an append of 2 tokens must have been captured"):
+        cache.replayed(2)
+    while lo < 146:
+        n = 4 if lo % 3 else 1
+        agree(graph.replay(part(inputs, lo, lo + n)), expected[:, lo : lo + n])
+        cache.replayed(n)
+        lo += n
+    assert cache.lengths == [lo, lo]
+    with pytest.raises(RuntimeError, match=r"room for 4 more tokens, got 14\d of 150"):
+        cache.replayed(4)
+    # In other memory there is one graph alone.
+    cache.reserve(200)
+    with pytest.raises(RuntimeError, match="capture it again"):
+        cache.replayed(4)
+    graph.capture(cache, [x.clone() for x in part(inputs, 0, 1)])
+    agree(graph.replay(part(inputs, lo, lo + 1)), expected[:, lo : lo + 1])
+    cache.replayed()
+    assert cache.lengths == [lo + 1, lo + 1]
+
+
+MODES = [torch.no_grad, torch.enable_grad, torch.inference_mode]
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("then", MODES)
+def test_any_gradient_mode_goes_on_after_any(first, then):
+    inputs = path_attention_inputs(T=200, decay=0.1)
+    expected = path_attention(**inputs)
+    cache = PathCache(2, max_rollback=3)
+    with first():
+        outputs = [append_in_parts_from(cache, inputs, 0, 70)]
+        cache = cache.select(torch.tensor([0, 1]))
+    with then():
+        outputs += [cache.append(*part(inputs, lo, hi)) for lo, hi in ((70, 71), (71, 197))]
+        cache.append(*part(inputs, 100, 103))
+        cache.rollback(3)
+        outputs.append(append_in_parts_from(cache, inputs, 197, 200))
+    agree(torch.cat(outputs, dim=1), expected)
+
+
 def test_every_argument_is_documented():
-    for function in (PathCache, PathCache.append, PathCache.rollback, PathCache.reserve):
+    methods = PathCache.append, PathCache.rollback, PathCache.reserve, PathCache.replayed
+    for function in (PathCache, *methods):
         documentation = inspect.getdoc(function)
         for name in inspect.signature(function).parameters:
             assert name == "self" or f"{name}: " in documentation

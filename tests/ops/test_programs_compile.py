@@ -1,4 +1,4 @@
-"""The GPU kernels of `delta_product` and `path_attention`, compiled for Hopper without a GPU.
+"""The GPU kernels of the sequence ops and of their cache, compiled for Hopper without a GPU.
 
 Triton's interpreter does not run the forms for Hopper, which are written in Gluon. That the Triton
 installed here compiles them, and the others, into programs that a multiprocessor can hold is seen
@@ -25,7 +25,7 @@ addresses = importlib.util.module_from_spec(SPECIFICATION)
 SPECIFICATION.loader.exec_module(addresses)
 
 # Arguments of `delta_product_inputs` or of `path_attention_inputs`, which has no N, and the kernels
-# that a forward and a backward call have.
+# that a forward and a backward call have, or a decoded token of a cache.
 CASES = {
     "gated": (
         {"B": 1, "T": 208, "N": 1, "H": 2, "K": 128, "V": 128, "dtype": "bfloat16"},
@@ -45,6 +45,10 @@ CASES = {
         {"B": 1, "T": 700, "H": 2, "K": 128, "V": 128, "decay": None, "dtype": "bfloat16"},
         ["prepare", "join", "climb", "attend",
          "prepare", "rows", "sum", "descend", "leaf", "chunk", "key", "query"],
+    ),
+    "a decoded token, narrow heads": (
+        {"B": 1, "T": 1, "H": 1, "HQ": 2, "K": 20, "V": 16, "dtype": "bfloat16"},
+        ["enter", "attend", "finish"],
     ),
 }  # fmt: skip
 SEGMENT_TOKENS = 256
@@ -66,7 +70,7 @@ def processes(folder):
     found = []
     for _ in range(2):
         result = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__], capture_output=True, text=True,
+            [sys.executable, "-W", "error::UserWarning", __file__], capture_output=True, text=True,
             env=environment, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -86,7 +90,7 @@ def test_all_kernels_compile_side_by_side(name, programs):
     for program in programs[name]:
         assert program["arch"] == 90
         assert program["thread"].startswith("householder-compiler")
-        assert program["bytes"] > 0
+        assert Path(program["file"]).stat().st_size > 0
         assert program["shared"] <= SHARED_BYTES
 
 
@@ -123,6 +127,40 @@ def test_mixed_halves_are_found():
         addresses.mixed_addresses("\n".join([lower, again, moved, upper.replace("R21", "R30")]))
     )
     assert not list(addresses.mixed_addresses("\n".join([lower, again, upper.replace("P3", "P2")])))
+
+
+def sums_over_lanes(assembly):
+    """Yield what adds to another lane's number a product that it has not rounded before."""
+    shuffled = set()
+    for line in assembly.splitlines():
+        found = addresses.INSTRUCTION.match(line)
+        if found is None:
+            continue
+        _, name, rest = found.groups()
+        operands = [x.strip() for x in rest.replace(".reuse", "").split(",")]
+        if name.startswith("FFMA") and shuffled & {operands[-1].lstrip("-")}:
+            yield line
+        if name == "SHFL.BFLY":
+            shuffled.add(operands[1])
+        elif not name.startswith(addresses.STORES):
+            shuffled.discard(operands[0])
+
+
+def test_lanes_of_narrow_heads_agree_on_a_sum(programs):
+    """Of `a·b + c·d`, a and b here and c and d in another lane, each rounds both products."""
+    for program in programs["a decoded token, narrow heads"]:
+        found = list(sums_over_lanes(addresses.disassemble(program["file"])))
+        assert not found, (program["name"], found)
+
+
+def test_sums_over_lanes_are_found():
+    product = "        /*1970*/  FMUL R10, R11, R23 ;"
+    other = "        /*1980*/  SHFL.BFLY PT, R12, R10, 0x10, 0x1f ;"
+    joined = "        /*1990*/  FFMA R11, R11, R23, R12 ;"
+    moved = "        /*198c*/  MOV R12, R13 ;"
+    assert list(sums_over_lanes("\n".join([product, other, joined]))) == [joined]
+    assert not list(sums_over_lanes("\n".join([product, other, moved, joined])))
+    assert not list(sums_over_lanes("\n".join([product, other, joined.replace("R12", "R14")])))
 
 
 def without_gpu():
@@ -205,6 +243,18 @@ def run_path_attention(case):
     kernels.backward(o, *arguments, o, lse)
 
 
+def run_path_cache(case):
+    from householder import PathCache
+    from householder.ops.path_attention.cache import triton as kernels
+    from householder.ops.path_attention.cache.store import Store
+    from householder.testing import path_attention_inputs
+
+    kernels.is_from_hopper_on = lambda _: True
+    Store.has_kernels = lambda _: True
+    inputs = path_attention_inputs(**case)
+    PathCache(case["B"]).append(*(inputs[n] for n in ("q", "k", "v", "w", "beta", "g")))
+
+
 def compile_all() -> dict[str, list[dict[str, object]]]:
     """Compile what every case's forward and backward call need."""
     import threading
@@ -223,7 +273,7 @@ def compile_all() -> dict[str, list[dict[str, object]]]:
                 "thread": threading.current_thread().name,
                 "arch": metadata["target"].arch,
                 "shared": metadata["shared"],
-                "bytes": os.path.getsize(binary),
+                "file": binary,
                 "from_disk": cache_hit,
             }
         )
@@ -233,6 +283,8 @@ def compile_all() -> dict[str, list[dict[str, object]]]:
     for name, (case, _) in CASES.items():
         programs.clear()
         run = run_delta_product if "N" in case else run_path_attention
+        if "token" in name:
+            run = run_path_cache
         run(case | {"dtype": getattr(torch, case["dtype"])})
         found[name] = list(programs)
     return found

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from householder.ops import _recording
 from householder.ops._recording import recorded, room, room_like
-from householder.ops._triton import compiled_together, launch, this_thread
+from householder.ops._triton import Launcher, compiled_together, launch, this_thread
 
 
 class Kernel:
@@ -22,13 +22,15 @@ class Kernel:
     def __init__(self, compiles=True):
         self.compiles = compiles
         self.searched, self.launched, self.warmed = 0, 0, 0
+        self.options = {}
 
     def warmup(self, *arguments, grid, **others):
         self.warmed += 1
 
     def __getitem__(self, grid):
-        def run(x, out, factor, num_warps=4):
+        def run(x, out, factor, **options):
             self.searched += 1
+            self.options = options
             self.write(x, out, factor)
             return Program(self, grid, out) if self.compiles else None
 
@@ -77,6 +79,15 @@ def scaled_twice(kernel):
         return out, None
 
     return function
+
+
+def test_products_and_sums_are_rounded_together_unless_a_launch_says_otherwise():
+    x, out, kernel = torch.ones(2), torch.empty(2), Kernel()
+    for others, fused in (({}, True), ({"enable_fp_fusion": False}, False)):
+        launch(kernel, (1,), x, out, 1.0, **others)
+        assert kernel.options["enable_fp_fusion"] is fused
+        Launcher(kernel, (1,), factor=1.0, **others)(x, out)
+        assert kernel.options["enable_fp_fusion"] is fused
 
 
 def test_other_tensors_of_the_layout_get_the_same_launches():

@@ -121,7 +121,7 @@ def install(
             "another name"
         )
     refuse_while_merged("attach", state)
-    made = _make(model, config, layers, apart)
+    made = _make(config, layers, apart)
     if freeze and not state.configs:
         state.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
@@ -139,7 +139,6 @@ def install(
 
 
 def _make(
-    model: nn.Module,
     config: AdapterConfig,
     layers: Mapping[str, nn.Module],
     apart: Mapping[str, nn.Module],

@@ -146,7 +146,7 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
             raise NotImplementedError(
                 "HouseholderForCausalLM: `return_dict` must not be False; read the fields by name"
             )
-        cache = self._cache(input_ids, past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache)
         bounds = packed_bounds(cu_seq_lens_q, seq_idx)
         if bounds is None and cache is None and attention_mask is None:
             bounds = _restarts(position_ids)
@@ -179,7 +179,7 @@ class HouseholderForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _cache(
-        self, input_ids: Tensor, past: HouseholderCache | None, use_cache: bool | None
+        self, past: HouseholderCache | None, use_cache: bool | None
     ) -> HouseholderCache | None:
         if isinstance(past, HouseholderCache):
             return past

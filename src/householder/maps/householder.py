@@ -10,6 +10,7 @@ from torch import Tensor
 from householder.maps.base import Composition, LinearMap
 from householder.ops import _checks
 from householder.ops.householder_product import householder_frame, householder_product
+from householder.ops.householder_product.api import check_product
 from householder.ops.wy import compute_dtype, result_dtype
 
 
@@ -45,16 +46,7 @@ class HouseholderProduct(LinearMap):
         op = "HouseholderProduct"
         tensors = {"reflectors": reflectors, "beta": beta}
         _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
-        if reflectors.dim() < 2:
-            raise ValueError(
-                f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
-                "reflector is reflectors.unsqueeze(-2)"
-            )
-        if beta is not None and (beta.dim() < 1 or beta.shape[-1] != reflectors.shape[-2]):
-            raise ValueError(
-                f"{op}: `beta` must be [*, N] with N = {reflectors.shape[-2]} as in `reflectors`, "
-                f"got shape {list(beta.shape)}; give one coefficient a reflector"
-            )
+        check_product(op, reflectors, beta)
         if beta is not None:
             _check_batches(reflectors, beta)
         self.reflectors = reflectors

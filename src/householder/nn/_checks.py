@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from householder.ops._checks import check_cu_seqlens, check_tensor
+from householder.ops._checks import check_cu_seqlens, check_floating, check_tensor
 
 
 def check_positive_int(where: str, name: str, value: object) -> None:
@@ -55,6 +55,7 @@ def default_head_dim(
 def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | None) -> int:
     """Check `x [B, T, channels]` and `cu_seqlens`, and return how many sequences they hold."""
     check_tensor(where, "x", x)
+    check_floating(where, {"x": x})
     if x.dim() != 3 or x.shape[-1] != channels:
         raise ValueError(
             f"{where}: `x` must be [B, T, {channels}], got shape {list(x.shape)}; "
@@ -67,7 +68,7 @@ def check_sequences(where: str, x: Tensor, channels: int, cu_seqlens: Tensor | N
 
 def check_token(where: str, x: Tensor, d_model: int) -> None:
     """Raise unless `x` is one token of each sequence, `[B, d_model]`."""
-    if x.dim() != 2:
+    if x.dim() != 2 or x.shape[-1] != d_model:
         raise ValueError(
             f"{where}.step: `x` must be [B, d_model={d_model}], got shape {list(x.shape)}; "
             "use forward for more than one token"
@@ -87,6 +88,15 @@ def check_mask(
         raise ValueError(
             f"{where}: `mask` must be bool {list(x.shape[:2])}, got {mask.dtype} "
             f"{list(mask.shape)}; give True for every token and False in front of them"
+        )
+
+
+def check_state_type(where: str, state: object, kind: type) -> None:
+    """Raise TypeError unless `state` is of the kind that this layer makes."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{where}: `state` must be a {kind.__name__}, got {type(state).__name__}; make it with "
+            "init_state or reserve, or give what this layer returned"
         )
 
 

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from householder.nn._checks import check_positive_float, check_positive_int, check_state_tensor
+from householder.nn._checks import (
+    check_positive_float,
+    check_positive_int,
+    check_state_tensor,
+    check_state_type,
+)
 from householder.nn.key_value_buffer import KeyValueBuffer
 from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops.wy import compute_dtype
@@ -48,6 +53,8 @@ class KeyValueState(NamedTuple):
 class KeyValueAttention(SoftmaxAttention):
     """What the layers share that run on PyTorch's `scaled_dot_product_attention`."""
 
+    reserved_state = KeyValueBuffer
+
     def init_state(self, batch_size: int) -> KeyValueState:
         """Return the state before the first token, for `batch_size` sequences."""
         check_positive_int(f"{type(self).__name__}.init_state", "batch_size", batch_size)
@@ -65,6 +72,7 @@ class KeyValueAttention(SoftmaxAttention):
         return None
 
     def _check_state(self, state: KeyValueState, batch_size: int) -> None:
+        check_state_type(type(self).__name__, state, KeyValueState)
         shape = (batch_size, state.k.shape[1], self.num_key_heads, self.head_dim)
         for name, x in (("state.k", state.k), ("state.v", state.v)):
             check_state_tensor(type(self).__name__, name, x, shape)

@@ -128,7 +128,7 @@ def _factor_in_part(work: Tensor, N: int, negligible: float) -> tuple[Tensor, Te
     # A small rotation is two reflections. Where only one of a pair fits, none is better.
     fewer = _reflect_onto(Q, X[..., :-1], negligible)
     fewer = (F.pad(fewer[0], (0, 0, 1, 0)), F.pad(fewer[1], (1, 0), value=math.pi), fewer[2] + 1)
-    worse = _distance(Q, *found) > _distance(Q, *fewer)
+    worse = _distance(Q, found[0]) > _distance(Q, fewer[0])
     k = torch.where(worse[..., None, None], fewer[0], found[0])
     angles = torch.where(worse.unsqueeze(-1), fewer[1], found[1])
     return k, angles, torch.where(worse, fewer[2], found[2])
@@ -168,9 +168,9 @@ def _reflect_onto(Q: Tensor, X: Tensor, negligible: float) -> tuple[Tensor, Tens
     return k, angles, idle
 
 
-def _distance(Q: Tensor, k: Tensor, angles: Tensor, idle: Tensor) -> Tensor:
-    """Return ‖H E − Q‖, with reflectors of zeros as the identity."""
-    frame = make_product(k, angles if k.is_complex() else None).frame(Q.shape[-1])
+def _distance(Q: Tensor, k: Tensor) -> Tensor:
+    """Return ‖H E − Q‖ for real reflectors, of which zeros are the identity."""
+    frame = make_product(k, None).frame(Q.shape[-1])
     return torch.linalg.matrix_norm(frame - Q)
 
 

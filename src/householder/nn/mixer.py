@@ -16,6 +16,7 @@ from householder.nn._checks import (
     check_positive_int,
     check_sequences,
     check_state_tensor,
+    check_state_type,
     check_token,
     default_head_dim,
 )
@@ -318,6 +319,7 @@ class DeltaProductMixer(nn.Module):
 
         Raises:
             ValueError: a shape, `cu_seqlens` or `mask` does not fit.
+            TypeError: `x` is no floating-point tensor, or `state` is another layer's.
         """
         self._check_inputs(x, state, cu_seqlens)
         if mask is not None:
@@ -493,6 +495,7 @@ class DeltaProductMixer(nn.Module):
         batch_size = check_sequences(where, x, self.d_model, cu_seqlens)
         if state is None:
             return
+        check_state_type(where, state, MixerState)
         matrix_shape = (batch_size, self.num_value_heads, self.head_dim, self.value_head_dim)
         check_state_tensor(where, "state.matrix", state.matrix, matrix_shape)
         if (state.conv is not None) != self.use_short_conv:

@@ -14,11 +14,13 @@ from householder.nn._checks import (
     check_positive_float,
     check_positive_int,
     check_state_tensor,
+    check_state_type,
 )
 from householder.nn.normalization import QK_ACTIVATIONS
 from householder.nn.short_convolution import ShortConvolution
 from householder.nn.softmax_attention import AttentionOptions, SoftmaxAttention
 from householder.ops import PathCache, path_attention
+from householder.ops._checks import check_int
 from householder.ops.normalization import l2_normalize
 from householder.ops.path_attention.api import IMPLS
 from householder.ops.wy import compute_dtype
@@ -45,8 +47,10 @@ class PaTHState(NamedTuple):
                 taken back one less.
 
         Raises:
+            TypeError: it is no int: the convolution's inputs of all sequences are one tensor.
             ValueError: that many cannot be taken back.
         """
+        check_int("PaTHState.rollback", "num_tokens", num_tokens)
         self.cache.rollback(num_tokens)
         if self.conv is None:
             return self
@@ -110,6 +114,8 @@ class PaTHAttention(SoftmaxAttention):
         PaTH Attention: Position Encoding via Accumulating Householder Transformations (Yang et al.,
         2025), https://arxiv.org/abs/2505.16381
     """
+
+    reserved_state = PaTHState
 
     def __init__(
         self,
@@ -271,6 +277,7 @@ class PaTHAttention(SoftmaxAttention):
         return o[rows, to_end], state
 
     def _check_state(self, state: PaTHState, batch_size: int) -> None:
+        check_state_type("PaTHAttention", state, PaTHState)
         if state.cache.batch_size != batch_size or (state.conv is None) != (self.w_conv1d is None):
             raise ValueError(
                 f"PaTHAttention: `state` must be one of this layer for {batch_size} sequences, got "

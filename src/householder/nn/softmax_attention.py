@@ -13,6 +13,7 @@ from householder.nn._checks import (
     check_positive_float,
     check_positive_int,
     check_sequences,
+    check_state_type,
     check_token,
     default_head_dim,
 )
@@ -61,6 +62,9 @@ class SoftmaxAttention(nn.Module, ABC):
         TypeError: an option has the wrong type.
         ValueError: an option is out of range, or two options do not fit together.
     """
+
+    # What `reserve` returns.
+    reserved_state: type
 
     def __init__(
         self,
@@ -161,6 +165,7 @@ class SoftmaxAttention(nn.Module, ABC):
 
         Raises:
             ValueError: a shape, `cu_seqlens` or `mask` does not fit.
+            TypeError: `x` is no floating-point tensor, or `state` is another layer's.
             NotImplementedError: `cu_seqlens` comes with a state.
         """
         where = type(self).__name__
@@ -239,8 +244,11 @@ class SoftmaxAttention(nn.Module, ABC):
 
         Raises:
             ValueError: a shape does not fit.
+            TypeError: `state` does not come from this layer's `reserve`.
         """
-        check_token(type(self).__name__, x, self.d_model)
+        where = type(self).__name__
+        check_token(where, x, self.d_model)
+        check_state_type(f"{where}.step_", state, self.reserved_state)
         x = x.unsqueeze(1)
         q, k, v = self.project(x)
         return self.o_proj(self._attend_one(x, q, k, v, state).flatten(-2)).squeeze(1)
@@ -273,4 +281,4 @@ class SoftmaxAttention(nn.Module, ABC):
 
     @abstractmethod
     def _check_state(self, state: Any, batch_size: int) -> None:
-        """Raise ValueError unless the state is one of this layer and of this batch size."""
+        """Raise unless the state is one of this layer and of this batch size."""

@@ -69,6 +69,12 @@ def check_number(op: str, name: str, value: object) -> float:
     raise TypeError(f"{op}: `{name}` must be a number, got {got}; {remedy}")
 
 
+def check_int(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int, traced or not; a bool is none here."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: `{name}` must be an int, got {value!r}; give a count")
+
+
 def check_floating(
     op: str, tensors: Mapping[str, Tensor | None], allow_complex: bool = False
 ) -> None:

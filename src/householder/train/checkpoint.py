@@ -90,13 +90,19 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     (temporary / FILES[2]).write_text(json.dumps(state, indent=1), encoding="utf-8")
     manifest = {"format": FORMAT, "sha256": {name: sha256(temporary / name) for name in FILES}}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    publish(temporary, target, keep)
+    return target
+
+
+def publish(temporary: Path, target: Path, keep: int) -> None:
+    """Give a checkpoint that is written its final name, and remove the oldest beyond `keep`."""
+    folder = target.parent
     for path in [*temporary.iterdir(), temporary]:
         fsync_path(path)
     os.rename(temporary, target)
     fsync_path(folder)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old:08d}")
-    return target
 
 
 def steps(folder: Path) -> list[int]:

@@ -218,14 +218,14 @@ def _backward_fake(
 
 
 # On a CPU it is Triton's interpreter that runs these kernels.
-FORWARD = register(
+activate_op = register(
     "delta_product_activate",
     "(Tensor q, Tensor k, Tensor beta, Tensor? g, Tensor? A_log, Tensor? dt_bias, float? qk_eps, "
     "float? beta_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     kernel=_forward,
 )
-BACKWARD = register(
+activate_backward_op = register(
     "delta_product_activate_backward",
     "(Tensor? dq, Tensor? dk, Tensor? dbeta, Tensor? dg, Tensor q, Tensor k, Tensor q_factor, "
     "Tensor k_factor, Tensor beta, Tensor? g, Tensor? A_log, Tensor? dt_bias, float? beta_scale) "
@@ -233,8 +233,6 @@ BACKWARD = register(
     fake=_backward_fake,
     kernel=_backward,
 )
-activate_op = torch.ops.householder.delta_product_activate.default
-activate_backward_op = torch.ops.householder.delta_product_activate_backward.default
 
 # The head axis of q, k, beta, g, A_log and dt_bias, where vmap puts a batched dimension.
 _HEADS = (2, 3, 3, 2, 0, 0)

@@ -157,14 +157,14 @@ _INPUTS = (
 )
 # What the forward keeps: states, triangles, writes, maps and growth of segments, coefficients.
 _SAVED = "Tensor states, Tensor ut, Tensor u, Tensor maps, Tensor growth, Tensor table"
-FORWARD = register(
+delta_product_op = register(
     "delta_product",
     f"({_INPUTS}, bool save, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     kernel=_forward,
 )
-BACKWARD = register(
+delta_product_backward_op = register(
     "delta_product_backward",
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, {_SAVED}, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -173,7 +173,7 @@ BACKWARD = register(
 )
 # Leaves the gradient of v where `u` was, which has its shape and dtype, and something else where
 # `ut` was.
-BACKWARD_OVER_U = register(
+delta_product_backward_over_u_op = register(
     "delta_product_backward_over_u",
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor states, Tensor(a!) ut, Tensor(b!) u, "
     "Tensor maps, Tensor growth, Tensor table, str form) "
@@ -182,7 +182,7 @@ BACKWARD_OVER_U = register(
     kernel=_backward_over_u,
 )
 # For a forward pass that kept nothing: makes that anew.
-BACKWARD_ANEW = register(
+delta_product_backward_anew_op = register(
     "delta_product_backward_anew",
     f"(Tensor do, Tensor? dfinal_state, {_INPUTS}, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -193,24 +193,18 @@ _STEP_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, float scal
 _STEP_OPTIONS = (
     "Tensor? A_log=None, Tensor? dt_bias=None, float? qk_eps=None, float? beta_scale=None"
 )
-STEP = register(
+delta_product_step_op = register(
     "delta_product_step",
     f"({_STEP_INPUTS}, Tensor state, {_STEP_OPTIONS}) -> (Tensor, Tensor)",
     fake=_step_fake,
     kernel=_step,
 )
-STEP_INPLACE = register(
+delta_product_step_inplace_op = register(
     "delta_product_step_",
     f"({_STEP_INPUTS}, Tensor(a!) state, {_STEP_OPTIONS}) -> Tensor",
     fake=_step_inplace_fake,
     kernel=_step_inplace,
 )
-delta_product_op = torch.ops.householder.delta_product.default
-delta_product_backward_op = torch.ops.householder.delta_product_backward.default
-delta_product_backward_over_u_op = torch.ops.householder.delta_product_backward_over_u.default
-delta_product_backward_anew_op = torch.ops.householder.delta_product_backward_anew.default
-delta_product_step_op = torch.ops.householder.delta_product_step.default
-delta_product_step_inplace_op = torch.ops.householder.delta_product_step_.default
 
 
 def _may_overwrite_u(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> bool:

@@ -55,20 +55,18 @@ def _backward_fake(
 
 
 # On a CPU it is Triton's interpreter that runs these kernels.
-FORWARD = register(
+gated_rms_norm_op = register(
     "gated_rms_norm",
     "(Tensor x, Tensor gate, Tensor weight, float eps) -> Tensor",
     fake=_forward_fake,
     kernel=_forward,
 )
-BACKWARD = register(
+gated_rms_norm_backward_op = register(
     "gated_rms_norm_backward",
     "(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward,
 )
-gated_rms_norm_op = torch.ops.householder.gated_rms_norm.default
-gated_rms_norm_backward_op = torch.ops.householder.gated_rms_norm_backward.default
 
 
 def _each(function: Any, size: int, dims: Any, args: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import on_its_device, power_of_two
+from householder.ops._triton import launch, on_its_device, power_of_two
 
 # Numbers in a tile, and tiles that one program sums the weight's gradient over.
 TILE, TILES, WARPS = 2048, 8, 4
@@ -95,7 +95,8 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     M, D = x.shape
     BM, BD = _tile(D)
     if M:
-        gated_norm_kernel[(-(-M // BM),)](
+        launch(
+            gated_norm_kernel, (-(-M // BM),),
             x, gate, weight.contiguous(), y, eps, M, D, x.stride(0), gate.stride(0),
             BM=BM, BD=BD, num_warps=WARPS,
         )  # fmt: skip
@@ -115,7 +116,8 @@ def backward(
     parts = -(-M // (BM * TILES))
     dweight = torch.empty(parts, D, dtype=torch.float32, device=x.device)
     if M:
-        gated_norm_gradient_kernel[(parts,)](
+        launch(
+            gated_norm_gradient_kernel, (parts,),
             dy, x, gate, weight.contiguous(), dx, dgate, dweight, eps, M, D, x.stride(0),
             gate.stride(0), BM=BM, BD=BD, TILES=TILES, num_warps=WARPS,
         )  # fmt: skip

@@ -84,7 +84,13 @@ def householder_product(
     check_impl(op, impl, IMPLS)
     tensors = {"x": x, "reflectors": reflectors, "beta": beta}
     _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
-    _check_shapes(op, x, reflectors, beta)
+    check_product(op, reflectors, beta)
+    if x.dim() < 1 or reflectors.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: `reflectors` must be [*, N, D] with the D of `x` [..., D], got shapes "
+            f"{list(reflectors.shape)} and {list(x.shape)}; put the features last"
+        )
+    _check_batches(op, x, reflectors, beta)
     # A β that follows from the reflectors has no width of its own.
     dtype = result_dtype(x, reflectors, reflectors if beta is None else beta)
     x, reflectors, beta, shape, order = _canonical(x.to(dtype), reflectors, beta)
@@ -125,7 +131,7 @@ def householder_frame(
 
     Raises:
         ValueError: a shape or device does not fit, M is not between 0 and D, or `impl` is unknown.
-        TypeError: an argument is no tensor, or neither floating point nor complex.
+        TypeError: an argument has the wrong type, or is neither floating point nor complex.
         NotImplementedError: `impl="triton"` cannot take the inputs; the message says why.
 
     Gradients:
@@ -147,19 +153,16 @@ def householder_frame(
     check_impl(op, impl, IMPLS)
     tensors = {"reflectors": reflectors, "beta": beta}
     _checks.check_tensors(op, tensors, optional=("beta",), allow_complex=True)
-    if reflectors.dim() < 2:
-        raise ValueError(
-            f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
-            "reflector is reflectors.unsqueeze(-2)"
-        )
+    check_product(op, reflectors, beta)
     N, D = reflectors.shape[-2:]
     M = D if num_columns is None else num_columns
+    _checks.check_int(op, "num_columns", M)
     if not 0 <= M <= D:
         raise ValueError(
             f"{op}: `num_columns` must be between 0 and D = {D}, got {M}; "
             "a product has no more columns than features"
         )
-    _check_shapes(op, None, reflectors, beta)
+    _check_batches(op, None, reflectors, beta)
     batch = reflectors.shape[:-2]
     if beta is not None and beta.shape[:-1] != batch:
         batch = torch.broadcast_shapes(batch, beta.shape[:-1])
@@ -212,20 +215,21 @@ def _run(
     return apply(HouseholderProductFunction, *arguments)[0]
 
 
-def _check_shapes(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | None) -> None:
-    if x is not None and (
-        x.dim() < 1 or reflectors.dim() < 2 or reflectors.shape[-1] != x.shape[-1]
-    ):
+def check_product(op: str, reflectors: Tensor, beta: Tensor | None) -> None:
+    """Raise ValueError unless there are reflectors `[*, N, D]`, and a coefficient for each."""
+    if reflectors.dim() < 2:
         raise ValueError(
-            f"{op}: `reflectors` must be [*, N, D] with the D of `x` [..., D], got shapes "
-            f"{list(reflectors.shape)} and {list(x.shape)}; "
-            "one reflector is reflectors.unsqueeze(-2)"
+            f"{op}: `reflectors` must be [*, N, D], got shape {list(reflectors.shape)}; one "
+            "reflector is reflectors.unsqueeze(-2)"
         )
     if beta is not None and (beta.dim() < 1 or beta.shape[-1] != reflectors.shape[-2]):
         raise ValueError(
             f"{op}: `beta` must be [*, N] with N = {reflectors.shape[-2]} as in `reflectors`, got "
             f"shape {list(beta.shape)}; give one coefficient a reflector"
         )
+
+
+def _check_batches(op: str, x: Tensor | None, reflectors: Tensor, beta: Tensor | None) -> None:
     batches = {"x": x.shape[:-1]} if x is not None else {}
     batches["reflectors"] = reflectors.shape[:-2]
     if beta is not None:

@@ -148,7 +148,7 @@ def _backward_fake(
 
 
 _INPUTS = "Tensor? x, Tensor reflectors, Tensor? beta"
-FORWARD = register(
+householder_product_op = register(
     "householder_product",
     f"({_INPUTS}, int rows, bool transpose, bool save, str form) "
     f"-> ({', '.join(['Tensor'] * (1 + NUM_SAVED))})",
@@ -157,21 +157,18 @@ FORWARD = register(
 )
 # Where no gradient is wanted: empty tensors in place of what is saved take the host as long as a
 # launch.
-ALONE = register(
+householder_product_alone_op = register(
     "householder_product_alone",
     f"({_INPUTS}, int rows, bool transpose, str form) -> Tensor",
     fake=_forward_alone_fake,
     kernel=_forward_alone,
 )
-BACKWARD = register(
+householder_product_backward_op = register(
     "householder_product_backward",
     f"(Tensor dy, {_INPUTS}, bool transpose, {_SAVED}, str form) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward,
 )
-householder_product_op = torch.ops.householder.householder_product.default
-householder_product_alone_op = torch.ops.householder.householder_product_alone.default
-householder_product_backward_op = torch.ops.householder.householder_product_backward.default
 
 
 class CompiledHouseholderProduct(torch.autograd.Function):

@@ -46,13 +46,12 @@ def _softmax_gradient_fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-SOFTMAX_GRADIENT = register(
+softmax_gradient_op = register(
     "softmax_gradient_",
     "(Tensor(a!) logits, Tensor labels, int ignore, bool gradient, str form) -> Tensor",
     fake=_softmax_gradient_fake,
     kernel=_softmax_gradient,
 )
-softmax_gradient_op = torch.ops.householder.softmax_gradient_.default
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import on_its_device, power_of_two
+from householder.ops._triton import launch, on_its_device, power_of_two
 
 # Measured beside 1024 to 16384 columns at a time on paper only: a row of 32,000 takes 8 turns.
 COLUMNS, WARPS = 4096, 8
@@ -51,7 +51,8 @@ def softmax_gradient_(logits: Tensor, labels: Tensor, ignore: int, gradient: boo
     M, V = logits.shape
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     if M:
-        softmax_gradient_kernel[(M,)](
+        launch(
+            softmax_gradient_kernel, (M,),
             logits, labels.contiguous(), losses, logits.stride(0), ignore, V,
             GRADIENT=gradient, BLOCK=power_of_two(V, most=COLUMNS), num_warps=WARPS,
         )  # fmt: skip

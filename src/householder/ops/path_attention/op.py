@@ -72,21 +72,19 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor w, Tensor beta, Tensor? g, Tensor? sinks, float scale, "
     "int? window, Tensor? cu_seqlens"
 )
-FORWARD = register(
+path_attention_op = register(
     "path_attention",
     f"({_INPUTS}, str form) -> (Tensor, Tensor)",
     fake=_forward_fake,
     kernel=_forward,
 )
-BACKWARD = register(
+path_attention_backward_op = register(
     "path_attention_backward",
     f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, str form) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward,
 )
-path_attention_op = torch.ops.householder.path_attention.default
-path_attention_backward_op = torch.ops.householder.path_attention_backward.default
 
 
 # Where the head axis of each input is, which a dimension batched by vmap joins.

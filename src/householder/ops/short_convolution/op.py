@@ -64,24 +64,21 @@ def _backward_fake(
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? history, Tensor? position, bool silu"
 # On a CPU it is Triton's interpreter that runs these kernels.
-FORWARD = register(
+short_convolution_op = register(
     "short_convolution", f"({_INPUTS}) -> Tensor", fake=_forward_fake, kernel=_forward
 )
-BACKWARD = register(
+short_convolution_backward_op = register(
     "short_convolution_backward",
     f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward,
 )
-STEP = register(
+short_convolution_step_op = register(
     "short_convolution_step_",
     "(Tensor x, Tensor weight, Tensor(a!) state, bool silu) -> Tensor",
     fake=_forward_fake,
     kernel=_step,
 )
-short_convolution_op = torch.ops.householder.short_convolution.default
-short_convolution_backward_op = torch.ops.householder.short_convolution_backward.default
-short_convolution_step_op = torch.ops.householder.short_convolution_step_.default
 
 # The axes of channels in x, weight and history, which a dimension batched by vmap joins.
 _CHANNELS = (2, 0, 2)

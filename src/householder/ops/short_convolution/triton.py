@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import addressable, on_its_device, power_of_two
+from householder.ops._triton import addressable, launch, on_its_device, power_of_two
 
 # What one program goes through, four tokens at a time, and the warps that share its channels. Of
 # what is loaded, the last three tokens stay in registers: nothing is read twice but at the seams.
@@ -252,7 +252,8 @@ def forward(
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     if y.numel():
         block = power_of_two(D, most=CHANNELS)
-        convolution_kernel[(B * -(-T // TOKENS), -(-D // block))](
+        launch(
+            convolution_kernel, (B * -(-T // TOKENS), -(-D // block)),
             x, weight, None if history is None else history.contiguous(), position, y, T, D,
             x.stride(0), x.stride(1), W=W, PAST=0 if history is None else W - 1, SILU=silu,
             BT=TOKENS, BD=block, num_warps=WARPS,
@@ -282,7 +283,8 @@ def backward(
     dhistory = None if history is None else torch.empty_like(history)
     if dx.numel():
         block = power_of_two(D, most=BACK_CHANNELS)
-        convolution_gradient_kernel[(parts, -(-D // block))](
+        launch(
+            convolution_gradient_kernel, (parts, -(-D // block)),
             dy, x, flat, history, position, dx, dhistory, dweight, T, D, x.stride(0), x.stride(1),
             W=W, PAST=past, SILU=silu, BT=BACK_TOKENS, BD=block, num_warps=BACK_WARPS,
         )  # fmt: skip
@@ -303,7 +305,8 @@ def step_(x: Tensor, weight: Tensor, state: Tensor, silu: bool) -> Tensor:
     y = torch.empty(B, D, dtype=x.dtype, device=x.device)
     if B:
         block = 256
-        convolution_step_kernel[(B, -(-D // block))](
+        launch(
+            convolution_step_kernel, (B, -(-D // block)),
             x, weight.contiguous(), state, y, D, x.stride(0), W=weight.shape[-1], SILU=silu,
             BD=block, num_warps=WARPS,
         )  # fmt: skip

@@ -74,27 +74,24 @@ def _backward_and_forward_fake(
 
 
 # On a CPU it is Triton's interpreter that runs these kernels.
-FORWARD = register(
+swiglu_op = register(
     "swiglu",
     "(Tensor gate, Tensor up) -> Tensor",
     fake=_forward_fake,
     kernel=_forward,
 )
-BACKWARD = register(
+swiglu_backward_op = register(
     "swiglu_backward",
     "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward,
 )
-BACKWARD_AND_FORWARD = register(
+swiglu_backward_and_forward_op = register(
     "swiglu_backward_and_forward",
     "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor)",
     fake=_backward_and_forward_fake,
     kernel=_backward_and_forward,
 )
-swiglu_op = torch.ops.householder.swiglu.default
-swiglu_backward_op = torch.ops.householder.swiglu_backward.default
-swiglu_backward_and_forward_op = torch.ops.householder.swiglu_backward_and_forward.default
 
 
 def _batched(size: int, dims: Any, tensors: Any) -> list[Tensor]:

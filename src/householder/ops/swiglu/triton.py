@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from householder.ops._triton import on_its_device
+from householder.ops._triton import launch, on_its_device
 
 BLOCK, WARPS = 2048, 4
 
@@ -44,7 +44,8 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(up)
     if size := y.numel():
-        swiglu_kernel[(-(-size // BLOCK),)](gate, up, y, size, BLOCK=BLOCK, num_warps=WARPS)
+        grid = (-(-size // BLOCK),)
+        launch(swiglu_kernel, grid, gate, up, y, size, BLOCK=BLOCK, num_warps=WARPS)
     return y
 
 
@@ -65,7 +66,8 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, y: Tensor | None) -> tuple[T
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     if size := dy.numel():
-        swiglu_gradient_kernel[(-(-size // BLOCK),)](
-            dy, gate, up, dgate, dup, y, size, BLOCK=BLOCK, num_warps=WARPS
-        )
+        launch(
+            swiglu_gradient_kernel, (-(-size // BLOCK),),
+            dy, gate, up, dgate, dup, y, size, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return dgate, dup

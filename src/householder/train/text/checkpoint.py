@@ -11,7 +11,6 @@ The processes write beside its final place; the first one flushes it to the disk
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,8 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from householder.storage import fsync_path, sha256
-from householder.train.checkpoint import steps
+from householder.storage import sha256
+from householder.train.checkpoint import publish
 from householder.train.errors import CheckpointError, OutputError
 from householder.train.text.processes import Processes
 
@@ -96,12 +95,7 @@ def save(
         }
         manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
         (temporary / "manifest.json").write_text(manifest, encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            fsync_path(path)
-        os.rename(temporary, target)
-        fsync_path(folder)
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old:08d}")
+        publish(temporary, target, keep)
     processes.wait()
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from householder.ops._dispatch import contiguous_like
-from householder.ops._triton import addressable, on_its_device, power_of_two
+from householder.ops._triton import addressable, launch, on_its_device, power_of_two
 
 # Entries of a tile of rows: 32 a thread, so that a thread has four 16-byte loads under way.
 TILE_ENTRIES = 4096
@@ -261,7 +261,8 @@ def activate(
     k_tiles = B * -(-T * N * H // tiles.rows) if norm else 0
     gates = tiles.of_gates if gate or beta_scale is not None else 0
     if q_tiles + k_tiles + gates:
-        activate_kernel[(q_tiles + k_tiles + gates,)](
+        launch(
+            activate_kernel, (q_tiles + k_tiles + gates,),
             q, k, beta, g, A_log, dt_bias,
             unit_q, unit_k, active_beta, log_gate, q_factor, k_factor,
             0.0 if qk_eps is None else qk_eps, T, HV, q_tiles, k_tiles,
@@ -319,7 +320,8 @@ def activate_backward(
     gates = tiles.of_gates if gate or dbeta is not None else 0
     if q_tiles + k_tiles + gates:
         with torch.cuda.device_of(beta):
-            activate_back_kernel[(q_tiles + k_tiles + gates,)](
+            launch(
+                activate_back_kernel, (q_tiles + k_tiles + gates,),
                 q, k, q_factor, k_factor, beta, g, A_log, dt_bias, dq, dk, dbeta, dg,
                 dq_out, dk_out, dbeta_out, da, sums[0], sums[1],
                 T, HV, q_rows, k_rows, q_tiles, k_tiles, *beta.stride(),

@@ -20,17 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from operator import index
+from operator import add, index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from householder.ops._checks import check_scale
-from householder.ops._dispatch import without_autocast
+from householder.ops._checks import check_int, check_scale
+from householder.ops._dispatch import autocast_off, examined
 from householder.ops.path_attention.api import check_inputs, path_attention
-from householder.ops.path_attention.cache.records import BLOCK, Group, Options, Tokens
-from householder.ops.path_attention.cache.store import MAX_NEW, Store
+from householder.ops.path_attention.cache.records import BLOCK, MAX_NEW, Group, Options, Tokens
+from householder.ops.path_attention.cache.store import Store
 
 # Grids of the kernels are made for a multiple of so many tokens, or all that there is room for.
 BOUND_STEP = 1024
@@ -82,8 +82,7 @@ class PathCache:
             ("batch_size", batch_size, 1),
             ("max_rollback", max_rollback, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"PathCache: `{name}` must be an int, got {value!r}; give a count")
+            check_int("PathCache", name, value)
             if value < least:
                 raise ValueError(
                     f"PathCache: `{name}` must be at least {least}, got {value}; give a larger one"
@@ -94,14 +93,13 @@ class PathCache:
         self._recent = [0] * batch_size
         self._rollback = [0] * batch_size  # what may be taken back now; never more than is recent
         self._store: Store | None = None
+        self._known_calls: dict[Any, float] = {}  # whose arguments fit the store
         self._reserved = 0
         # For the kernels: what `_old` and `_recent` say, on the device, and whether it does.
         self._counts: Tensor | None = None
         self._counts_known = False
-        # Where the store's memory was when an append was captured in a CUDA graph, and how many
-        # tokens it was.
-        self._captured: tuple[int, ...] | None = None
-        self._captured_tokens = 0
+        # By how many tokens an append captured in a CUDA graph takes, where the store's memory was.
+        self._captured: dict[int, tuple[int, ...]] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -135,7 +133,7 @@ class PathCache:
         Called once with a whole prompt or for parts of any size, down to single tokens: the outputs
         are those of `path_attention` over all tokens, to rounding. Options must be the same in all
         calls (of the sinks' values this is not checked), and gates be given in all calls or in
-        none.
+        none. `torch.compile` leaves it out of its graphs.
 
         Args:
             q: queries `[B, T, HQ, K]` of the T new tokens.
@@ -162,21 +160,22 @@ class PathCache:
             RuntimeError: a CUDA graph is captured, and there is no room, or there was no append
                 before it that was not captured: see `reserve`.
         """
-        check_inputs("PathCache.append", q, k, v, w, beta, g, sinks, window, None)
-        tensors = [x for x in (q, k, v, w, beta, g, sinks) if x is not None]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if torch.compiler.is_compiling():
+            # Traced, it would be another program for every length.
+            untraced = torch.compiler.disable(self.append)
+            return untraced(
+                q, k, v, w, beta, g, scale=scale, sinks=sinks, window=window, lengths=lengths
+            )
+        tensors = (q, k, v, w, beta, g, sinks)
+        scale = examined(self._known_calls, self._examine, tensors, (scale, window))
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             raise NotImplementedError(
                 "PathCache.append: decoding has no gradients, and a tensor requires one; "
                 "use torch.no_grad(), or path_attention for training"
             )
-        new = self._check_lengths(q, lengths)
-        tokens = Tokens(q, k, v, w, beta, g)
-        scale = check_scale("PathCache.append", scale, q.shape[-1])
-        options = Options(scale, sinks, window)
-        if self._store is None:
-            self._store = Store(tokens, options, self.max_rollback)
-        self._store.check(tokens, options)
-        return without_autocast(self._append)(*tokens, options=options, new=new)
+        new = self._check_lengths(q.shape[1], lengths)
+        with autocast_off(q.device):
+            return self._append(Tokens(*tensors[:6]), Options(scale, sinks, window), new)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for so many tokens of each sequence, those held included.
@@ -193,10 +192,7 @@ class PathCache:
             TypeError: it is no int.
             ValueError: it is less than what is held.
         """
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
-            raise TypeError(
-                f"PathCache.reserve: `num_tokens` must be an int, got {num_tokens!r}; give a count"
-            )
+        check_int("PathCache.reserve", "num_tokens", num_tokens)
         if num_tokens < max(self.lengths):
             raise ValueError(
                 f"PathCache.reserve: `num_tokens` must be at least {max(self.lengths)}, which are "
@@ -206,26 +202,39 @@ class PathCache:
         if self._store is not None:
             self._store.reserve(num_tokens, max(self._recent))
 
-    def replayed(self) -> None:
+    def replayed(self, num_tokens: int | None = None) -> None:
         """Count the tokens that the replay of a captured `append` has added to each sequence.
 
+        Args:
+            num_tokens: how many it takes of each; None if appends of one number alone are captured.
+
         Raises:
-            RuntimeError: no append is captured that fits the memory of now, or there was no room.
+            TypeError: it is no int.
+            ValueError: it is None, and appends of several numbers are captured.
+            RuntimeError: no such append is captured that fits the memory of now, or there was no
+                room.
         """
+        if num_tokens is not None:
+            check_int("PathCache.replayed", "num_tokens", num_tokens)
+        elif len(self._captured) > 1:
+            raise ValueError(
+                "PathCache.replayed: `num_tokens` must be given, since appends of "
+                f"{sorted(self._captured)} tokens are captured, got None; give that of the replay"
+            )
+        else:
+            num_tokens = next(iter(self._captured), 0)
         store = self._store
-        if store is None or self._captured != store.addresses():
+        if store is None or self._captured.get(num_tokens) != store.addresses():
             raise RuntimeError(
-                "PathCache.replayed: one append must have been captured since memory was last "
-                "moved, and none was; capture it again"
+                f"PathCache.replayed: an append of {num_tokens or 'some'} tokens must have been "
+                "captured since memory was last moved, and none was; capture it again"
             )
-        if max(self.lengths) + self._captured_tokens > store.room():
+        if max(self.lengths) + num_tokens > store.room():
             raise RuntimeError(
-                f"PathCache.replayed: there must be room for {self._captured_tokens} more tokens, "
-                f"got {max(self.lengths)} of {store.room()}; reserve more before capturing"
+                f"PathCache.replayed: there must be room for {num_tokens} more tokens, got "
+                f"{max(self.lengths)} of {store.room()}; reserve more before capturing"
             )
-        self._count(store, [self._captured_tokens] * self.batch_size)
-        if not self._counts_known:
-            self._tell_counts(store.keys.device)
+        self._count(store, [num_tokens] * self.batch_size)
 
     def rollback(self, num_tokens: int | Sequence[int]) -> None:
         """Forget the last tokens, as if they had never been appended.
@@ -245,11 +254,12 @@ class PathCache:
         if any(not 0 <= n <= most for n, most in zip(counts, self._rollback, strict=True)):
             raise ValueError(
                 f"PathCache.rollback: `num_tokens` must be from 0 to {self._rollback} for each "
-                f"sequence, got {counts}; give the cache a larger max_rollback"
+                f"sequence, got {counts}; take fewer back, or give the cache a larger max_rollback"
             )
         self._recent = [recent - n for recent, n in zip(self._recent, counts, strict=True)]
-        self._counts_known = False
         self._rollback = [most - n for most, n in zip(self._rollback, counts, strict=True)]
+        self._counts_known = False
+        self._tell_graph()
 
     def select(self, rows: Tensor) -> PathCache:
         """Return a cache of some of the sequences, in any order and as often as asked.
@@ -274,6 +284,7 @@ class PathCache:
                 f"{self.batch_size - 1}, got {order}; leave out others"
             )
         chosen = PathCache(len(order), max_rollback=self.max_rollback)
+        chosen._reserved = self._reserved
         chosen._old = [self._old[row] for row in order]
         chosen._recent = [self._recent[row] for row in order]
         chosen._rollback = [self._rollback[row] for row in order]
@@ -281,20 +292,30 @@ class PathCache:
             chosen._store = self._store.select(rows.to(self._store.keys.device))
         return chosen
 
-    def _check_lengths(self, q: Tensor, lengths: Sequence[int] | None) -> list[int]:
-        B, T = q.shape[:2]
-        if self.batch_size != B:
+    def _examine(self, *arguments: Any) -> float:
+        """Check what layouts and options say of an append's arguments, and return `scale`."""
+        *parts, sinks, scale, window = arguments
+        tokens = Tokens(*parts)
+        q = tokens.q
+        check_inputs("PathCache.append", *tokens, sinks, window, None)
+        if q.shape[0] != self.batch_size:
             raise ValueError(
                 f"PathCache.append: `q` must have batch size {self.batch_size}, got shape "
                 f"{list(q.shape)}; a cache belongs to one batch of sequences"
             )
+        scale = check_scale("PathCache.append", scale, q.shape[-1])
+        if self._store is not None:
+            self._store.check(tokens, Options(scale, sinks, window))
+        return scale
+
+    def _check_lengths(self, T: int, lengths: Sequence[int] | None) -> list[int]:
         if lengths is None:
-            return [T] * B
+            return [T] * self.batch_size
         new = self._check_counts("append", "lengths", lengths)
         if any(not 0 <= n <= T for n in new):
             raise ValueError(
-                f"PathCache.append: `lengths` must be {B} numbers from 0 to T = {T}, got {new}; "
-                "fill shorter rows up behind"
+                f"PathCache.append: `lengths` must be {self.batch_size} numbers from 0 to T = {T}, "
+                f"got {new}; fill shorter rows up behind"
             )
         return new
 
@@ -321,22 +342,27 @@ class PathCache:
             yield Group(rows, old, recent, n)
             row = rows.stop
 
-    @torch.no_grad()
-    def _append(self, *tensors: Any, options: Options, new: list[int]) -> Tensor:
-        tokens, store = Tokens(*tensors), self._store
-        q, v = tokens.q, tokens.v
-        assert store is not None
+    def _append(self, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
+        """Choose how tokens whose arguments are checked are appended."""
+        q = tokens.q
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._capture(store, tokens, options, new)
-        few = 0 < q.shape[1] <= MAX_NEW and store.has_kernels()
-        # The kernels reach for as many tokens in every row, whatever each of them gets.
-        most = [q.shape[1]] * len(new) if few else new
+            return self._capture(tokens, options, new)
+        if self._store is None:
+            self._store = Store(tokens, options, self.max_rollback)
+            self._known_calls.clear()  # these were not compared with the store
+        if 0 < q.shape[1] <= MAX_NEW and self._store.has_kernels():
+            return self._append_few(self._store, tokens, options, new)
+        return self._append_many(self._store, tokens, options, new)
+
+    @torch.no_grad()
+    def _append_many(
+        self, store: Store, tokens: Tokens, options: Options, new: list[int]
+    ) -> Tensor:
+        """Append by PyTorch's products, one group of rows after the other."""
+        q, v = tokens.q, tokens.v
         store.reserve(
-            max(self._reserved, *(x + n for x, n in zip(self.lengths, most, strict=True))),
-            max(recent + n for recent, n in zip(self._recent, most, strict=True)),
+            max(self._reserved, *map(add, self.lengths, new)), max(map(add, self._recent, new))
         )
-        if few:
-            return self._append_few(store, tokens, options, new)
         self._counts_known = False
         o = v.new_zeros(*q.shape[:3], v.shape[-1])
         for group in list(self._groups(new)):
@@ -344,12 +370,11 @@ class PathCache:
                 part = tokens.of(group)
                 o[group.rows, : group.new] = self._attend(store, group, part, options).to(v.dtype)
                 self._make_blocks(store, group)
-        self._rollback = [
-            min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
-        ]
+        self._allow_rollback(new)
         if sum(new) > len(new):
             # A prompt's tokens were recent for a moment, and need not leave their room behind.
             store.resize_recent(max(*self._recent, self.max_rollback + BLOCK))
+        self._tell_graph()
         return o
 
     def _attend(self, store: Store, group: Group, tokens: Tokens, options: Options) -> Tensor:
@@ -379,15 +404,20 @@ class PathCache:
         count = rows.stop - rows.start
         self._old[rows], self._recent[rows] = [old] * count, [recent] * count
 
+    def _allow_rollback(self, new: list[int]) -> None:
+        self._rollback = [min(self.max_rollback, most) for most in map(add, self._rollback, new)]
+
     def _append_few(self, store: Store, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
-        """Do what `_append` does with at most `MAX_NEW` tokens for each row, on a GPU."""
-        q = tokens.q
+        """Append at most `MAX_NEW` tokens to each row by the kernels, on a GPU."""
+        q, num_tokens = tokens.q, tokens.q.shape[1]
+        # The kernels reach for as many tokens in every row, whatever each of them gets.
+        most, most_recent = max(self.lengths) + num_tokens, max(self._recent) + num_tokens
+        store.reserve(max(self._reserved, most), most_recent)
         if not self._counts_known:
             self._tell_counts(q.device)
         assert self._counts is not None
-        same = min(new) == q.shape[1]
         appended = None
-        if not same:
+        if min(new) < num_tokens:
             appended = torch.tensor(new, dtype=torch.int32).to(q.device, non_blocking=True)
         # In steps: so a call's launches are those of the call before.
         bound = min(store.room(), -(-max(self._old) // BOUND_STEP) * BOUND_STEP)
@@ -395,21 +425,25 @@ class PathCache:
         self._count(store, new)
         return o
 
-    def _capture(self, store: Store, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
+    def _capture(self, tokens: Tokens, options: Options, new: list[int]) -> Tensor:
         """Launch the kernels for as many tokens of every row, without counting them."""
-        num_tokens, room = tokens.q.shape[1], store.room() - max(self.lengths)
+        store, num_tokens = self._store, tokens.q.shape[1]
+        room = 0 if store is None else store.room() - max(self.lengths)
         fits = 0 < num_tokens <= min(MAX_NEW, room) and min(new) == num_tokens
-        if not (fits and self._counts_known and store.has_kernels()):
+        if store is None or not (fits and self._counts_known and store.has_kernels()):
             raise RuntimeError(
                 f"PathCache.append: what a CUDA graph captures must be 1 to {MAX_NEW} tokens, as "
                 "many for every sequence, after some that were not captured, and with room, got "
                 f"tokens {list(tokens.q.shape[:2])} and room for {room}; call reserve, and append "
                 "as many tokens first"
             )
-        self._captured, self._captured_tokens = store.addresses(), num_tokens
+        now = store.addresses()
+        self._captured = {n: where for n, where in self._captured.items() if where == now}
+        self._captured[num_tokens] = now
         assert self._counts is not None
         return store.decode(tokens, options, self._counts, None, store.room())
 
+    @torch.inference_mode(False)
     def _tell_counts(self, device: torch.device) -> None:
         """Bring the device's counts up to date, where they are.
 
@@ -422,18 +456,23 @@ class PathCache:
             self._counts.copy_(counts, non_blocking=True)
         self._counts_known = True
 
+    def _tell_graph(self) -> None:
+        """Bring the device's counts up to date where a captured append may be replayed next."""
+        if self._captured and self._counts is not None:
+            self._tell_counts(self._counts.device)
+
     def _count(self, store: Store, new: list[int]) -> None:
         """Count tokens that the kernels have appended, and make blocks of the oldest."""
-        for group in list(self._groups(new)):
-            old, recent = group.old, group.recent + group.new
-            if recent - self.max_rollback >= BLOCK:
+        self._recent = list(map(add, self._recent, new))
+        self._allow_rollback(new)
+        most = BLOCK + self.max_rollback
+        if max(self._recent) < most:
+            return
+        for group in list(self._groups([0] * len(new))):
+            if group.recent >= most:
                 store.make_block(group)
-                old, recent = old + BLOCK, recent - BLOCK
+                self._set(group.rows, group.old + BLOCK, group.recent - BLOCK)
                 if self._counts_known and self._counts is not None:
                     # There, without waiting for the device.
                     self._counts[0, group.rows] += BLOCK
                     self._counts[1, group.rows] -= BLOCK
-            self._set(group.rows, old, recent)
-        self._rollback = [
-            min(self.max_rollback, most + n) for most, n in zip(self._rollback, new, strict=True)
-        ]

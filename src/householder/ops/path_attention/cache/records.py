@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 BLOCK = 64  # tokens of the smallest block
+MAX_NEW = 16  # tokens that the kernels take at once
 # Query heads of a key head for which, on a GPU, sums are faster than the sixteen rows of a product.
 MAX_SUMMED = 4
 

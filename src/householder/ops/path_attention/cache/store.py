@@ -11,6 +11,7 @@ from torch import Tensor
 
 from householder.ops.path_attention.cache.records import (
     BLOCK,
+    MAX_NEW,
     Group,
     Held,
     Options,
@@ -33,13 +34,9 @@ MAX_TILE_COLUMNS = 1024
 CONVERTED_ELEMENTS = 1 << 17
 MAX_INT16 = torch.iinfo(torch.int16).max
 FLOAT16_MAX = torch.finfo(torch.float16).max
-# What the Triton kernels for new tokens hold in registers, and how many tokens they take.
+# What the Triton kernels for new tokens hold in registers.
 MAX_HEAD_DIM = 256
 MAX_RECENT = 272
-MAX_NEW = 16
-# As many as the second axis of a CUDA grid is long, where a program has at least one of them.
-MAX_QUERY_HEADS = 2**16 - 1
-
 
 # Where tokens are counted along.
 TOKEN_AXIS = {
@@ -56,8 +53,12 @@ _OF_BLOCKS = ("products", "paths", "path_scales", "decays", "path_decays")
 
 
 class Store:
-    """The tensors of a cache. G query heads share one of H key heads."""
+    """The tensors of a cache. G query heads share one of H key heads.
 
+    Memory is made outside of inference mode, or nothing could be appended but in it.
+    """
+
+    @torch.inference_mode(False)
     def __init__(self, tokens: Tokens, options: Options, max_rollback: int) -> None:
         q, k, v, w, beta, g = tokens
         self.options = options
@@ -93,9 +94,9 @@ class Store:
         scaled = half and self.has_kernels()
         self.paths = k.new_zeros(0, B, H, K, K, dtype=torch.int16 if scaled else dtype)
         self.path_scales = k.new_zeros(0, B, H, K, dtype=torch.float32) if scaled else None
-        # For the kernels: three counters, in cache lines of their own, of programs that have come
+        # For the kernels: two counters, in cache lines of their own, of programs that have come
         # to where others wait for them. Zero between calls.
-        self.ready = torch.zeros(B, H, 3, 32, dtype=torch.int32, device=k.device)
+        self.ready = torch.zeros(B, H, 2, 32, dtype=torch.int32, device=k.device)
         # The log gates likewise, for each query head. They are summed in the dtype of the keys'
         # computation: all have one sign.
         self.gated = g is not None
@@ -105,6 +106,7 @@ class Store:
             self.decays = k.new_zeros(0, B, H, G, dtype=dtype)
             self.path_decays = k.new_zeros(0, B, H, G, dtype=dtype)
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> Store:
         """Return a store of some rows of the batch; nothing is shared with this one."""
         chosen = copy.copy(self)
@@ -120,9 +122,7 @@ class Store:
 
         It depends on device and sizes.
         """
-        B, H, G, K, V = self.shape
-        small = max(K, V) <= MAX_HEAD_DIM and self.recent_room <= MAX_RECENT
-        small &= B * H * G <= MAX_QUERY_HEADS
+        small = max(self.shape[3:]) <= MAX_HEAD_DIM and self.recent_room <= MAX_RECENT
         return self.keys.is_cuda and self.dtype == torch.float32 and small
 
     def decode(
@@ -201,12 +201,8 @@ class Store:
         num_levels = (self._room("keys") // BLOCK).bit_length()
         if self.products.shape[0] < num_levels:
             for name in _OF_BLOCKS:
-                x = getattr(self, name, None)
-                if x is None:
-                    continue
-                grown = x.new_zeros(num_levels, *x.shape[1:])
-                grown[: x.shape[0]] = x
-                setattr(self, name, grown)
+                if getattr(self, name, None) is not None:
+                    self._resize(name, num_levels)
 
     def resize_recent(self, room: int) -> None:
         """Set the room for recent tokens; what lies behind it is lost."""
@@ -217,8 +213,10 @@ class Store:
     def _room(self, name: str) -> int:
         return getattr(self, name).shape[TOKEN_AXIS[name]]
 
+    @torch.inference_mode(False)
     def _resize(self, name: str, room: int) -> None:
-        x, dim = getattr(self, name), TOKEN_AXIS[name]
+        """Make room for as many tokens, or levels of blocks, along the axis that counts them."""
+        x, dim = getattr(self, name), TOKEN_AXIS.get(name, 0)
         shape = list(x.shape)
         shape[dim] = room
         resized, kept = x.new_zeros(shape), min(room, x.shape[dim])

@@ -31,7 +31,6 @@ class Portion(NamedTuple):
     sequences: list[Sequence]
     heads: slice
     length: int  # to which the sequences are filled up
-    group: int
 
     def gather(self, x: Tensor, dtype: torch.dtype, per_key_head: int, first: int = 0) -> Tensor:
         """Bring `[B, T, H·n, D]` to rows `[sequences · heads, length · n, D]`, filled with zeros.
@@ -78,7 +77,7 @@ def cut(x: Inputs) -> Iterator[Portion]:
         for i in range(0, len(alike), together):
             for h in range(0, H, heads):
                 some = slice(h, min(h + heads, H))
-                yield Portion(alike[i : i + together], some, length, x.group)
+                yield Portion(alike[i : i + together], some, length)
 
 
 def load(x: Inputs, portion: Portion) -> Heads:

@@ -312,7 +312,7 @@ def _differentiate(
         do, o = (x if ok else x.contiguous() for x, ok in zip((do, o), suitable, strict=True))
     dtype = torch.bfloat16 if p.precision == "bf16" else torch.float32
 
-    tree = build_tree(p, inverse=True)
+    tree = build_tree(p)
     rows = make_rows(p, o, lse, do)
     x = climb_down(p, tree, rows, do, dtype)
     finish_chunks(p, tree, rows, x, o, lse, do, (dq, dk, dv, dw, dbeta, dg))

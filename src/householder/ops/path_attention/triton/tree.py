@@ -223,16 +223,16 @@ class Tree(NamedTuple):
     q: Tensor  # [levels, HQ, rows, K]
     k: Tensor  # [levels, H, rows, K]; the same tensor as q without groups
     f: Tensor  # [H, 2 · chunks, K, K]: products of blocks (`block_slot`), but for the last ones
-    inverse: Tensor | None  # [H, chunks, 64, 64]: (I + M)⁻¹ of every chunk
+    inverse: Tensor | None  # [H, chunks, 64, 64]: (I + M)⁻¹ of every chunk, for the gradient
     # Sums of gates: of a query's, from its block's start up to and including its own token; of a
     # key's, from after its token to its block's end.
     decay: Tensor | None  # [levels, HQ, rows], float32
     gate_sums: Tensor | None  # [HQ, 2 · chunks], float32: of all tokens of a block
 
 
-def build_tree(p: Problem, inverse: bool = False) -> Tree:
-    """Make the tree alone, for the gradient; with `inverse` keep the chunks' triangles."""
-    return _build(p, inverse, None, None)
+def build_tree(p: Problem) -> Tree:
+    """Make the tree alone, for the gradient, and keep the chunks' triangles."""
+    return _build(p, None, None)
 
 
 def build_tree_and_begin(p: Problem, weights: Tensor, lse: Tensor) -> Tree:
@@ -241,10 +241,10 @@ def build_tree_and_begin(p: Problem, weights: Tensor, lse: Tensor) -> Tree:
     `weights [HQ, rows, 64]` become those of a softmax over the row's own chunk, `lse [B, T, HQ]`
     the logarithm of its denominator, to the base 2.
     """
-    return _build(p, False, weights, lse)
+    return _build(p, weights, lse)
 
 
-def _build(p: Problem, inverse: bool, weights: Tensor | None, lse: Tensor | None) -> Tree:
+def _build(p: Problem, weights: Tensor | None, lse: Tensor | None) -> Tree:
     H, K = p.k.shape[2:]
     HQ, L, device = p.heads, p.num_levels, p.q.device
 
@@ -256,7 +256,7 @@ def _build(p: Problem, inverse: bool, weights: Tensor | None, lse: Tensor | None
         q=q,
         k=q if H == HQ else numbers(L, H, p.rows, K, dtype=p.operand),
         f=numbers(H, 2 * p.chunks if L else 0, K, K, dtype=p.product),
-        inverse=numbers(H, p.chunks, 64, 64, dtype=p.product) if inverse else None,
+        inverse=numbers(H, p.chunks, 64, 64, dtype=p.product) if weights is None else None,
         decay=None if p.g is None else numbers(L, HQ, p.rows),
         gate_sums=None if p.g is None else numbers(HQ, 2 * p.chunks),
     )

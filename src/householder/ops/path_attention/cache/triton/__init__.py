@@ -1,11 +1,12 @@
 """New tokens on a GPU, one or a few: Triton kernels over the tensors of a `Store`.
 
-Three kernels. `enter` puts the tokens behind the recent ones and brings their queries to the end of
-every block; `attend` lets queries meet recent keys, and those of blocks in spans side by side;
-`finish` joins the parts of the softmax and counts the tokens. Programs of the first two wait for
-one another on counters, not for whole kernels. How many tokens there are is read from the device,
-so that a captured graph can be replayed as the cache grows; and a span has the same tokens whatever
-the batch, so that a row's output does not depend on the others.
+Three kernels. `enter_one` or `enter` brings the tokens' queries to the end of every block; `attend`
+lets them meet recent keys, and those of blocks in spans side by side; `finish` joins the parts of
+the softmax and counts the tokens. Several tokens are put behind the recent ones by `enter`, one
+token beside those that attend. Programs that meet blocks wait on counters for those that bring them
+their queries, not for a whole kernel. How many tokens there are is read from the device, so that a
+captured graph can be replayed as the cache grows; and a span has the same tokens whatever the
+batch, so that a row's output does not depend on the others.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from householder.ops._triton import (
 )
 from householder.ops.path_attention.cache.records import (
     BLOCK,
+    MAX_NEW,
     MAX_SUMMED,
     Held,
     Options,
     Tokens,
 )
+from householder.ops.path_attention.cache.triton.enter_one import enter_one_kernel
 from householder.ops.path_attention.cache.triton.step import (
     attend_kernel,
     enter_kernel,
@@ -41,15 +44,19 @@ from householder.ops.path_attention.cache.triton.step import (
 # Whether a kernel starts while the one before it ends, and whether programs that wait for others
 # read ahead: both from Hopper on.
 OVERLAP = EARLY = True
-# Tiles and warps: recent tokens that one token, and several, enter beside at a time; columns of a
-# path; recent tokens, and others, that are attended to at a time.
-ONE_BC, FEW_BC = 32, 32
-ONE_COLUMNS, FEW_COLUMNS = 64, 64
-ENTER_WARPS = 4
-RECENT_TILE, TILE, STAGES, WARPS = 32, 64, 3, 4
-# Of one token: recent ones that it attends to at a time; so many registers that three programs fit
-# a multiprocessor; about how many programs bring its queries to other blocks than the newest.
-ONE_RECENT, ONE_REGISTERS, PATH_PROGRAMS = 64, 168, 256
+# Of several tokens: recent ones that they enter beside at a time, and that they attend to; columns
+# of a path; warps.
+FEW_BC, FEW_RECENT, FEW_COLUMNS, ENTER_WARPS = 32, 32, 64, 4
+# Of one token: recent ones that its queries meet at a time, with all of their rows in registers
+# before it is known how many there are; columns of a path, and copies of them ahead in so much
+# shared memory that the GPU sets aside enough for the programs that attend, which could else not
+# start beside; about how many programs bring queries to blocks.
+ONE_BC, ONE_COLUMNS, ONE_STAGES, PATH_PROGRAMS = 64, 128, 3, 256
+# Recent tokens that one token attends to and is appended behind at a time; so many registers that
+# three programs fit a multiprocessor; of how many heads the programs follow one another.
+ONE_RECENT, ONE_REGISTERS, TOGETHER = 32, 168, 16
+# Other keys that are attended to at a time.
+TILE, STAGES, WARPS = 64, 3, 4
 # Elements of a tile of parts, and warps: for few queries a key head, and for many.
 FINISH_FEW, FINISH_MANY = (1 << 13, 4), (1 << 11, 1)
 LOG2_E = 1.4426950408889634
@@ -57,9 +64,8 @@ LOG2_E = 1.4426950408889634
 
 def span(num_queries: int) -> int:
     """Return how many tokens' keys one program of `attend` sees, for so many queries a key head."""
-    # What a program finds for a query goes to memory: more queries, fewer programs. One query's
-    # loop needs so few registers that fewer programs read as fast.
-    return 256 if 1 < num_queries <= 4 else 512
+    # What a program finds for a query goes to memory: more queries, fewer programs.
+    return 256 if num_queries <= 4 else 512
 
 
 def is_from_hopper_on(device: torch.device) -> bool:
@@ -137,6 +143,13 @@ class _Step(NamedTuple):
         return self.held.keys.shape[2], self.held.w.shape[2], self.held.ty.shape[2]
 
     @property
+    def last_row(self) -> int:
+        """The last row of the triangles that this step's first token may get."""
+        # There are `MAX_NEW` rows more for several tokens at once.
+        rows = self.rooms[2]
+        return rows - MAX_NEW - 1 if self.is_single else rows - self.tokens.q.shape[1]
+
+    @property
     def head_blocks(self) -> tuple[int, int]:
         """The columns of tiles of keys and values."""
         # Of 16 columns Triton 3.6 reads some from other places (docs/log.md).
@@ -160,6 +173,11 @@ class _Step(NamedTuple):
     def num_paths(self) -> int:
         """How many blocks other than the newest any row may have."""
         return max(0, (self.num_tokens // BLOCK).bit_length() - 1)
+
+    @property
+    def num_queries(self) -> int:
+        """For how many places a query is made: where it comes from, and the ends of blocks."""
+        return 2 + self.num_paths
 
     @property
     def num_parts(self) -> int:
@@ -186,7 +204,8 @@ class _Step(NamedTuple):
     @property
     def path_columns(self) -> int:
         """How many columns of a path are multiplied at a time."""
-        columns = ONE_COLUMNS if self.is_single else FEW_COLUMNS
+        one = self.is_single and self.is_half and self.sizes[3] == 1
+        columns = ONE_COLUMNS if one else FEW_COLUMNS
         return min(columns // 2 if self.is_wide else columns, self.head_blocks[0])
 
     @property
@@ -194,7 +213,15 @@ class _Step(NamedTuple):
         """How many programs for each head bring one token's queries to other blocks."""
         B, _, H, _, _, _ = self.sizes
         slices = self.num_paths * (self.head_blocks[0] // self.path_columns)
-        return min(slices, max(1, PATH_PROGRAMS // (B * H)))
+        return max(1, min(slices, PATH_PROGRAMS // (B * H)))
+
+    @property
+    def fused(self) -> bool:
+        """Whether products and sums may be rounded together."""
+        # A warp holds narrower heads' vectors with a number a lane. A product joined to the sum
+        # with another lane's would be rounded otherwise there than here, and a sum that all lanes
+        # hold be two sums, of which a change of layout would let either win.
+        return self.head_blocks[0] > 32
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -202,10 +229,10 @@ class _Step(NamedTuple):
         _, _, _, G, K, V = self.sizes
         BK, BV = self.head_blocks
         return {
-            "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK, "KC": self.path_columns,
+            "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK,
             "SINGLE": self.is_single, "GATED": self.tokens.g is not None, "HALF": self.is_half,
             "EARLY": EARLY and is_from_hopper_on(self.counts.device), "OVERLAP": self.overlap,
-            "num_stages": 1,
+            "num_stages": 1, "enable_fp_fusion": self.fused,
         }  # fmt: skip
 
     @property
@@ -222,8 +249,8 @@ class _Scratch(NamedTuple):
     """What programs write for one another."""
 
     queries: Tensor
-    along: Tensor
-    wk: Tensor
+    along: Tensor | None
+    wk: Tensor | None
     decays: Tensor | None
     shifts: Tensor | None
 
@@ -252,38 +279,64 @@ def _decode(*arguments: Any) -> tuple[Tensor]:
 
 
 def _enter(step: _Step) -> _Scratch:
-    """Append tokens, and bring their queries to blocks."""
+    """Bring queries to blocks, and append several tokens."""
     B, N, H, G, K, _ = step.sizes
-    (q, k, v, w, beta, g), held, BK = step.tokens, step.held, step.head_blocks[0]
-    triangle_room, wide, gated, single = step.rooms[2], step.is_wide, g is not None, step.is_single
-    recents = (ONE_BC if single else FEW_BC) // (2 if wide else 1)
-    # The queries as they come, for the newest block, and for others.
-    num_queries = 2 + step.num_paths
+    gated, room = step.tokens.g is not None, step.rooms[2]
     scratch = _Scratch(
-        queries=step.memory(B, H, num_queries, N * G, K),
-        along=step.memory(B, H, N * G, triangle_room),
-        wk=step.memory(B, H, 16, triangle_room),
-        decays=step.memory(B, H, N * G, triangle_room) if gated else None,
+        queries=step.memory(B, H, step.num_queries, N * G, K),
+        along=None if step.is_single else step.memory(B, H, N * G, room),
+        wk=None if step.is_single else step.memory(B, H, 16, room),
+        decays=step.memory(B, H, N * G, room) if gated and not step.is_single else None,
         shifts=step.memory(B, H, N * G) if gated else None,
     )
-    num_entering = 2 - (-N * G // 16)
-    if single:
-        num_entering = 3 + step.path_programs
+    if step.is_single:
+        _enter_one(step, scratch)
+    else:
+        _enter_few(step, scratch)
+    return scratch
+
+
+def _enter_one(step: _Step, scratch: _Scratch) -> None:
+    """Bring one token's queries to blocks; it is appended beside those that attend."""
+    B, _, H, G, K, _ = step.sizes
+    (q, _, _, w, beta, g), held, BK = step.tokens, step.held, step.head_blocks[0]
+    # Beside wider heads' and full-precision rows, or several queries, there is no room in registers
+    # for as many.
+    less = 2 if step.is_wide or not step.is_half or G > 1 else 1
+    stages = ONE_STAGES if step.path_columns == ONE_COLUMNS else ONE_STAGES + 1
     launch(
-        enter_kernel, (B * H * num_entering,),
+        enter_one_kernel, (B * H * step.path_programs,),
+        q, w, beta, g, step.counts, step.new, held.ready, held.w, held.g, held.tw, held.paths,
+        held.path_scales, scratch.queries, scratch.shifts,
+        *(s for x in (q, w, beta) for s in (x.stride(0), x.stride(2))),
+        *((0, 0) if g is None else (g.stride(0), g.stride(2))),
+        step.scale, B, H, step.path_programs, step.num_queries, *step.rooms, step.last_row,
+        G=G, K=K, BK=BK, BC=ONE_BC // less, BR=power_of_two(step.last_row + 1),
+        KC=step.path_columns, GP=power_of_two(G, least=1), BLOCK=BLOCK, GATED=g is not None,
+        OVERLAP=step.overlap, STAGES=stages if BK >= 64 else 1, enable_fp_fusion=step.fused,
+        num_warps=2 * ENTER_WARPS if step.is_wide else ENTER_WARPS,
+    )  # fmt: skip
+
+
+def _enter_few(step: _Step, scratch: _Scratch) -> None:
+    """Append several tokens, and bring their queries to blocks."""
+    B, N, H, G, _, _ = step.sizes
+    (q, k, v, w, beta, g), held, wide = step.tokens, step.held, step.is_wide
+    shared = {name: x for name, x in step.shared.items() if name != "SINGLE"}
+    launch(
+        enter_kernel, (B * H * (2 - (-N * G // 16)),),
         q, k, v, w, beta, g, step.counts, step.new, held.ready,
         held.keys, held.values, held.w, held.beta, held.g, held.tw, held.ty, held.paths,
         held.path_scales, *scratch,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        step.scale, B, H, N, step.path_programs, num_queries, *step.rooms, **step.shared,
-        BC=recents, BR=power_of_two(triangle_room), GP=power_of_two(G, least=1),
+        step.scale, B, H, N, step.num_queries, *step.rooms, **shared,
+        BC=FEW_BC // 2 if wide else FEW_BC, BR=power_of_two(step.rooms[2]), KC=step.path_columns,
         # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
-        STAGES=STAGES if BK >= 64 else 1,
+        STAGES=STAGES if step.head_blocks[0] >= 64 else 1,
         # For both halves of wider heads there is no room in registers.
         HALVES=step.is_half and not wide, num_warps=2 * ENTER_WARPS if wide else ENTER_WARPS,
     )  # fmt: skip
-    return scratch
 
 
 def _attend(step: _Step, scratch: _Scratch, parts: Tensor, tops: Tensor) -> None:
@@ -294,22 +347,22 @@ def _attend(step: _Step, scratch: _Scratch, parts: Tensor, tops: Tensor) -> None
     tile, warps = TILE // 2 if narrower else TILE, 2 * WARPS if wide else WARPS
     packed = half and N * G <= 8
     BG = 8 if packed else power_of_two(N * G, most=16 if wide else 64)
-    recents = ONE_RECENT if step.is_single else RECENT_TILE
+    recents = ONE_RECENT if step.is_single else FEW_RECENT
     bytes_of_tile = tile * sum(step.head_blocks) * held.keys.element_size()
     launch(
-        attend_kernel, (step.num_parts * B * H * -(-N * G // BG),),
-        *step.tokens, held.w, held.g,
-        held.keys, held.values, held.ty, held.block_decay, held.path_decays, step.counts, step.new,
-        held.ready, *scratch, parts, tops,
+        attend_kernel, ((step.num_parts + 2 * step.is_single) * B * H * -(-N * G // BG),),
+        *step.tokens, held.w, held.beta, held.g,
+        held.keys, held.values, held.tw, held.ty, held.block_decay, held.path_decays,
+        step.counts, step.new, held.ready, *scratch, parts, tops,
         *(x for y in step.tokens[:5] for x in (y.stride(0), y.stride(2))),
         *((0, 0) if step.tokens.g is None else (step.tokens.g.stride(0), step.tokens.g.stride(2))),
         step.scale, step.options.window or 0, B, H, N, step.path_programs,
-        2 + step.num_paths, step.num_parts, *step.rooms, **step.shared,
-        BG=BG, BR=power_of_two(step.rooms[2]), RECENT=recents // 2 if narrower else recents,
+        step.num_queries, step.num_parts, *step.rooms, step.last_row, **step.shared,
+        BG=BG, BR=power_of_two(step.last_row + 1), RECENT=recents // 2 if narrower else recents,
         SPAN=step.span, LEVELS=step.span_levels, TILE=tile,
         WINDOWED=step.options.window is not None, PACKED=packed,
         SIDE=min(tile, 512 * warps // (step.head_blocks[0] * held.keys.element_size())),
-        VALUE_PRECISION=value_precision(held.values),
+        TOGETHER=TOGETHER, VALUE_PRECISION=value_precision(held.values),
         STAGES=STAGES if bytes_of_tile <= 1 << 15 else 2,
         num_warps=warps, maxnreg=ONE_REGISTERS if step.is_single and not wide else None,
         **step.started_early,

@@ -12,7 +12,7 @@ from householder.ops.path_attention.cache.triton.products import (
     pack,
     split_query,
 )
-from householder.ops.path_attention.cache.triton.signals import wait_for
+from householder.ops.path_attention.cache.triton.signals import count_ones, wait_for
 
 
 @triton.jit
@@ -34,16 +34,6 @@ def weigh(weights, values, acc, PACKED: tl.constexpr, PRECISION: tl.constexpr):
     else:
         weights, values = cast_operand(weights, PRECISION), cast_operand(values, PRECISION)
         return dot_add(weights, values, acc, PRECISION)
-
-
-@triton.jit
-def count_ones(x):
-    """Return how many bits of a number from 0 to 2³¹ − 1 are one."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x += x >> 8
-    return (x + (x >> 16)) & 0x3F
 
 
 @triton.jit

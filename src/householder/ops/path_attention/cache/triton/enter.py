@@ -1,4 +1,4 @@
-"""Programs in front of a decoded step: new tokens meet the recent ones' compact WY form."""
+"""Several tokens, in front of a decoded step: they meet the recent ones' compact WY form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 from householder.ops._triton import beside_diagonal
 from householder.ops.path_attention.cache.triton.products import dot_path, dot_whole
-from householder.ops.path_attention.cache.triton.signals import arrive, wait_for
+from householder.ops.path_attention.cache.triton.signals import arrive
 
 
 @triton.jit
@@ -90,96 +90,6 @@ def load_scale(p_scales, row, o_c, K: tl.constexpr):
         return tl.full((o_c.shape[0],), 1.0, tl.float32)
     else:
         return tl.load(p_scales + row * K + o_c, mask=o_c < K, other=0.0)
-
-
-@triton.jit
-def turn_one(x, p_ws, p_tw, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
-    """Return `x − (x Wᵀ) (T W)` of a vector and recent tokens.
-
-    Sums take vectors where products would take the tensor cores' sixteen rows.
-    """
-    o_c = tl.arange(0, BC)
-    turned = x
-    for start in tl.range(0, r, BC, num_stages=STAGES):
-        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-        tw = load_rows(p_tw, start, o_c, r - start, o_k, K)
-        along = tl.sum(ws * x[None, :], 1)
-        turned -= tl.sum(tw * along[:, None], 0)
-    return turned
-
-
-@triton.jit
-def queries_of_one(
-    p_q, s_qh, w, beta, p_ws, p_tw, p_queries, scale, r,
-    G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Bring one token's few queries to the end of the newest block."""
-    o_k = tl.arange(0, BK)
-    m_k = o_k < K
-    for i_g in range(G):
-        q = tl.load(p_q + i_g * s_qh + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
-        # The new token's reflector first; then the recent ones.
-        x = q - beta * tl.sum(q * w, 0) * w
-        turned = turn_one(x, p_ws, p_tw, r, o_k, K, BC, STAGES)
-        tl.store(p_queries + (G + i_g) * K + o_k, turned, mask=m_k)
-
-
-@triton.jit
-def queries_behind(
-    p_paths, p_scales, p_queries, p_turned_count, first, stride, num_paths, head, heads,
-    G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr,
-    EARLY: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Bring one token's queries from the newest block to others, some columns at a time."""
-    SLICES: tl.constexpr = BK // KC
-    o_k, o_g = tl.arange(0, BK), tl.arange(0, GP)
-    queries = tl.zeros((GP, BK), tl.float32)
-    for i in tl.range(first, num_paths * SLICES, stride, num_stages=STAGES):
-        i_path, o_c = i // SLICES, i % SLICES * KC + tl.arange(0, KC)
-        row = head + i_path * heads
-        path = load_path(p_paths + row * K * K, o_k, o_c, K)
-        scales = load_scale(p_scales, row, o_c, K)
-        if i == first:
-            # The first columns are on their way by now. Loaded in the loop itself, the queries
-            # would be copied ahead as these are, before they are there.
-            wait_for(p_turned_count, 1, EARLY)
-            mask = (o_g < G)[:, None] & (o_k < K)[None, :]
-            queries = tl.load(p_queries + (G + o_g)[:, None] * K + o_k[None, :], mask=mask, other=0)
-        for i_g in tl.static_range(G):
-            q = tl.sum(tl.where(o_g[:, None] == i_g, queries, 0.0), 0)
-            q = tl.sum(path.to(tl.float32) * q[:, None], 0) * scales
-            tl.store(p_queries + ((2 + i_path) * G + i_g) * K + o_c, q, mask=o_c < K)
-
-
-@triton.jit
-def row_of_tw(w, beta, p_ws, p_tw, r, o_k, K: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
-    """Append one token's row to T W."""
-    row = turn_one(w, p_ws, p_tw, r, o_k, K, BC, STAGES)
-    tl.store(p_tw + r * K + o_k, row * beta, mask=o_k < K)
-
-
-@triton.jit
-def row_of_ty(
-    w, beta, p_ws, p_keys, p_ty, p_wk, r, o_k, triangle_room,
-    K: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Append one token's row to T Y; store that of Y, its reflector times recent keys."""
-    o_c, o_r = tl.arange(0, BC), tl.arange(0, BR)
-    p_along = p_wk + triangle_room
-    for start in tl.range(0, r, BC, num_stages=STAGES):
-        m_c = start + o_c < r
-        before = load_rows(p_keys, start, o_c, r - start, o_k, K)
-        ws = load_rows(p_ws, start, o_c, r - start, o_k, K)
-        tl.store(p_wk + start + o_c, tl.sum(before * w[None, :], 1), mask=m_c)
-        tl.store(p_along + start + o_c, tl.sum(ws * w[None, :], 1), mask=m_c)
-    # They are read again by other threads.
-    tl.debug_barrier()
-    y = tl.load(p_wk + o_r, mask=o_r < r, other=0.0)
-    for start in range(0, r, BC):
-        along = tl.load(p_along + start + o_c, mask=start + o_c < r, other=0.0)
-        y -= tl.sum(load_ty(p_ty, start + o_c, o_r, r, triangle_room) * along[:, None], 0)
-    # Zero in its own column.
-    tl.store(p_ty + r * triangle_room + o_r, y * beta, mask=o_r <= r)
 
 
 @triton.jit

@@ -42,16 +42,21 @@ def wait_for(p_count, target, EARLY: tl.constexpr):
 
 @triton.jit
 def fetch_to_l2(pointer, size, MOST: tl.constexpr):
-    """Ask for `size` bytes at `pointer`, MOST at most, to be brought to the L2 cache.
-
-    In pieces of 512, each thread its own; a pointer that is not a multiple of 16 is rounded down,
-    and what is left over at the end is left out.
-    """
-    offset = tl.arange(0, MOST // 512) * 512
-    address = (pointer.to(tl.int64) + offset) & -16
-    wanted = (offset + 512 <= size).to(tl.int32)
+    """Ask for `size` bytes at `pointer`, MOST at most, to be brought to the L2 cache."""
+    # A cache line each; copies in bulk would be fewer, but threads ask for those one by one.
+    offset = tl.arange(0, MOST // 128) * 128
+    wanted = (offset < size).to(tl.int32)
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], 512; mov.b32 $0, 0; }",
-        "=r,l,r", [address, wanted], tl.int32, False, 1,
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [pointer.to(tl.int64) + offset, wanted], tl.int32, False, 1,
     )  # fmt: skip
+
+
+@triton.jit
+def count_ones(x):
+    """Return how many bits of a number from 0 to 2³¹ − 1 are one."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 0x3F
