@@ -164,10 +164,16 @@ def test_a_sequence_depends_neither_on_its_batch_nor_on_packing(K, decay, kernel
         assert torch.equal(a.flatten(0, 1), c[0])
 
 
-@pytest.mark.parametrize("name", ["packed", "packed, wide"])
+@pytest.mark.parametrize("name", ["packed", "packed, no gate", "packed, wide"])
 def test_packed_sequences_are_those_alone(name, kernels):
     arguments, (scale, window, bounds) = arrange(SHAPES[name], torch.bfloat16)
     together, _ = kernels.forward(*arguments, scale, window, bounds)
+    start, end = bounds[3:5].tolist()
+    others = [x.clone() for x in arguments[:4]]
+    for x in others:
+        x[:, :start] = x[:, end:] = math.inf
+    among_others, _ = kernels.forward(*others, *arguments[4:], scale, window, bounds)
+    assert torch.equal(among_others[:, start:end], together[:, start:end])
     for start, end in itertools.pairwise(bounds.tolist()):
         alone = [None if x is None else x[:, start:end] for x in arguments]
         o, _ = kernels.forward(*alone, scale, window, None)

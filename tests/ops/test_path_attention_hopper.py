@@ -72,6 +72,15 @@ class Rectangles:
             self.lse[:, asking_nothing] = math.inf
             self.q[:, :, asking_nothing] = self.delta[:, asking_nothing] = 0.0
         self.do[:, : first_query or 0] = 0.0
+        # A chunk has queries where it is in a right block, and keys in a left one that has a right
+        # neighbour; what it has not nobody wrote.
+        for _, h, c, rows in self.places():
+            for level in range(self.levels):
+                block = c >> level
+                if block % 2 == 0:
+                    self.q[level, h * group : (h + 1) * group, rows] = math.nan
+                if block % 2 == 1 or (block + 1) << level >= self.chunks:
+                    self.k[level, h, rows] = math.nan
 
     def asks(self, chunk):
         """Return whether a query is in a chunk's tile, or in one before it."""
@@ -168,7 +177,8 @@ def test_gradients_of_queries(sizes):
 
 
 @pytest.mark.parametrize("sizes", CASES)
-def test_gradients_of_keys_and_values(sizes):
+@pytest.mark.parametrize("tile", [64, 128])
+def test_gradients_of_keys_and_values(tile, sizes):
     x = Rectangles(*sizes)
     B, T, H, group, K, V, first_query = sizes
     expected, expected_values = empty(H, x.rows, K), empty(H, x.rows, V)
@@ -194,9 +204,9 @@ def test_gradients_of_keys_and_values(sizes):
     actual, actual_values = torch.empty_like(expected), torch.empty_like(expected_values)
     actual_levels = torch.empty_like(expected_levels)
     gluon.run(
-        hopper_key_back.key_kernel, B * x.tiles * H, *x.described("q", "k", "v", "do", "f"),
+        hopper_key_back.key_kernel, B * x.tiles * H, *x.described("q", "q", "k", "v", "do", "f"),
         *map(gluon.Pointer, (x.lse, x.delta, actual_levels, actual, actual_values)), None, None,
-        None, T, B * x.tiles, H, first_query, V, V, group, K, V, False, 4,
+        None, T, B * x.tiles, H, first_query, V, V, group, K, V, False, tile, 4,
     )  # fmt: skip
     assert_close(actual, expected)
     assert_close(actual_values, expected_values)
@@ -209,15 +219,18 @@ def test_attention(sizes):
     x = Rectangles(*sizes)
     B, T, H, group, K, V, first_query = sizes
     heads = H * group
-    own, own_lse = torch.randn(B, T, heads, V), torch.randn(B, T, heads)
+    # The weights in a chunk behind the sequence's end stay NaN.
+    x.weights, own_lse = empty(heads, x.rows, 64), torch.randn(B, T, heads)
     sinks = torch.randn(heads)
     expected, expected_lse = empty(B, T, heads, V), empty(B, T, heads)
     for b, h, c, rows in x.places():
         for hq in range(h * group, (h + 1) * group):
             inside = slice(64 * c, min(64 * (c + 1), T))
             n = inside.stop - inside.start
+            p = x.weights[hq, rows] = torch.randn(64, 64).softmax(1)
             total = torch.exp2(own_lse[b, inside, hq, None])
-            o = total * own[b, inside, hq]
+            own = torch.cat([x.v[b, inside, h], torch.zeros(64 - n, V)])
+            o = total * (p @ own)[:n]
             total = total + sinks[hq].exp()
             levels = [level for level in range(x.levels) if (c >> level) % 2]
             if levels:
@@ -231,10 +244,11 @@ def test_attention(sizes):
                 q = q @ product_of(x.f[h], b, 2 * x.tiles, level, left)
             if x.asks(c):
                 expected[b, inside, hq], expected_lse[b, inside, hq] = o / total, total.log()[:, 0]
-    actual, actual_lse = own.clone(), own_lse.clone()
+    actual, actual_lse = empty(B, T, heads, V), own_lse.clone()
     gluon.run(
-        hopper_attend.attend_kernel, B * x.tiles * heads, *x.described("q", "k", "v", "f"),
-        gluon.Description(actual.view(B, T, -1)), *map(gluon.Pointer, (sinks, actual, actual_lse)),
+        hopper_attend.attend_kernel, B * x.tiles * heads,
+        *x.described("q", "k", "v", "f", "weights"),
+        *map(gluon.Pointer, (sinks, actual, actual_lse)),
         None, None, None, T, B * x.tiles, H, first_query, V, group, K, V, False, 2,
     )  # fmt: skip
     assert_close(actual, expected)
@@ -298,33 +312,31 @@ def invert(minus):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("attends", [False, True])
-@pytest.mark.parametrize(
-    ("K", "V", "chunk", "T"), [(128, 128, 1, 512), (64, 128, 2, 300), (112, 64, 4, 300)]
-)
-def test_what_chunks_have_to_themselves(K, V, chunk, T, attends, wide, monkeypatch):
+@pytest.mark.parametrize(("K", "chunk", "T"), [(128, 1, 512), (64, 2, 300), (112, 4, 300)])
+def test_what_chunks_have_to_themselves(K, chunk, T, attends, wide, monkeypatch):
     monkeypatch.setattr(hopper_prepare, "invert_unit_lower", invert)
     scale, rows, start = K**-0.5, -(-T // 128) * 128, 64 * chunk
     chunks, n = rows // 64, min(T - start, 64)
     valid = (torch.arange(64) < n)[:, None]
     q, k = torch.randn(2, T, K)
-    v, beta = torch.randn(T, V), 2 * torch.rand(T)
+    v, beta = torch.randn(T, K), 2 * torch.rand(T)
     w = torch.nn.functional.normalize(torch.randn(T, K), dim=1)
     own = [
         valid * torch.nn.functional.pad(x[start : start + 64], (0, 0, 0, 64 - n))
         for x in (q, k, v, w, beta[:, None])
     ]
-    unseen = torch.full((64,), -torch.inf), torch.zeros(64, V)
+    unseen = torch.full((64,), -torch.inf), torch.zeros(64, K)
     o, lse, t, (q_start, k_end, f) = chunk_by_definition(*own[:4], own[4][:, 0], scale, *unseen)
     number = (chunks - 1).bit_length()
     queries, keys = empty(number, rows, K), empty(number, rows, K)
     products = empty(2 * chunks, K, K)
-    inverse, outputs, sums = empty(chunks, 64, 64), empty(T, V), empty(T)
-    given = [gluon.Pointer(x) for x in (q, k, v, w, beta, queries, keys, products)]
-    kept = [gluon.Pointer(x) for x in (inverse, outputs, sums)]
+    inverse, weights, sums = empty(chunks, 64, 64), empty(chunks, 64, 64), empty(T)
+    given = [gluon.Pointer(x) for x in (q, k, w, beta, queries, keys, products)]
+    kept = [gluon.Pointer(inverse)]
+    kept += [gluon.Pointer(x) if attends else None for x in (weights, sums)]
     gluon.run(
         hopper_prepare.prepare_kernel, chunks, *given, *kept, None, None, None, scale, T, 1, rows,
-        number, *(0, 0) * 4, 0, 1, 0, K, K, V, K, K, V, False, attends, -(-K // 64), -(-V // 64),
-        wide,
+        number, *(0, 0) * 3, 0, 1, 0, K, K, K, K, False, -(-K // 64), wide,
     )  # fmt: skip
     of_chunk = slice(start, start + 64)
     assert_close(inverse[chunk], t)
@@ -337,7 +349,9 @@ def test_what_chunks_have_to_themselves(K, V, chunk, T, attends, wide, monkeypat
     else:
         assert keys[:, of_chunk].isnan().all()
     if attends:
-        assert_close(outputs[of_chunk], o[:n])
+        assert_close((weights[chunk] @ own[2])[:n], o[:n])
+        assert (weights[chunk] >= 0).all()
+        assert (weights[chunk].triu(1) == 0).all()
         assert_close(sums[of_chunk], lse[:n] * LOG2_E)
 
 

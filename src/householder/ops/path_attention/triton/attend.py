@@ -27,6 +27,7 @@ from householder.ops._triton import (
 )
 from householder.ops.path_attention.inputs import Inputs
 from householder.ops.path_attention.triton import config
+from householder.ops.path_attention.triton.config import CHUNK_TOKENS
 from householder.ops.path_attention.triton.problem import (
     LN_2,
     LOG2_E,
@@ -84,13 +85,13 @@ def attend_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(
-    q_levels, k_levels, f, v, decay, sinks, o, lse,
+    q_levels, k_levels, f, v, decay, weights, sinks, o, lse,
     cu_seqlens, tile_sequence, first_tile, window, T, num_tiles, H, first_query,
     v_b, v_h, v_t: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Write o and log Σ exp of one chunk's rows of one head; those of the chunk alone are there.
+    """Write o and log Σ exp of one chunk's rows of one head; `lse` has those of the chunk alone.
 
     From level to level the queries are multiplied by the products that they cross, in registers
     where a product can be held.
@@ -123,7 +124,11 @@ def attend_kernel(
     o_k = tl.arange(0, BK)
     m_m = o_m < length - token
     of_token = (batch * T + first + token) * HQ + i_hq
-    b_o = load_tile(o + of_token * V, o_m * (HQ * V), m_m, 0, V, BV).to(tl.float32)
+    # What the chunk sees in itself, with weights of which the total is 1.
+    p_weights = weights + (i_hq * num_rows + row) * 64
+    b_p = load_tile(p_weights, o_m * 64, o_m >= 0, 0, 64, 64)
+    b_v = load_tile(v + batch * v_b + (first + token) * v_t + i_h * v_h, o_m * v_t, m_m, 0, V, BV)
+    b_o = dot(b_p, b_v.to(b_p.dtype), PRECISION)
     b_top = tl.load(lse + of_token + o_m * HQ, mask=m_m, other=0.0)
     b_total = tl.full((64,), 1.0, tl.float32)
     p_v = v + batch * v_b + first * v_t + i_h * v_h
@@ -218,17 +223,18 @@ def _attend(*arranged: Any) -> tuple[Tensor, Tensor]:
     H, V = p.v.shape[2:]
     o = room((B, T, HQ, V), p.v.dtype, p.v.device)
     lse = room((B, T, HQ), torch.float32, p.v.device)
-    tree = build_tree_and_begin(p, o, lse)
+    weights = room((HQ, p.rows, CHUNK_TOKENS), p.operand, p.v.device)
+    tree = build_tree_and_begin(p, weights, lse)
     if o.numel() and p.suits_roles:
         from householder.ops.path_attention.triton import hopper_attend
 
-        hopper_attend.attend(p, tree.q, tree.k, tree.f, o, lse)
+        hopper_attend.attend(p, tree, weights, o, lse)
     elif o.numel():
         columns, parameters = config.attend_launch(K, V, p.precision)
         launch(
             attend_kernel, (p.chunks * HQ,),
-            tree.q, tree.k, tree.f, p.v, tree.decay, p.sinks, o, lse, *p.packing, p.window, T,
-            p.num_tiles, H, p.first_query, **strides("v", p.v), **p.constants,
+            tree.q, tree.k, tree.f, p.v, tree.decay, weights, p.sinks, o, lse, *p.packing,
+            p.window, T, p.num_tiles, H, p.first_query, **strides("v", p.v), **p.constants,
             **p.value_constants, WINDOWED=p.window is not None, BN=columns, **parameters.options,
         )  # fmt: skip
     return o, lse

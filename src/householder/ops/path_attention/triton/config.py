@@ -51,13 +51,13 @@ def key_block(K: int, precision: str) -> int:
 
 
 def prepare_launch(precision: str) -> tuple[int, Launch]:
-    """Tile, part of K and of V, and parameters of the kernel of the triangles."""
+    """Tile, part of K, and parameters of the kernel of the triangles."""
     return 64, Launch(8 if precision == "tf32x3" else 4, 1)
 
 
-def hopper_prepare_launch(K: int, V: int) -> Launch:
+def hopper_prepare_launch(K: int) -> Launch:
     """Parameters of the form of that kernel for Hopper."""
-    return Launch(4, 1, 168 if max(K, V) <= 64 else None)
+    return Launch(4, 1, 168 if K <= 64 else None)
 
 
 def join_launch(K: int, precision: str) -> tuple[int, Launch]:

@@ -87,9 +87,9 @@ def _choose(table: dict[bool, tuple[Tiles, ...]], K: int, V: int, precision: str
     return tiles._replace(inner=min(tiles.inner, key_block(K, precision)))
 
 
-def hopper_key_stages() -> int:
-    """Tiles of 64 queries in flight in the form of the kernel of the keys for Hopper."""
-    return 4
+def hopper_key_tiles(K: int, V: int) -> tuple[int, int]:
+    """Queries of a tile, and tiles in flight, in the form of the kernel of the keys for Hopper."""
+    return (128, 3) if max(K, V) <= 64 else (64, 4)
 
 
 def product_blocks(K: int, precision: str) -> Blocks:

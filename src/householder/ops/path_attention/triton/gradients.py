@@ -107,7 +107,7 @@ def climb_down(p: Problem, tree: Tree, rows: Rows, do: Tensor, dtype: torch.dtyp
         dv=numbers(H, p.rows, V),
         sums=None if p.g is None else numbers(L, HQ, p.rows, dtype=torch.float32),
     )
-    if p.suits_roles and dtype == torch.bfloat16 and max(K, V) > 64:
+    if p.suits_roles and dtype == torch.bfloat16:
         from householder.ops.path_attention.triton import hopper_key_back, hopper_query_back
 
         given = p, tree.q, tree.k, tree.f, rows.lse, rows.delta, do

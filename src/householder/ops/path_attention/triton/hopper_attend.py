@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from householder.ops._gluon import barrier, exp2
+from householder.ops._gluon import barrier, exp2, row_layout
 from householder.ops._triton import launch
 from householder.ops.path_attention.triton import config
 from householder.ops.path_attention.triton.hopper_roles import (
@@ -39,33 +39,34 @@ from householder.ops.path_attention.triton.problem import (
     Problem,
     locate_program,
 )
+from householder.ops.path_attention.triton.tree import Tree
 
 
 @gluon.jit
 def copy_all(
-    queries, keys, values, products, outputs, s_q, s_k, s_v, s_f, s_o, q_full, k_full, k_empty,
-    v_full, v_empty, f_full, f_empty, o_full, i_hq, i_h, HQ, H, num_rows, batch, first, sequence,
-    token, column, o_column, pair, odd, K: gl.constexpr, STAGES: gl.constexpr,
+    queries, keys, values, products, weights, s_q, s_k, s_v, s_f, s_w, q_full, k_full, v_full,
+    empty, f_full, f_empty, w_full, i_hq, i_h, HQ, H, num_rows, batch, first, sequence, token,
+    column, pair, odd, K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy what both groups need, in the order in which they need it."""
     row = sequence + token
-    step = gl.to_tensor(0)
+    step = gl.to_tensor(1)
     passed = gl.to_tensor(0)
     p_f = i_h * (num_rows // 32) + sequence // 32
     if odd > 0:
         copy_rows(queries, i_hq * num_rows + row + 64, s_q.index(1), q_full.index(1))
-        copy_rows(keys, i_h * num_rows + row, s_k.index(0), k_full.index(0))
-        copy_values(values, batch, first + token, column, s_v.index(0), v_full.index(0))
-        step += 1
-        if pair > 0:
-            copy_rows(products, (p_f + token // 32) * K, s_f, f_full)
-            passed += 1
+    # A tile's own keys are for its second chunk, which sees the first, its values for both.
+    copy_rows(keys, i_h * num_rows + row, s_k.index(0), k_full.index(0))
+    for half in gl.static_range(2):
+        w_row = i_hq * num_rows + row + 64 * half
+        copy_rows(weights, w_row, s_w.index(half), w_full.index(half))
+    copy_values(values, batch, first + token, column, s_v.index(0), v_full.index(0))
+    if (odd > 0) & (pair > 0):
+        copy_rows(products, (p_f + token // 32) * K, s_f, f_full)
+        passed += 1
     if pair > 0:
         level = lowest_bit(pair) + 1
         copy_rows(queries, (level * HQ + i_hq) * num_rows + row, s_q.index(0), q_full.index(0))
-    at = first + token
-    copy_values(outputs, batch, at, o_column, s_o.index(0), o_full.index(0))
-    copy_values(outputs, batch, at + 64, o_column, s_o.index(1), o_full.index(1))
     rest = pair
     while rest > 0:
         level = lowest_bit(rest) + 1
@@ -75,9 +76,8 @@ def copy_all(
         for i in range(1 << (level - 1)):
             slot = step % STAGES
             phase = (step // STAGES) & 1
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            mbarrier.wait(empty.index(slot), phase ^ 1)
             copy_rows(keys, k_row + i * 128, s_k.index(slot), k_full.index(slot))
-            mbarrier.wait(v_empty.index(slot), phase ^ 1)
             key = first + start + i * 128
             copy_values(values, batch, key, column, s_v.index(slot), v_full.index(slot))
             step += 1
@@ -108,9 +108,9 @@ def soften(b_a, b_top, b_total, weights: gl.constexpr, half: gl.constexpr):
 
 @gluon.jit
 def attend_rows(
-    s_q, s_k, s_v, s_f, s_o, q_full, k_full, k_empty, v_full, v_empty, f_full, f_empty, o_full,
-    sinks, o, lse, i_hq, of_token, HQ, left, pair, odd, WHO: gl.constexpr, K: gl.constexpr,
-    V: gl.constexpr, STAGES: gl.constexpr,
+    s_q, s_k, s_v, s_f, s_w, s_o, q_full, k_full, v_full, empty, f_full, f_empty, w_full, sinks, o,
+    lse, i_hq, of_token, HQ, left, pair, odd, WHO: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attend for one chunk of the tile: the first one, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
@@ -124,14 +124,25 @@ def attend_rows(
     o_m = gl.arange(0, 64, layout=by_row)
     m_m = o_m < left
     p_lse = lse + of_token + o_m * HQ
-    # What the chunk has by itself weighs 1 at first, and is added at the end.
-    b_own = gl.load(p_lse, mask=m_m, other=0.0)
-    b_o = gl.zeros([64, V], gl.float32, layout=by_value)
-    b_top = b_own
+    b_top = gl.load(p_lse, mask=m_m, other=0.0)
     b_total = gl.full([64], 1.0, gl.float32, layout=by_row)
     none = gl.zeros([64, 128], gl.float32, layout=by_key)
 
-    step = gl.to_tensor(0)
+    # What the chunk sees in itself, with weights of which the total is 1.
+    mbarrier.wait(w_full, 0)
+    mbarrier.wait(v_full.index(0), 0)
+    own = s_v.index(0).slice(64 * WHO, 64)
+    if left < 64:
+        # Behind the sequence's end is what another has, be it infinite.
+        whole: gl.constexpr = row_layout(V, 8, gl.num_warps())
+        inside = gl.arange(0, 64, layout=gl.SliceLayout(1, whole)) < left
+        own.store(gl.where(inside[:, None], own.load(whole), 0.0))
+        fence_async_shared()
+        barrier()
+    b_o = gl.zeros([64, V], gl.float32, layout=by_value)
+    b_o = warpgroup_mma(s_w, own, b_o, use_acc=False)
+
+    step = gl.to_tensor(1)
     passed = gl.to_tensor(0)
     if WHO == 1:
         mbarrier.wait(q_full, 0, pred=odd > 0)
@@ -147,7 +158,6 @@ def attend_rows(
             mbarrier.wait(k_full.index(0), 0)
             b_a = warpgroup_mma(s_q, b_k, b_a, use_acc=False)
             b_p, rescale, b_top, b_total = soften(b_a, b_top, b_total, weights, half)
-            mbarrier.wait(v_full.index(0), 0)
             b_o = warpgroup_mma(b_p, s_v.index(0).slice(0, 64), b_o * rescale[:, None])
             if pair > 0:
                 mbarrier.wait(f_full, 0)
@@ -160,16 +170,15 @@ def attend_rows(
         else:
             # Who lets go of what it has no use for waits for it too: of a barrier it can only ask
             # whether the last phase but one is over.
-            mbarrier.wait(k_full.index(0), 0)
-            mbarrier.wait(v_full.index(0), 0)
             mbarrier.wait(f_full, 0, pred=pair > 0)
-        barrier()
-        mbarrier.arrive(k_empty.index(0), count=1)
-        mbarrier.arrive(v_empty.index(0), count=1)
-        step += 1
         if pair > 0:
+            barrier()
             mbarrier.arrive(f_empty, count=1)
             passed += 1
+    # Of a tile's own keys the first chunk has none to see.
+    mbarrier.wait(k_full.index(0), 0)
+    barrier()
+    mbarrier.arrive(empty.index(0), count=1)
 
     rest = pair
     while rest > 0:
@@ -180,12 +189,10 @@ def attend_rows(
             mbarrier.wait(k_full.index(slot), phase)
             b_a = warpgroup_mma(s_q, s_k.index(slot).permute([1, 0]), none, use_acc=False)
             b_p, rescale, b_top, b_total = soften(b_a, b_top, b_total, weights, half)
-            barrier()
-            mbarrier.arrive(k_empty.index(slot), count=1)
             mbarrier.wait(v_full.index(slot), phase)
             b_o = warpgroup_mma(b_p, s_v.index(slot), b_o * rescale[:, None])
             barrier()
-            mbarrier.arrive(v_empty.index(slot), count=1)
+            mbarrier.arrive(empty.index(slot), count=1)
             step += 1
         rest = rest & (rest - 1)
         if rest > 0:
@@ -208,23 +215,23 @@ def attend_rows(
         b_total = b_total * rescale + exp2(sink - new)
         b_o *= rescale[:, None]
         b_top = new
-    mbarrier.wait(o_full, 0)
-    b_o += s_o.load(by_value).to(gl.float32) * exp2(b_own - b_top)[:, None]
     b_o = b_o / b_total[:, None]
+    barrier()
     store_through(s_o, o + of_token * V, b_o, left, HQ * V, V)
     gl.store(p_lse, (b_top + gl.log2(b_total)) * LN_2, mask=m_m)
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def attend_kernel(
-    queries, keys, values, products, outputs, sinks, o, lse, cu_seqlens, tile_sequence, first_tile,
+    queries, keys, values, products, weights, sinks, o, lse, cu_seqlens, tile_sequence, first_tile,
     T, num_tiles, H, first_query, v_h, GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     PACKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Write o and log Σ exp of 128 query rows of one head; those of their chunks alone are there.
+    """Write o and log Σ exp of 128 query rows of one head; `lse` has those of their own chunks.
 
-    `queries` and `keys` are rows of all levels, `products` rows of those of all blocks and
-    `values` is `[B, T, H · V]`; all as descriptors of what is copied at a time.
+    `queries` and `keys` are rows of all levels, `products` rows of those of all blocks, `weights`
+    what rows give to tokens of their own chunks, and `values` is `[B, T, H · V]`; all as
+    descriptors of what is copied at a time.
     """
     half: gl.constexpr = queries.dtype
     HQ = gl.to_tensor(H) * GROUP
@@ -258,15 +265,20 @@ def attend_kernel(
     s_f = gl.allocate_shared_memory(
         gl.float16, [K, K], gl.NVMMASharedLayout.get_default_for([K, K], gl.float16)
     )
-    s_o = gl.allocate_shared_memory(
-        half, [2, 64, V], gl.NVMMASharedLayout.get_default_for([64, V], half)
+    s_w = gl.allocate_shared_memory(
+        half, [2, 64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], half)
     )
+    # Queries are not needed any more where outputs leave.
+    s_o = s_q
+    if K != V:
+        s_o = gl.allocate_shared_memory(
+            half, [2, 64, V], gl.NVMMASharedLayout.get_default_for([64, V], half)
+        )
     q_full = barriers(2, 1)
-    o_full = barriers(2, 1)
+    w_full = barriers(2, 1)
     k_full = barriers(STAGES, 1)
     v_full = barriers(STAGES, 1)
-    k_empty = barriers(STAGES, 2)
-    v_empty = barriers(STAGES, 2)
+    empty = barriers(STAGES, 2)
     f_full = barriers(1, 1).index(0)
     f_empty = barriers(1, 2).index(0)
     fence_async_shared()
@@ -277,26 +289,25 @@ def attend_kernel(
             (
                 attend_rows,
                 (
-                    s_q.index(0), s_k, s_v, s_f, s_o.index(0), q_full.index(0), k_full, k_empty,
-                    v_full, v_empty, f_full, f_empty, o_full.index(0), sinks, o, lse, i_hq,
+                    s_q.index(0), s_k, s_v, s_f, s_w.index(0), s_o.index(0), q_full.index(0),
+                    k_full, v_full, empty, f_full, f_empty, w_full.index(0), sinks, o, lse, i_hq,
                     of_token, HQ, left, pair, odd, 0, K, V, STAGES,
                 ),
             ),
             (
                 attend_rows,
                 (
-                    s_q.index(1), s_k, s_v, s_f, s_o.index(1), q_full.index(1), k_full, k_empty,
-                    v_full, v_empty, f_full, f_empty, o_full.index(1), sinks, o, lse, i_hq,
+                    s_q.index(1), s_k, s_v, s_f, s_w.index(1), s_o.index(1), q_full.index(1),
+                    k_full, v_full, empty, f_full, f_empty, w_full.index(1), sinks, o, lse, i_hq,
                     of_token + 64 * HQ, HQ, left - 64, pair, odd, 1, K, V, STAGES,
                 ),
             ),
             (
                 copy_all,
                 (
-                    queries, keys, values, products, outputs, s_q, s_k, s_v, s_f, s_o, q_full,
-                    k_full, k_empty, v_full, v_empty, f_full, f_empty, o_full, i_hq, i_h, HQ, H,
-                    num_rows, batch, first, tile * 128, token, i_h * v_h, i_hq * V, pair, odd, K,
-                    STAGES,
+                    queries, keys, values, products, weights, s_q, s_k, s_v, s_f, s_w, q_full,
+                    k_full, v_full, empty, f_full, f_empty, w_full, i_hq, i_h, HQ, H, num_rows,
+                    batch, first, tile * 128, token, i_h * v_h, pair, odd, K, STAGES,
                 ),
             ),
         ],
@@ -305,14 +316,14 @@ def attend_kernel(
     )  # fmt: skip
 
 
-def attend(p: Problem, q: Tensor, k: Tensor, f: Tensor, o: Tensor, lse: Tensor) -> None:
-    """Attend, from the tree's queries, keys and products, and the chunks' own `o` and `lse`."""
+def attend(p: Problem, tree: Tree, weights: Tensor, o: Tensor, lse: Tensor) -> None:
+    """Attend, from the tree, and the `weights` of the chunks' own tokens with their `lse`."""
     H, K = p.k.shape[2:]
     V, T = p.v.shape[-1], p.q.shape[1]
     launch(
         attend_kernel, (p.num_tiles * p.heads,),
-        describe_rows(q, 64), describe_rows(k, 128), describe_tokens(p.v, 128),
-        describe_rows(f, K), describe_tokens(o, 64), p.sinks, o, lse, *p.packing, T, p.num_tiles,
-        H, p.first_query, p.v.stride(2), GROUP=p.heads // H, K=K, V=V,
+        describe_rows(tree.q, 64), describe_rows(tree.k, 128), describe_tokens(p.v, 128),
+        describe_rows(tree.f, K), describe_rows(weights, 64), p.sinks, o, lse, *p.packing, T,
+        p.num_tiles, H, p.first_query, p.v.stride(2), GROUP=p.heads // H, K=K, V=V,
         PACKED=p.cu_seqlens is not None, STAGES=config.hopper_attend_stages(K, V), num_warps=4,
     )  # fmt: skip

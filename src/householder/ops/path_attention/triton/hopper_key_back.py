@@ -53,16 +53,17 @@ def left_levels(pair, last):
 
 @gluon.jit
 def copy_for_keys(
-    queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f, s_lse, s_delta,
-    k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ, H, num_rows, batch, first,
-    sequence, token, v_column, do_h, pair, last, first_query, GROUP: gl.constexpr,
+    queries, chunk_queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f,
+    s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ, H, num_rows,
+    batch, first, sequence, token, v_column, do_h, pair, last, first_query, GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy what the keys' groups need, in the order in which they need it."""
     K: gl.constexpr = s_q.shape[2]
     V: gl.constexpr = s_do.shape[2]
+    ROWS: gl.constexpr = s_q.shape[1]
     line: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
-    o_line = gl.arange(0, 64, layout=line)
+    o_line = gl.arange(0, ROWS, layout=line)
     row = sequence + token
     for i_chunk in gl.static_range(2):
         at = first + token + 64 * i_chunk
@@ -87,19 +88,28 @@ def copy_for_keys(
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
         if first_query is not None:
-            start = gl.maximum(start, first_query // 64)
+            start = gl.maximum(start, first_query // 128 * 2)
         for i_g in range(GROUP):
             i_hq = i_h * GROUP + i_g
             q_row = (level * HQ + i_hq) * num_rows + sequence
             p_rows = i_hq.to(gl.int64) * num_rows + sequence
-            for i in range(start, stop):
+            for i in range(start, stop, ROWS // 64):
                 slot = step % STAGES
-                b_lse = gl.load(lse + p_rows + i * 64 + o_line)
-                b_delta = gl.load(delta + p_rows + i * 64 + o_line)
+                asked = o_line < (stop - i) * 64
+                b_lse = gl.load(lse + p_rows + i * 64 + o_line, mask=asked, other=float("inf"))
+                b_delta = gl.load(delta + p_rows + i * 64 + o_line, mask=asked, other=0.0)
                 mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
                 bar = full.index(slot)
-                mbarrier.expect(bar, 64 * (K + V) * 2)
-                copy_block(queries, [q_row + i * 64, 0], bar, s_q.index(slot))
+                mbarrier.expect(bar, ROWS * (K + V) * 2)
+                if (ROWS == 128) & (level == 0):
+                    # Only one chunk asks. Queries of the next one were not written at this level,
+                    # and what stands in for them, with lse = ∞, must be numbers.
+                    for j in gl.static_range(ROWS // 64):
+                        tile = s_q.index(slot).slice(64 * j, 64)
+                        copy_block(chunk_queries, [q_row + i * 64, 0], bar, tile)
+                else:
+                    # Of two chunks one may lie behind the sequence's end: its queries are zero.
+                    copy_block(queries, [q_row + i * 64, 0], bar, s_q.index(slot))
                 column = i_hq * do_h
                 copy_block(outputs, [batch, first + i * 64, column], bar, lifted(s_do.index(slot)))
                 s_lse.index(slot).store(b_lse)
@@ -119,7 +129,8 @@ def differentiate_rows(
 ):  # fmt: skip
     """Write dK→ and dV of one chunk of the tile: the first, or with WHO = 1 the second one."""
     half: gl.constexpr = s_q.dtype
-    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROWS: gl.constexpr = s_q.shape[1]
+    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     by_column: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     row: gl.constexpr = gl.SliceLayout(0, by_query)
@@ -143,8 +154,8 @@ def differentiate_rows(
         start = right << level
         stop = gl.minimum(start + (1 << level), last + 1)
         if first_query is not None:
-            start = gl.maximum(start, first_query // 64)
-        for _ in range((stop - start) * GROUP):
+            start = gl.maximum(start, first_query // 128 * 2)
+        for _ in range((stop - start + ROWS // 64 - 1) // (ROWS // 64) * GROUP):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             b_q = s_q.index(slot)
@@ -173,7 +184,7 @@ def differentiate_rows(
             mbarrier.arrive(k_empty, count=1, pred=number > 0)
             copied = GROUP
             if first_query is not None:
-                copied = gl.where(2 * pair + 1 < first_query // 64, 0, GROUP)
+                copied = gl.where(2 * pair + 1 < first_query // 128 * 2, 0, GROUP)
             for _ in range(copied):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), (step // STAGES) & 1)
@@ -186,11 +197,16 @@ def differentiate_rows(
 
 @gluon.jit(do_not_specialize=SIZES)
 def key_kernel(
-    queries, keys, values, outputs, products, lse, delta, dk_levels, dk, dv, cu_seqlens,
-    tile_sequence, first_tile, T, num_tiles, H, first_query, v_h, do_h, GROUP: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, STAGES: gl.constexpr,
+    queries, chunk_queries, keys, values, outputs, products, lse, delta, dk_levels, dk, dv,
+    cu_seqlens, tile_sequence, first_tile, T, num_tiles, H, first_query, v_h, do_h,
+    GROUP: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Write dK→ and dV of 128 keys of one head but for what their own chunks give."""
+    """Write dK→ and dV of 128 keys of one head but for what their own chunks give.
+
+    They meet ROWS queries at a time, one chunk or two, which `queries` copies; `chunk_queries`
+    copies one.
+    """
     half: gl.constexpr = queries.dtype
     H = gl.to_tensor(H)
     num_tiles = gl.to_tensor(num_tiles)
@@ -212,13 +228,13 @@ def key_kernel(
     rows_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, V], half)
     squares: gl.constexpr = gl.NVMMASharedLayout.get_default_for([K, K], gl.float16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    s_q = gl.allocate_shared_memory(half, [STAGES, 64, K], rows_k)
-    s_do = gl.allocate_shared_memory(half, [STAGES, 64, V], rows_v)
+    s_q = gl.allocate_shared_memory(half, [STAGES, ROWS, K], rows_k)
+    s_do = gl.allocate_shared_memory(half, [STAGES, ROWS, V], rows_v)
     s_k = gl.allocate_shared_memory(half, [2, 64, K], rows_k)
     s_v = gl.allocate_shared_memory(half, [2, 64, V], rows_v)
     s_f = gl.allocate_shared_memory(gl.float16, [K, K], squares)
-    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
-    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 64], line)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], line)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], line)
     k_full = barriers(2, 1)
     k_empty = barriers(1, 2).index(0)
     v_full = barriers(2, 1)
@@ -249,10 +265,10 @@ def key_kernel(
             (
                 copy_for_keys,
                 (
-                    queries, keys, values, outputs, products, lse, delta, s_q, s_k, s_v, s_do, s_f,
-                    s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full, f_empty, i_h, HQ,
-                    H, num_rows, batch, first, tile * 128, token, i_h * v_h, do_h, pair, last,
-                    first_query, GROUP, STAGES,
+                    queries, chunk_queries, keys, values, outputs, products, lse, delta, s_q, s_k,
+                    s_v, s_do, s_f, s_lse, s_delta, k_full, k_empty, v_full, full, empty, f_full,
+                    f_empty, i_h, HQ, H, num_rows, batch, first, tile * 128, token, i_h * v_h, do_h,
+                    pair, last, first_query, GROUP, STAGES,
                 ),
             ),
         ],
@@ -268,11 +284,12 @@ def differentiate_keys(
     """Write dK→ and dV of all keys, from the tree's queries, keys and products."""
     H, K = p.k.shape[2:]
     V, T = p.v.shape[-1], p.q.shape[1]
+    rows, stages = config.hopper_key_tiles(K, V)
     launch(
         key_kernel, (p.num_tiles * H,),
-        describe_rows(q, 64), describe_rows(k, 64), describe_tokens(p.v, 64),
-        describe_tokens(do, 64), describe_rows(f, K), lse, delta, dk_levels, dk, dv, *p.packing, T,
-        p.num_tiles, H, p.first_query, p.v.stride(2), do.stride(2), GROUP=p.heads // H, K=K, V=V,
-        PACKED=p.cu_seqlens is not None, STAGES=config.hopper_key_stages(),
-        num_warps=4,
+        describe_rows(q, rows), describe_rows(q, 64), describe_rows(k, 64),
+        describe_tokens(p.v, 64), describe_tokens(do, rows), describe_rows(f, K), lse, delta,
+        dk_levels, dk, dv, *p.packing, T, p.num_tiles, H, p.first_query, p.v.stride(2),
+        do.stride(2), GROUP=p.heads // H, K=K, V=V, PACKED=p.cu_seqlens is not None, ROWS=rows,
+        STAGES=stages, num_warps=4,
     )  # fmt: skip

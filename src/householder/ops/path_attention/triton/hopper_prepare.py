@@ -121,17 +121,16 @@ def rest_in_float16(x):
 
 @gluon.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    q, k, v, w, beta, q_levels, k_levels, f, inverse, o, lse,
+    q, k, w, beta, q_levels, k_levels, f, inverse, weights, lse,
     cu_seqlens, tile_sequence, first_tile, scale, T, H, rows, num_levels,
-    q_b, q_h, k_b, k_h, v_b, v_h, w_b, w_h, beta_b, beta_t, beta_h,
-    q_t: gl.constexpr, k_t: gl.constexpr, v_t: gl.constexpr, w_t: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, PACKED: gl.constexpr, DIAGONAL: gl.constexpr,
-    NK: gl.constexpr, NV: gl.constexpr, WIDE: gl.constexpr,
+    q_b, q_h, k_b, k_h, w_b, w_h, beta_b, beta_t, beta_h,
+    q_t: gl.constexpr, k_t: gl.constexpr, w_t: gl.constexpr,
+    K: gl.constexpr, PACKED: gl.constexpr, NK: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Write what one chunk and head has to itself, without gates, windows and groups.
 
-    NK and NV squares hold 64 rows of K and of V columns. WIDE says that reflectors are float32
-    beside half keys and queries: then all of them are multiplied in float16.
+    NK squares hold 64 rows of K columns. WIDE says that reflectors are float32 beside half keys and
+    queries: then all of them are multiplied in float16.
 
     Errors of F add up along the sequence: whatever it is made of, reflectors if WIDE, the triangle
     and Z, is multiplied in two float16 halves.
@@ -167,7 +166,6 @@ def prepare_kernel(
         p_w = w + batch * w_b + start * w_t + i_h * w_h
         p_k = k + batch * k_b + start * k_t + i_h * k_h
         p_q = q + batch * q_b + start * q_t + i_h * q_h
-        p_v = v + batch * v_b + start * v_t + i_h * v_h
         s_w = squares(NK, gl.float16 if WIDE else half)
         s_k = squares(NK, half)
         s_q = squares(NK, half)
@@ -243,6 +241,18 @@ def prepare_kernel(
         fence_async_shared()
         barrier()
 
+        if weights is not None:
+            b_a = (b_a - multiply(b_x, s_e, pairs)) * (scale * LOG2_E)
+            b_a = gl.where(not_above, b_a, float("-inf"))
+            b_top = gl.max(b_a, axis=1)
+            b_p = gl.exp2(b_a - b_top[:, None])
+            b_total = gl.sum(b_p, axis=1)
+            p_lse = lse + (batch * T + start) * H + i_h + o_r * H
+            gl.store(p_lse, b_top + gl.log2(b_total), mask=o_r < n)
+            s_p = squares(1, half).index(0)
+            s_p.store((b_p / b_total[:, None]).to(half))
+            store_rows(weights + row * 64, s_p, 64, 64, 64, 64, 64, 64, load)
+
         # Bits of `chunk` that are zero, and one: where its keys and its queries are used first.
         query_level = lowest_bit(chunk).to(gl.int64)
         key_level = lowest_bit(-1 - chunk)
@@ -262,14 +272,6 @@ def prepare_kernel(
             s_k.index(i).store(b_k.to(half))
             store_rows(p_qs + 64 * i, s_q.index(i), n_q, K, K - 64 * i, K, 64, 64, load)
             store_rows(p_ks + 64 * i, s_k.index(i), n_k, K, K - 64 * i, K, 64, 64, load)
-        # Nobody reads the keys any more, and V may take their place.
-        s_v = s_k
-        if NV > NK:
-            s_v = squares(NV, half)
-        barrier()
-        if DIAGONAL:
-            copy_squares(s_v, p_v, n, v_t, V, NV)
-        async_copy.commit_group()
         s_f = squares(1, gl.float16).index(0)
         for j in gl.static_range(NK):
             for i in gl.static_range(NK):
@@ -284,23 +286,3 @@ def prepare_kernel(
                 s_f.store(b_f.to(gl.float16))
                 p_square = p_f + 64 * j * K + 64 * i
                 store_rows(p_square, s_f, n_f - 64 * j, K, K - 64 * i, K, 64, 64, load)
-
-        if DIAGONAL:
-            b_a = (b_a - multiply(b_x, s_e, pairs)) * (scale * LOG2_E)
-            b_a = gl.where(not_above, b_a, float("-inf"))
-            b_top = gl.max(b_a, axis=1)
-            b_p = gl.exp2(b_a - b_top[:, None])
-            b_total = gl.sum(b_p, axis=1)
-            of_token = (batch * T + start) * H + i_h
-            gl.store(lse + of_token + o_r * H, b_top + gl.log2(b_total), mask=o_r < n)
-            b_p = gl.convert_layout((b_p / b_total[:, None]).to(half), operand)
-            async_copy.wait_group(0)
-            fence_async_shared()
-            barrier()
-            for i in gl.static_range(NV):
-                b_o = multiply(b_p, s_v.index(i), pairs)
-                # The values have been read.
-                s_v.index(i).store(b_o.to(half))
-                p_o = o + of_token * V + 64 * i
-                store_rows(p_o, s_v.index(i), n, H * V, V - 64 * i, V, 64, 64, load)
-        async_copy.wait_group(0)

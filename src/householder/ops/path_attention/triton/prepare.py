@@ -9,8 +9,8 @@ and of each query head, with X = lower(Q Wᵀ),
 
     Q← = Q − X Z        A = lower(Q Kᵀ − X E)
 
-The attention inside the chunk begins the softmax of its rows. Q← and K→ go to the first level of
-the tree that uses them.
+The softmax of a row begins inside the chunk, and its weights are kept. Q← and K→ go to the first
+level of the tree that uses them.
 """
 
 from __future__ import annotations
@@ -45,20 +45,19 @@ def rest_in_float16(x):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    q, k, v, w, beta, g, q_levels, k_levels, f, inverse, decay, gate_sums, o, lse,
+    q, k, w, beta, g, q_levels, k_levels, f, inverse, decay, gate_sums, weights, lse,
     cu_seqlens, tile_sequence, first_tile, scale, window, T, H, rows, num_levels,
-    q_b, q_h, k_b, k_h, v_b, v_h, w_b, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
-    q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, w_t: tl.constexpr,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, WINDOWED: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    PRODUCTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q_b, q_h, k_b, k_h, w_b, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
+    q_t: tl.constexpr, k_t: tl.constexpr, w_t: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write what one chunk and key head has to itself, for the `GROUP` query heads as well.
 
     That is F and (I + M)⁻¹, the sum of its gates, Q←, K→ and the sums of gates that go with them;
-    with DIAGONAL also o and log₂ Σ 2^logit of its rows, over its own keys. K and V are
-    worked through in tiles of BK and BV, so that whatever they are the same few tiles are held.
-    PRODUCTS is the precision of what makes F, and of what passes reflectors.
+    if they are asked for, also the softmax of its rows over its own keys, and log₂ Σ 2^logit. K is
+    worked through in tiles of BK, so that whatever it is the same few tiles are held. PRODUCTS is
+    the precision of what makes F, and of what passes reflectors.
 
     Errors of F add up along the sequence: in float16 whatever it is made of, reflectors if they are
     float32, the triangle and Z, is multiplied in two halves. Of float16 reflectors Triton 3.6 makes
@@ -131,7 +130,7 @@ def prepare_kernel(
             b_q = cast_operand(load_tile(p_q, o_c * q_t, m_c, i_k, K, BK), PRECISION)
             b_w = cast_operand(load_tile(p_w, o_c * w_t, m_c, i_k, K, BK), PRECISION)
             b_x = dot_add(b_q, tl.trans(b_w), b_x, PRECISION)
-            if DIAGONAL:
+            if weights is not None:
                 b_k = cast_operand(load_tile(p_k, o_c * k_t, m_c, i_k, K, BK), PRECISION)
                 b_a = dot_add(b_q, tl.trans(b_k), b_a, PRECISION)
         b_x = cast_operand(tl.where(not_above, b_x, 0.0), PRECISION)
@@ -185,7 +184,7 @@ def prepare_kernel(
             if keys_rise:
                 to_end = tl.sum(tl.where(below, b_g[:, None], 0.0), 0)
                 tl.store(p_decay + key_level * of_level, to_end)
-        if DIAGONAL:
+        if weights is not None:
             b_a = (b_a - dot(b_x, b_e, PRECISION)) * scale
             if GATED:
                 b_a += decay_inside(b_g)
@@ -199,9 +198,5 @@ def prepare_kernel(
             of_token = (batch * T + start) * (H * GROUP) + i_hq
             p_lse = lse + of_token + o_c * (H * GROUP)
             tl.store(p_lse, b_top + tl.log2(b_total), mask=m_c)
-            b_p = (b_p / b_total[:, None]).to(q_levels.dtype.element_ty)
-            p_v = v + batch * v_b + start * v_t + i_h * v_h
-            o_rows = o_c * (H * GROUP * V)
-            for i_v in range(0, V, BV):
-                b_v = load_tile(p_v, o_c * v_t, m_c, i_v, V, BV).to(b_p.dtype)
-                store_tile(o + of_token * V, o_rows, m_c, i_v, dot(b_p, b_v, PRECISION), V, BV)
+            b_p = b_p / b_total[:, None]
+            store_tile(weights + of_head * 64, o_c * 64, everywhere, 0, b_p, 64, 64)

@@ -235,16 +235,16 @@ def build_tree(p: Problem) -> Tree:
     return _build(p, None, None)
 
 
-def build_tree_and_begin(p: Problem, o: Tensor, lse: Tensor) -> Tree:
+def build_tree_and_begin(p: Problem, weights: Tensor, lse: Tensor) -> Tree:
     """Make the tree with queries of the first levels only, and begin the attention.
 
-    `o [B, T, HQ, V]` becomes that of a softmax over the row's own chunk, `lse [B, T, HQ]` the
-    logarithm of its denominator, to the base 2.
+    `weights [HQ, rows, 64]` become those of a softmax over the row's own chunk, `lse [B, T, HQ]`
+    the logarithm of its denominator, to the base 2.
     """
-    return _build(p, o, lse)
+    return _build(p, weights, lse)
 
 
-def _build(p: Problem, o: Tensor | None, lse: Tensor | None) -> Tree:
+def _build(p: Problem, weights: Tensor | None, lse: Tensor | None) -> Tree:
     H, K = p.k.shape[2:]
     HQ, L, device = p.heads, p.num_levels, p.q.device
 
@@ -256,44 +256,42 @@ def _build(p: Problem, o: Tensor | None, lse: Tensor | None) -> Tree:
         q=q,
         k=q if H == HQ else numbers(L, H, p.rows, K, dtype=p.operand),
         f=numbers(H, 2 * p.chunks if L else 0, K, K, dtype=p.product),
-        inverse=numbers(H, p.chunks, 64, 64, dtype=p.product) if o is None else None,
+        inverse=numbers(H, p.chunks, 64, 64, dtype=p.product) if weights is None else None,
         decay=None if p.g is None else numbers(L, HQ, p.rows),
         gate_sums=None if p.g is None else numbers(HQ, 2 * p.chunks),
     )
     if p.num_tiles:
-        prepare(p, tree, o, lse)
+        prepare(p, tree, weights, lse)
         join(p, tree)
-        climb(p, tree, with_queries=o is None)
+        climb(p, tree, with_queries=weights is None)
     return tree
 
 
-def prepare(p: Problem, tree: Tree, o: Tensor | None, lse: Tensor | None) -> None:
-    """Make what every chunk has to itself; to `o` and `lse`, if given, goes its own attention."""
+def prepare(p: Problem, tree: Tree, weights: Tensor | None, lse: Tensor | None) -> None:
+    """Make what every chunk has to itself; `weights` and `lse`, if given, are of its attention."""
     T, H, K = p.k.shape[1:]
-    V, L = p.v.shape[-1], p.num_levels
-    tensors = (("q", p.q), ("k", p.k), ("v", p.v), ("w", p.w), ("beta", p.beta))
+    L = p.num_levels
+    tensors = (("q", p.q), ("k", p.k), ("w", p.w), ("beta", p.beta))
     steps = {name: step for x in tensors for name, step in strides(*x).items()}
     if p.suits_squares:
         from householder.ops.path_attention.triton import hopper_prepare
 
-        parameters = config.hopper_prepare_launch(K, V)
+        parameters = config.hopper_prepare_launch(K)
         launch(
             hopper_prepare.prepare_kernel, (p.chunks * H,),
-            p.q, p.k, p.v, p.w, p.beta, tree.q, tree.k, tree.f, tree.inverse, o, lse, *p.packing,
-            p.scale, T, H, p.rows, L, **steps, K=K, V=V, PACKED=p.cu_seqlens is not None,
-            DIAGONAL=o is not None, NK=-(-K // 64), NV=-(-V // 64),
-            WIDE=p.w.dtype != p.k.dtype, **parameters.options,
+            p.q, p.k, p.w, p.beta, tree.q, tree.k, tree.f, tree.inverse, weights, lse, *p.packing,
+            p.scale, T, H, p.rows, L, **steps, K=K, PACKED=p.cu_seqlens is not None,
+            NK=-(-K // 64), WIDE=p.w.dtype != p.k.dtype, **parameters.options,
         )  # fmt: skip
         return
     block, parameters = config.prepare_launch(p.precision)
     steps |= {"g_b": 0, "g_t": 0, "g_h": 0} if p.g is None else strides("g", p.g)
     launch(
         prepare_kernel, (p.chunks * H,),
-        p.q, p.k, p.v, p.w, p.beta, p.g, tree.q, tree.k, tree.f, tree.inverse, tree.decay,
-        tree.gate_sums, o, lse, *p.packing, p.scale, p.window, T, H, p.rows, L, **steps,
-        **(p.constants | {"BK": min(p.constants["BK"], block)}), V=V,
-        BV=min(config.key_block(V, p.precision), block), WINDOWED=p.window is not None,
-        DIAGONAL=o is not None, PRODUCTS=p.product_precision, **parameters.options,
+        p.q, p.k, p.w, p.beta, p.g, tree.q, tree.k, tree.f, tree.inverse, tree.decay,
+        tree.gate_sums, weights, lse, *p.packing, p.scale, p.window, T, H, p.rows, L, **steps,
+        **(p.constants | {"BK": min(p.constants["BK"], block)}), WINDOWED=p.window is not None,
+        PRODUCTS=p.product_precision, **parameters.options,
     )  # fmt: skip
 
 
