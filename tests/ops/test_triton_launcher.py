@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 
 from householder.ops import _triton
-from householder.ops._triton import Launcher, compiled_together, launch
+from householder.ops._triton import FUSED, Launcher, compiled_together, launch
 
 
 class Kernel:
@@ -49,7 +49,8 @@ def test_asks_once_and_then_gives_all_arguments_in_order():
     kernel, x, y = Kernel(), torch.zeros(4), torch.zeros(4)
     start = launcher(kernel)
     start(x, None)
-    assert kernel.asked == [((7,), (x, None), {"BLOCK": 16, "num_warps": 4, "size": 3})]
+    others = FUSED | {"BLOCK": 16, "num_warps": 4, "size": 3}
+    assert kernel.asked == [((7,), (x, None), others)]
     assert not kernel.launched
     start(y, None)
     assert len(kernel.asked) == 1
@@ -113,8 +114,8 @@ def test_the_first_call_of_a_kind_asks_for_all_programs_before_it_launches(may_c
         return size
 
     assert function(3) == 3
-    assert first.warmed == [((3,), (x,), {"BLOCK": 16})]
-    assert second.warmed == [((3,), (x, None), {"size": 3, "BLOCK": 16})]
+    assert first.warmed == [((3,), (x,), FUSED | {"BLOCK": 16})]
+    assert second.warmed == [((3,), (x, None), FUSED | {"size": 3, "BLOCK": 16})]
     assert launched == [(0, 0), (1, 1)]
     function(3)
     assert len(first.warmed) == 1
