@@ -48,7 +48,7 @@ CASES = {
     ),
     "a decoded token, narrow heads": (
         {"B": 1, "T": 1, "H": 1, "HQ": 2, "K": 20, "V": 16, "dtype": "bfloat16"},
-        ["enter", "attend", "finish"],
+        ["enter_one", "attend", "finish"],
     ),
 }  # fmt: skip
 SEGMENT_TOKENS = 256
