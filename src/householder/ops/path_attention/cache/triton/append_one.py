@@ -6,21 +6,13 @@ import triton
 import triton.language as tl
 
 from householder.ops.path_attention.cache.triton.enter import as_held
-from householder.ops.path_attention.cache.triton.enter_one import (
-    load_counts,
+from householder.ops.path_attention.cache.triton.enter_one import load_counts, turn
+from householder.ops.path_attention.cache.triton.loads import (
+    load_later,
     load_tile,
     load_vector,
     seen_rows,
-    turn,
 )
-
-
-@triton.jit
-def load_ty(p_ty, first, o_l, o_j, stop, triangle_room):
-    """Load rows `first + o_l` below `stop` of T Y, below the diagonal."""
-    o_l += first
-    mask = (o_l < stop)[:, None] & (o_j[None, :] < o_l[:, None])
-    return tl.load(p_ty + o_l[:, None] * triangle_room + o_j[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -48,7 +40,7 @@ def append_token(
     """Append a token, and its row to T Y: T₂₂ (Y₂₁ − (W₂ W₁ᵀ) (T Y)₁₁), Y₂₁ its w times keys."""
     o_k, o_v, o_c, o_r = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BC), tl.arange(0, BR)
     ws = load_tile(p_ws, 0, o_c, triangle_room, o_k, K)
-    ty = load_ty(p_ty, 0, o_c, o_r, triangle_room, triangle_room)
+    ty = load_later(p_ty, 0, o_c, o_r, triangle_room, triangle_room)
     new_w, new_beta = tl.load(p_w + o_k, mask=o_k < K, other=0.0), tl.load(p_beta)
     k = as_held(tl.load(p_k + o_k, mask=o_k < K, other=0.0), p_keys.dtype.element_ty)
     v = tl.load(p_v + o_v, mask=o_v < V, other=0.0)
@@ -65,7 +57,7 @@ def append_token(
             y -= tl.sum(seen_rows(ty, start, o_c, r) * along[:, None], 0)
             keys = load_tile(p_keys, start + BC, o_c, r, o_k, K)
             ws = load_tile(p_ws, start + BC, o_c, r, o_k, K)
-            ty = load_ty(p_ty, start + BC, o_c, o_r, r, triangle_room)
+            ty = load_later(p_ty, start + BC, o_c, o_r, r, triangle_room)
         # Zero in its own column.
         tl.store(p_ty + r * triangle_room + o_r, y * new_beta.to(tl.float32), mask=o_r <= r)
         tl.store(p_keys + r * K + o_k, k, mask=o_k < K)

@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 from householder.ops._triton import cast_operand, dot_add
+from householder.ops.path_attention.cache.triton.loads import load_later
 from householder.ops.path_attention.cache.triton.products import (
     dot_query,
     dot_whole,
     pack,
     split_query,
 )
-from householder.ops.path_attention.cache.triton.signals import count_ones, wait_for
+from householder.ops.path_attention.cache.triton.signals import wait_for
 
 
 @triton.jit
@@ -37,37 +38,6 @@ def weigh(weights, values, acc, PACKED: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def count_newer(blocks, i_block):
-    """Return how many blocks are newer than the one that has the `i_block`-th 64 tokens."""
-    # As many as there are ones behind the first binary digit in which the numbers differ.
-    behind = blocks ^ i_block
-    for shift in tl.static_range(5):
-        behind |= behind >> (1 << shift)
-    return count_ones(blocks & (behind >> 1))
-
-
-@triton.jit
-def find_part(i_part, old, SPAN: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the first token and the size of a part of the keys, 0 if there is none.
-
-    Part 0 are the recent tokens, new ones included; then come spans of SPAN tokens, each inside one
-    block; then, LEVELS at most, the blocks smaller than a span.
-    """
-    spans, blocks = old // SPAN, old // BLOCK
-    first, size = (i_part - 1) * SPAN, SPAN
-    if i_part > spans:
-        rank = 0
-        size = 0
-        for bit in tl.static_range(LEVELS - 1, -1, -1):
-            is_one = (blocks >> bit) & 1
-            if (is_one == 1) & (rank == i_part - 1 - spans):
-                size = BLOCK << bit
-                first = (blocks >> (bit + 1) << (bit + 1)) * BLOCK
-            rank += is_one
-    return first, size
-
-
-@triton.jit
 def add_tile(logits, values, top, total, o, PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """Add a tile of keys to a softmax: its largest logit, its sum and its weighted values."""
     new_top = tl.maximum(top, tl.max(logits, 1))
@@ -87,14 +57,6 @@ def add_tile(logits, values, top, total, o, PACKED: tl.constexpr, PRECISION: tl.
 def load_along(p_along, o_l, m_row, r):
     """Load what queries have along recent reflectors, zero from the `r`-th on."""
     return tl.load(p_along + o_l[None, :], mask=m_row[:, None] & (o_l < r)[None, :], other=0.0)
-
-
-@triton.jit
-def load_later(p_ty, o_l, o_j, r, triangle_room):
-    """Load a tile of T Y in float32, below the diagonal and above row `r`."""
-    mask = (o_l < r)[:, None] & (o_j[None, :] < o_l[:, None])
-    ty = tl.load(p_ty + o_l[:, None] * triangle_room + o_j[None, :], mask=mask, other=0.0)
-    return ty.to(tl.float32)
 
 
 @triton.jit
@@ -129,7 +91,7 @@ def attend_recent(
             mask=(o_n < n)[:, None] & (o_j[None, :] < r + o_n[:, None]), other=0.0,
         )  # fmt: skip
         along = load_along(p_along, o_j, m_row, r)
-        ty = load_later(p_ty, o_j, o_j, r, triangle_room)
+        ty = load_later(p_ty, 0, o_j, o_j, r, triangle_room).to(tl.float32)
         values = tl.load(
             p_values + o_j[:, None] * V + o_v[None, :], mask=m_j[:, None] & m_v[None, :], other=0.0
         )
@@ -137,7 +99,7 @@ def attend_recent(
         taken = dot_whole(along_new, wk, HALF) + dot_whole(along, ty, HALF)
         for later in range(start + BC, r, BC):
             o_l = later + o_c
-            more = load_later(p_ty, o_l, o_j, r, triangle_room)
+            more = load_later(p_ty, 0, o_l, o_j, r, triangle_room).to(tl.float32)
             taken += dot_whole(load_along(p_along, o_l, m_row, r), more, HALF)
         logits = dot_query(high, low, keys, taken, PACKED, HALF)
         after = r + i_n[:, None] - o_j[None, :]

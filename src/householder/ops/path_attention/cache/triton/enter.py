@@ -6,16 +6,9 @@ import triton
 import triton.language as tl
 
 from householder.ops._triton import beside_diagonal
+from householder.ops.path_attention.cache.triton.loads import load_rows
 from householder.ops.path_attention.cache.triton.products import dot_path, dot_whole
 from householder.ops.path_attention.cache.triton.signals import arrive
-
-
-@triton.jit
-def load_rows(pointer, first, o_r, stop, o_d, D: tl.constexpr):
-    """Load rows `first + o_r` of `[·, D]` in float32, zero from row `stop` of `o_r` on."""
-    rows = (first + o_r)[:, None] * D + o_d[None, :]
-    x = tl.load(pointer + rows, mask=(o_r < stop)[:, None] & (o_d < D)[None, :], other=0.0)
-    return x.to(tl.float32)
 
 
 @triton.jit

@@ -10,28 +10,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from householder.ops.path_attention.cache.triton.blocks import count_ones
 from householder.ops.path_attention.cache.triton.enter import load_scale
-from householder.ops.path_attention.cache.triton.signals import COUNTER, arrive, count_ones
-
-
-@triton.jit
-def load_vector(pointer, o_d, D: tl.constexpr):
-    """Load a vector in float32."""
-    return tl.load(pointer + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_tile(pointer, first, o_r, stop, o_d, D: tl.constexpr):
-    """Load rows `first + o_r` below `stop` of `[·, D]` as they are held."""
-    o_r += first
-    mask = (o_r < stop)[:, None] & (o_d < D)[None, :]
-    return tl.load(pointer + o_r[:, None] * D + o_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def seen_rows(tile, first, o_r, r):
-    """Return a tile in float32, zero from row `r` on."""
-    return tl.where((first + o_r < r)[:, None], tile.to(tl.float32), 0.0)
+from householder.ops.path_attention.cache.triton.loads import load_tile, load_vector, seen_rows
+from householder.ops.path_attention.cache.triton.signals import COUNTER, arrive
 
 
 @triton.jit

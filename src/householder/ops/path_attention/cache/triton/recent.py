@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from householder.ops.path_attention.cache.triton.append_one import load_ty
 from householder.ops.path_attention.cache.triton.enter import as_held
-from householder.ops.path_attention.cache.triton.enter_one import (
-    load_counts,
+from householder.ops.path_attention.cache.triton.enter_one import load_counts
+from householder.ops.path_attention.cache.triton.loads import (
+    load_later,
     load_tile,
     load_vector,
     seen_rows,
@@ -26,7 +26,7 @@ def attend_recent_one(
     """Let one token's queries meet the recent tokens and itself."""
     o_c, o_k, o_v, o_r = tl.arange(0, BC), tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
     first_ws = load_tile(p_ws, 0, o_c, triangle_room, o_k, K)
-    first_ty = load_ty(p_ty, 0, o_c, o_r, triangle_room, triangle_room)
+    first_ty = load_later(p_ty, 0, o_c, o_r, triangle_room, triangle_room)
     w, beta = load_vector(p_w, o_k, K), tl.load(p_beta).to(tl.float32)
     # As they are held.
     k = tl.load(p_k + o_k, mask=o_k < K, other=0.0)
@@ -49,7 +49,7 @@ def attend_recent_one(
             along = tl.sum(seen_rows(ws, start, o_c, r) * x[None, :], 1)
             taken += tl.sum(seen_rows(ty, start, o_c, r) * along[:, None], 0)
             ws = load_tile(p_ws, start + BC, o_c, r, o_k, K)
-            ty = load_ty(p_ty, start + BC, o_c, o_r, r, triangle_room)
+            ty = load_later(p_ty, start + BC, o_c, o_r, r, triangle_room)
         for start in range(0, r, BC):
             here = o_r[None, :] == start + o_c[:, None]
             less = tl.sum(tl.where(here, taken[None, :], 0.0), 1)

@@ -50,13 +50,3 @@ def fetch_to_l2(pointer, size, MOST: tl.constexpr):
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r", [pointer.to(tl.int64) + offset, wanted], tl.int32, False, 1,
     )  # fmt: skip
-
-
-@triton.jit
-def count_ones(x):
-    """Return how many bits of a number from 0 to 2³¹ − 1 are one."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x += x >> 8
-    return (x + (x >> 16)) & 0x3F

@@ -10,10 +10,9 @@ from householder.ops.path_attention.cache.triton.attend import (
     attend_recent,
     attend_span,
     attend_span_by_sums,
-    count_newer,
-    find_part,
 )
 from householder.ops.path_attention.cache.triton.beside import beside_spans
+from householder.ops.path_attention.cache.triton.blocks import count_newer, count_ones, find_part
 from householder.ops.path_attention.cache.triton.enter import (
     as_held,
     load_new,
@@ -27,7 +26,6 @@ from householder.ops.path_attention.cache.triton.products import fold
 from householder.ops.path_attention.cache.triton.signals import (
     COUNTER,
     arrive,
-    count_ones,
     fetch_to_l2,
     wait_for,
 )
