@@ -230,7 +230,7 @@ class _Step(NamedTuple):
         BK, BV = self.head_blocks
         return {
             "G": G, "K": K, "V": V, "BK": BK, "BV": BV, "BLOCK": BLOCK,
-            "SINGLE": self.is_single, "GATED": self.tokens.g is not None, "HALF": self.is_half,
+            "GATED": self.tokens.g is not None, "HALF": self.is_half,
             "EARLY": EARLY and is_from_hopper_on(self.counts.device), "OVERLAP": self.overlap,
             "num_stages": 1, "enable_fp_fusion": self.fused,
         }  # fmt: skip
@@ -322,7 +322,6 @@ def _enter_few(step: _Step, scratch: _Scratch) -> None:
     """Append several tokens, and bring their queries to blocks."""
     B, N, H, G, _, _ = step.sizes
     (q, k, v, w, beta, g), held, wide = step.tokens, step.held, step.is_wide
-    shared = {name: x for name, x in step.shared.items() if name != "SINGLE"}
     launch(
         enter_kernel, (B * H * (2 - (-N * G // 16)),),
         q, k, v, w, beta, g, step.counts, step.new, held.ready,
@@ -330,7 +329,7 @@ def _enter_few(step: _Step, scratch: _Scratch) -> None:
         held.path_scales, *scratch,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *w.stride()[:3], *beta.stride(),
         *((0, 0, 0) if g is None else g.stride()),
-        step.scale, B, H, N, step.num_queries, *step.rooms, **shared,
+        step.scale, B, H, N, step.num_queries, *step.rooms, **step.shared,
         BC=FEW_BC // 2 if wide else FEW_BC, BR=power_of_two(step.rooms[2]), KC=step.path_columns,
         # Narrower heads' tiles have fewer 16 bytes than there are threads to copy them ahead.
         STAGES=STAGES if step.head_blocks[0] >= 64 else 1,
@@ -359,7 +358,7 @@ def _attend(step: _Step, scratch: _Scratch, parts: Tensor, tops: Tensor) -> None
         step.scale, step.options.window or 0, B, H, N, step.path_programs,
         step.num_queries, step.num_parts, *step.rooms, step.last_row, **step.shared,
         BG=BG, BR=power_of_two(step.last_row + 1), RECENT=recents // 2 if narrower else recents,
-        SPAN=step.span, LEVELS=step.span_levels, TILE=tile,
+        SPAN=step.span, LEVELS=step.span_levels, TILE=tile, SINGLE=step.is_single,
         WINDOWED=step.options.window is not None, PACKED=packed,
         SIDE=min(tile, 512 * warps // (step.head_blocks[0] * held.keys.element_size())),
         TOGETHER=TOGETHER, VALUE_PRECISION=value_precision(held.values),
